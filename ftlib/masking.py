@@ -1,0 +1,140 @@
+"""Attention masks: who may look at whom.
+
+One convention everywhere in ftlib: a mask is boolean and True means "may attend", as in
+`torch.nn.functional.scaled_dot_product_attention`. `nn.MultiheadAttention` means the opposite (True =
+ignore), so negate a mask before handing it over. All masks broadcast to (batch, heads, queries, keys).
+
+To copy: this file alone; it needs only torch.
+"""
+
+import torch
+from torch import Tensor
+
+
+def lengths_to_mask(lengths, max_length: int | None = None) -> Tensor:
+    """True at real tokens and False at padding, for rows padded on the right.
+
+    lengths: int (batch,) tensor or list, in tokens. Returns bool (batch, max_length), where `max_length` is
+    the longest length unless given (finding it on a GPU waits for the device: give it there).
+    Raises ValueError naming the first row whose length is negative or above `max_length`.
+
+    >>> lengths_to_mask([3, 1]).int().tolist()
+    [[1, 1, 1], [1, 0, 0]]
+    """
+    lengths = torch.as_tensor(lengths)  # (batch,)
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one number per row is needed: (batch,)")
+    if lengths.numel() == 0:
+        lengths = lengths.long()  # as_tensor([]) is float32
+    _refuse_non_integers("lengths", lengths)
+    if max_length is None:
+        max_length = int(lengths.max()) if lengths.numel() else 0
+    if _can_read(lengths):
+        bad = ((lengths < 0) | (lengths > max_length)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise ValueError(
+                f"row {row} has length {int(lengths[row])}, outside 0 … {max_length}; "
+                "truncate the row or raise max_length"
+            )
+    positions = torch.arange(max_length, device=lengths.device)  # (max_length,)
+    return positions < lengths[:, None]  # (batch, max_length)
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """The tokenizer's attention mask, made ready for attention scores: nobody looks at padding.
+
+    attention_mask: int or bool (batch, keys), 1 for a real token. Returns bool (batch, 1, 1, keys).
+    Raises TypeError for a float mask: an additive one holds 0 for "may attend", the opposite.
+    Raises ValueError for a wrong shape, or (read on CPU only) for entries other than 0 and 1.
+
+    >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
+    torch.Size([1, 1, 1, 3])
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; (batch, keys) is needed")
+    _refuse_non_integers("attention_mask", attention_mask, or_bool=True)
+    if _can_read(attention_mask):
+        bad = ((attention_mask != 0) & (attention_mask != 1)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise ValueError(
+                f"attention_mask[{row}, {column}] is {int(attention_mask[row, column])}; only "
+                "0 and 1 are masks (for numbered documents in one row use document_mask)"
+            )
+    return attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, keys)
+
+
+def causal_mask(length: int, *, device=None) -> Tensor:
+    """Token i may look at tokens 0 … i: the mask of a decoder, which must not see what it has to predict.
+
+    Returns bool (length, length), rows are queries and columns keys.
+
+    >>> causal_mask(3).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
+    if length < 0:
+        raise ValueError(f"length is {length}; a number of tokens is 0 or more")
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()  # (queries, keys)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Several documents packed in one row: a token looks only at tokens of its own document (block-diagonal).
+
+    document_ids: int (batch, tokens), the number of the document each token belongs to; a negative number
+    marks padding, which looks at nothing and is looked at by nothing. Returns bool (batch, 1, tokens,
+    tokens).
+    Source: the packing of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
+
+    >>> document_mask(torch.tensor([[0, 0, 1, -1]]))[0, 0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    """
+    if document_ids.dim() != 2:
+        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; (batch, tokens) is needed")
+    _refuse_non_integers("document_ids", document_ids)
+    same = document_ids[:, :, None] == document_ids[:, None, :]  # (batch, tokens, tokens)
+    real = document_ids >= 0  # (batch, tokens)
+    return (same & real[:, :, None])[:, None]  # (batch, 1, tokens, tokens)
+
+
+def combine_masks(*masks: Tensor | None) -> Tensor | None:
+    """A key is seen only where every mask allows it: logical and, with broadcasting; None means "no limit".
+
+    masks: bool, shapes that broadcast together. Returns bool, or None when every mask is None.
+    Raises TypeError for a mask that is not bool, ValueError when shapes don't broadcast.
+
+    >>> padding = padding_mask(torch.tensor([[1, 1, 0]]))
+    >>> combine_masks(padding, causal_mask(3))[0, 0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    """
+    combined = None
+    for number, mask in enumerate(masks):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask {number} is {mask.dtype}; masks are torch.bool with True = may attend "
+                "(padding_mask turns a tokenizer's 0/1 attention_mask into one)"
+            )
+        try:
+            combined = mask if combined is None else combined & mask
+        except RuntimeError:
+            raise ValueError(
+                f"mask {number} has shape {tuple(mask.shape)}, which does not broadcast with "
+                f"the {tuple(combined.shape)} of the masks before it; masks are shaped "
+                "(batch, heads, queries, keys) with 1 where all share"
+            ) from None
+    return combined
+
+
+def _refuse_non_integers(name: str, tensor: Tensor, or_bool: bool = False) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not or_bool):
+        raise TypeError(
+            f"{name} is {tensor.dtype}; whole numbers {'or bool ' if or_bool else ''}are needed: "
+            "pass the tokenizer's own tensor, or cast with .long() if the values are whole"
+        )
+
+
+def _can_read(tensor: Tensor) -> bool:
+    """Values are checked on CPU only: reading them on a GPU would make the program wait for the device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

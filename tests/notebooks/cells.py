@@ -1,0 +1,113 @@
+"""The two cells every notebook shares, and how the gate, the runner and the address tool read a notebook.
+
+Needs the standard library alone, so that the checks run before anything is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+BADGE_START = "[![Open in Colab]"
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+
+
+def project_url(pyproject: Path = ROOT / "pyproject.toml") -> str:
+    """The repository's public address, from the one place that holds it."""
+    return tomllib.loads(pyproject.read_text("utf8"))["project"]["urls"]["Repository"]
+
+
+def badge(url: str, relative_path: str) -> str:
+    """The Colab badge of a notebook, given its path from the repository root, with forward slashes."""
+    repository = url.removeprefix("https://github.com/")
+    target = f"https://colab.research.google.com/github/{repository}/blob/main/{relative_path}"
+    return f"{BADGE_START}(https://colab.research.google.com/assets/colab-badge.svg)]({target})"
+
+
+def setup_cell(url: str) -> str:
+    """The set-up cell, the same in every notebook: in Colab it installs ftlib and keeps Colab's own torch."""
+    return f"""\
+import sys
+
+if "google.colab" in sys.modules:  # ftlib asks for lower bounds only, so Colab keeps its own torch
+    %pip install -q "ftlib @ git+{url}"
+
+import ftlib
+
+env = ftlib.setup(seed=0)"""
+
+
+def find_notebooks(folder: Path = NOTEBOOKS, *, solutions: bool = True) -> list[Path]:
+    """Notebooks of the series in reading order, then their solutions."""
+    found = sorted(folder.glob("*.ipynb"))
+    return found + sorted(folder.glob("solutions/*.ipynb")) if solutions else found
+
+
+def read(path: Path) -> dict:
+    """A notebook as a dictionary. ValueError when the file is not JSON or not a notebook of format 4."""
+    notebook = json.loads(path.read_text("utf8"))
+    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or "cells" not in notebook:
+        raise ValueError("not a notebook of format 4")
+    return notebook
+
+
+def write(path: Path, notebook: dict) -> None:
+    """Write a notebook the way Jupyter does (one-space indent, sorted keys), so that diffs stay small."""
+    for cell in notebook["cells"]:
+        cell["source"] = source(cell).splitlines(keepends=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf8")
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def tags(cell: dict) -> set[str]:
+    return set(cell.get("metadata", {}).get("tags", ()))
+
+
+def output_text(output: dict) -> str:
+    """One output as text: the stream's, the text/plain form, or the error's last line."""
+    if output["output_type"] == "stream":
+        return "".join(output["text"])
+    if output["output_type"] == "error":
+        return f"{output['ename']}: {output['evalue']}"
+    return "".join(output.get("data", {}).get("text/plain", ""))
+
+
+def name_cells(notebook: dict) -> None:
+    """Give each cell an id made from its content, so that a second conversion or refresh changes no line."""
+    seen: dict[str, int] = {}
+    for cell in notebook["cells"]:
+        digest = hashlib.sha256(f"{cell['cell_type']}\n{source(cell)}".encode()).hexdigest()[:8]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell["id"] = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+
+
+def is_progress_bar(text: str) -> bool:
+    """True for a tqdm bar, drawn as text or as the text form of a widget."""
+    return bool(
+        re.search(r"\d+%\|| \d+/(\d+|\?) \[\d+:\d+|it/s\]|s/it\]|HBox\(children|FloatProgress\(", text)
+    )
+
+
+def parse(text: str) -> ast.Module:
+    """A code cell's syntax tree; the set-up cell's `%pip` line counts as `pass`."""
+    return ast.parse(re.sub(r"(?m)^(\s*)%pip .*$", r"\1pass", text))
+
+
+def try_parse(text: str) -> ast.Module:
+    """The same, and an empty tree for a cell that does not parse: the gate reports that elsewhere."""
+    try:
+        return parse(text)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])

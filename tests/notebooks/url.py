@@ -1,0 +1,74 @@
+"""Write the repository's public address into every badge and set-up cell.
+
+python tests/notebooks/url.py                               repeats the address that pyproject.toml holds
+python tests/notebooks/url.py https://github.com/NAME/ftlib changes it everywhere, pyproject.toml included
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import cells
+
+PLAIN_FILES = ("pyproject.toml", "README.md", "environment.yml", "data/README.md")
+
+
+def normalize(url: str) -> str:
+    """The address without a trailing slash or .git. ValueError when Colab can't open a notebook from it."""
+    url = url.strip().rstrip("/").removesuffix(".git")
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
+        raise ValueError(
+            f"{url!r}: Colab opens notebooks from https://github.com/OWNER/NAME only; give such an address"
+        )
+    return url
+
+
+def update_notebook(notebook: dict, relative_path: str, old: str, new: str) -> None:
+    """Badge into the first cell, set-up text into the cell tagged `setup`, elsewhere new address for old."""
+    for index, cell in enumerate(notebook["cells"]):
+        text = replace(cells.source(cell), old, new)
+        if "setup" in cells.tags(cell):
+            text = cells.setup_cell(new)
+        elif index == 0:
+            lines = [line for line in text.rstrip().splitlines() if not line.startswith(cells.BADGE_START)]
+            text = "\n".join(lines).rstrip() + "\n\n" + cells.badge(new, relative_path)
+        cell["source"] = text
+
+
+def replace(text: str, old: str, new: str) -> str:
+    colab = "https://colab.research.google.com/github/"
+    old_name, new_name = (url.removeprefix("https://github.com/") for url in (old, new))
+    # whole addresses only: github.com/me/ftlib must leave github.com/me/ftlib-data alone
+    for start in ("https://github.com/", colab):
+        text = re.sub(re.escape(start + old_name) + r"(?![\w-])", start + new_name, text)
+    return text
+
+
+def main(arguments: list[str], root: Path = cells.ROOT) -> int:
+    old = cells.project_url(root / "pyproject.toml")
+    try:
+        new = normalize(arguments[0] if arguments else old)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    changed = []
+    for path in (root / name for name in PLAIN_FILES):
+        if path.exists() and (text := path.read_text("utf8")) != (updated := replace(text, old, new)):
+            path.write_text(updated, "utf8")
+            changed.append(path)
+    for path in cells.find_notebooks(root / "notebooks"):
+        before = path.read_bytes()
+        notebook = cells.read(path)
+        update_notebook(notebook, path.relative_to(root).as_posix(), old, new)
+        cells.name_cells(notebook)
+        cells.write(path, notebook)
+        if path.read_bytes() != before:
+            changed.append(path)
+    print(f"{new}: {len(changed)} files changed", *(path.relative_to(root) for path in changed), sep="\n  ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
