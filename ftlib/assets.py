@@ -28,9 +28,15 @@ from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parent
 _STAMP = ".ftlib.json"
-_TEXT_KEYS = {"about", "package", "version", "folder", "licence", "source", "citation"}
-_REQUIRED = _TEXT_KEYS | {"kind", "wheel_sha256", "wheel_size", "files"}
-_OPTIONAL = {"hub", "hub_config", "hub_columns", "hub_splits"}
+_TEXTS = {  # key -> form of its value; package and version reach pip's command line, so no options
+    "kind": "model|corpus", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",
+    "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
+    "wheel_sha256": "[0-9a-f]{64}",
+}  # fmt: skip
+_OPTIONAL_TEXTS = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+"}
+_TABLES = ("hub_columns", "hub_splits")
+_REQUIRED = {*_TEXTS, "wheel_size", "files"}
+_KNOWN = {*_REQUIRED, *_OPTIONAL_TEXTS, *_TABLES}
 
 
 def _checkout() -> Path | None:
@@ -81,41 +87,35 @@ def _check_entry(name: str, entry: dict) -> None:
     def refuse(key, why):
         raise ValueError(f"sources.toml, asset '{name}', key '{key}': {why}")
 
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        refuse(name, "an asset's name has lower-case letters, digits and hyphens only")
+    def check(key, value, pattern):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            refuse(key, f"must be text of the form {pattern}, got {value!r}")
+
+    def check_size(key, value):
+        if type(value) is not int or value < 0:
+            refuse(key, f"must be a whole number of bytes, got {value!r}")
+
+    check(name, name, "[a-z0-9][a-z0-9-]*")  # it becomes a folder of the cache
     if not isinstance(entry, dict):
         refuse(name, "must be a table")
-    for key in sorted(entry.keys() - _REQUIRED - _OPTIONAL):
-        refuse(key, f"unknown; known keys are {', '.join(sorted(_REQUIRED | _OPTIONAL))}")
+    for key in sorted(entry.keys() - _KNOWN):
+        refuse(key, f"unknown; known keys are {', '.join(sorted(_KNOWN))}")
     for key in sorted(_REQUIRED - entry.keys()):
         refuse(key, "missing")
-    for key in sorted(_TEXT_KEYS | (entry.keys() & {"hub", "hub_config"})):
-        if not isinstance(entry[key], str) or not entry[key].strip():
-            refuse(key, f"must be text, got {entry[key]!r}")
-    for key in ("package", "version"):
-        # These two reach pip's command line, so nothing that reads as an option may pass.
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+!-]*", entry[key]):
-            refuse(key, f"not a plain package name or version: {entry[key]!r}")
-    for key in entry.keys() & {"hub_columns", "hub_splits"}:
-        if not isinstance(entry[key], dict) or not all(isinstance(v, str) for v in entry[key].values()):
-            refuse(key, "must be a table of texts")
-    if entry["kind"] not in ("model", "corpus"):
-        refuse("kind", f"must be 'model' or 'corpus', got {entry['kind']!r}")
-
-    def check_pin(key, sha256, size):
-        if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            refuse(key, f"a SHA-256 is 64 lower-case hexadecimal digits, got {sha256!r}")
-        if type(size) is not int or size < 0:
-            refuse(key, f"a size is a whole number of bytes, got {size!r}")
-
-    check_pin("wheel_sha256", entry["wheel_sha256"], 0)
-    check_pin("wheel_size", "0" * 64, entry["wheel_size"])
+    for key, pattern in (_TEXTS | _OPTIONAL_TEXTS).items():
+        if key in entry:
+            check(key, entry[key], pattern)
+    for key in entry.keys() & set(_TABLES):
+        if not isinstance(entry[key], dict) or not all(isinstance(text, str) for text in entry[key].values()):
+            refuse(key, f"must be a table of texts, got {entry[key]!r}")
+    check_size("wheel_size", entry["wheel_size"])
     if not isinstance(entry["files"], dict) or not entry["files"]:
         refuse("files", "must be a table with at least one file")
     for file, pin in entry["files"].items():
         if not isinstance(pin, dict) or pin.keys() != {"size", "sha256"}:
-            refuse(f"files.{file}", "must have exactly size and sha256")
-        check_pin(f"files.{file}", pin["sha256"], pin["size"])
+            refuse(f"files.{file}", f"must have exactly size and sha256, got {pin!r}")
+        check(f"files.{file}", pin["sha256"], _TEXTS["wheel_sha256"])
+        check_size(f"files.{file}", pin["size"])
         if not _is_safe(f"{entry['folder']}/{file}") or not _is_safe(file) or file == _STAMP:
             refuse(f"files.{file}", "must be a relative path without '..', backslash or drive")
 
@@ -208,19 +208,23 @@ def verify(name: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is not in {folder.parent}; run: python -m ftlib data fetch {name}")
     for file, pin in entry["files"].items():
-        target = folder / file
-        if not target.is_file():
-            raise FileNotFoundError(f"{target} is missing; run: python -m ftlib data fetch {name}")
-        with target.open("rb") as stream:
-            _compare(f"{name}: {target}", hashlib.file_digest(stream, "sha256").hexdigest(), pin["sha256"])
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing; run: python -m ftlib data fetch {name}")
+        _compare(f"{name}: {folder / file}", _sha256(folder / file), pin["sha256"])
     return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _compare(what: str, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(
             f"{what} has SHA-256 {found}, but sources.toml pins {expected}; the file is refused. "
-            f"Delete it and fetch again; if it stays so, the index serves another file than the one checked."
+            f"Remove the cached folder, if there is one, and fetch again; if that does not help, the package "
+            f"index serves another file than the one that was checked."
         )
 
 
@@ -234,30 +238,31 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
     Raises ValueError for an unknown name, a wrong hash or an unsafe wheel; RuntimeError when pip fails.
     """
     entries = manifest()
-    names = list(entries) if names is None else [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    for name in names:
-        if name not in entries:
-            raise ValueError(unknown_name(name, entries))
-    cache = cache_dir()
+    names, cache = _as_list(names, entries), cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache):
-        for leftover in cache.glob(".tmp-*"):  # of a process that was killed: holding the lock, none is in use
+        for leftover in cache.glob(".tmp-*"):  # of a killed process: we hold the lock, so none is in use
             shutil.rmtree(leftover, ignore_errors=True)
-        wheels: dict[tuple, list[str]] = {}
+        groups: dict[tuple, list[str]] = {}
         for name in names:
             if force or _problem(entries[name], cache / name):
-                entry = entries[name]
-                key = (entry["package"], entry["version"], entry["wheel_sha256"])
-                wheels.setdefault(key, []).append(name)
-        for group in wheels.values():
+                wheel = tuple(entries[name][key] for key in ("package", "version", "wheel_sha256"))
+                groups.setdefault(wheel, []).append(name)
+        for (*_, pinned), group in groups.items():
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
                 wheel = _download(entries[group[0]], group, Path(work), progress)
-                with wheel.open("rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                _compare(f"{', '.join(group)}: {wheel.name}", _sha256(wheel), pinned)
                 for name in group:
-                    _compare(f"{name}: {wheel.name}", found, entries[name]["wheel_sha256"])
                     _unpack(name, entries[name], wheel, Path(work), cache)
     return {name: cache / name for name in names}
+
+
+def _as_list(names, entries: dict) -> list[str]:
+    chosen = entries if names is None else [names] if isinstance(names, str) else dict.fromkeys(names)
+    for name in chosen:
+        if name not in entries:
+            raise ValueError(unknown_name(name, entries))
+    return list(chosen)
 
 
 @contextlib.contextmanager
@@ -286,15 +291,14 @@ def _download(entry: dict, names: list[str], work: Path, progress: bool) -> Path
             f"{sys.executable} has no pip, which fetches {requirement}. Install it with "
             f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`) and try again."
         )
-    options = ["--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", *options]
-    # pip unpacks into its temporary folder first: inside ours, an interrupted download leaves nothing elsewhere.
+    options = "--disable-pip-version-check --no-input --quiet download --no-deps --only-binary=:all:"
+    command = [sys.executable, "-m", "pip", *options.split(), "-d", str(work / "wheel"), requirement]
+    # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     log = work / "pip.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--quiet", "-d", str(work / "wheel"), requirement],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
         )  # fmt: skip
     total = entry["wheel_size"]
     bar = tqdm(total=total, desc=requirement, unit="B", unit_scale=True, disable=not progress)
@@ -353,7 +357,7 @@ def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> Non
             if stat.S_ISLNK(info.external_attr >> 16):
                 raise ValueError(f"{what} is a symbolic link; refused")
             if info.file_size != pin["size"]:
-                raise ValueError(f"{what} has {info.file_size} bytes, but sources.toml pins {pin['size']}; refused")
+                raise ValueError(f"{what} has {info.file_size} bytes, not the {pin['size']} pinned; refused")
             target = fresh / file
             target.parent.mkdir(parents=True, exist_ok=True)
             digest, left = hashlib.sha256(), pin["size"]
@@ -382,17 +386,17 @@ def _sync(output) -> None:
 
 
 def describe(names=None) -> list[dict]:
-    """One row an asset for `data list`: name, kind, about, package, megabytes of the download, licence, present.
+    """Rows for `data list`: name, kind, about, package, megabytes (of the download), licence, present.
 
     >>> [row["name"] for row in describe(["minilm"])]
     ['minilm']
     """
-    rows = []
-    for name in manifest() if names is None else [names] if isinstance(names, str) else names:
-        entry = asset(name)
-        rows.append({
-            "name": name, "kind": entry["kind"], "about": entry["about"],
-            "package": f"{entry['package']}=={entry['version']}", "megabytes": round(entry["wheel_size"] / 1e6, 1),
-            "licence": entry["licence"], "present": _problem(entry, cache_dir() / name) is None,
-        })  # fmt: skip
+    entries, rows = manifest(), []
+    for name in _as_list(names, entries):
+        entry = entries[name]
+        row = {"name": name} | {key: entry[key] for key in ("kind", "about", "licence")}
+        row["package"] = f"{entry['package']}=={entry['version']}"
+        row["megabytes"] = round(entry["wheel_size"] / 1e6, 1)
+        row["present"] = _problem(entry, cache_dir() / name) is None
+        rows.append(row)
     return rows

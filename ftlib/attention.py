@@ -55,8 +55,8 @@ def scaled_dot_product_attention(
     if mask is None:
         weights = scores.softmax(dim=-1)  # (…, queries, keys), rows sum to 1
     else:
-        # The lowest finite number instead of -inf: the softmax of a fully masked row is then finite, and the
-        # second masked_fill zeroes it. With -inf it would be NaN, and backward would spread it everywhere.
+        # Nothing but -inf in a row would make its softmax 0/0 = NaN. The lowest finite number also gives a
+        # forbidden key the weight 0, except in such a row: evenly spread there, until the second masked_fill.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)  # (…, queries, keys)
     if dropout > 0.0:
@@ -247,7 +247,7 @@ def _fused_attention(
     scores_shape = (*query.shape[:-1], key.shape[-2])
     _check_shapes(query, key, value, dropout)
     _check_mask(mask, scores_shape)
-    if causal and mask is not None:  # F.scaled_dot_product_attention takes one or the other
+    if causal and mask is not None:  # documented as an error in F.scaled_dot_product_attention
         mask = mask & torch.ones(scores_shape[-2:], dtype=torch.bool, device=query.device).tril()
         causal = False
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)

@@ -9,7 +9,7 @@ What every corpus goes through, in this order, and what data/README.md counts fo
 2. texts whose copies carry different labels are dropped, every copy of them;
 3. of equal texts (case and white space aside) one is kept: the test one, else the validation one;
 4. splits that the source lacks are drawn from train, stratified by label, with a fixed seed;
-5. in pair tasks, training pairs that share a sentence with a held-out pair are dropped (validation against test too);
+5. in pair tasks, pairs that share a sentence with one held out (test, then validation) leave the others;
 6. rows are put in a fixed shuffled order, so the first n rows of a split are a fair sample of it.
 
 Needs: assets.py. `datasets` is imported when a corpus is loaded.
@@ -85,11 +85,12 @@ def load_corpus(name: str, *, source: str = "auto"):
         import datasets
 
         return datasets.load_dataset(name)
-    raise ValueError(f"{assets.unknown_name(name, corpus_names())}. A hub data set needs its full id (owner/name)")
+    hint = "for a data set on the hub give its full id, owner/name"
+    raise ValueError(f"{assets.unknown_name(name, corpus_names())} ({hint})")
 
 
 def corpus_summary(name: str) -> dict:
-    """What a card says: rows dropped by reason, rows a split, rows a label, words a text (5, 50, 95 %, longest).
+    """What a card says: rows dropped by reason, rows a split, rows a label, words (5, 50, 95 %, longest).
 
     The words are those of `text` and `text_pair` together, split at white space.
     """
@@ -139,7 +140,7 @@ def _csv(path: Path, delimiter: str = ",") -> list[dict]:
 
 def _read_sms(path: Path) -> list[dict]:
     # The file is UTF-8 that was read as Windows-1252 and saved as Mac Roman, where characters unknown to Mac
-    # Roman became "_". Undone here; of the lost characters ü (bytes C3 BC) and … (E2 80 A6) are told by context.
+    # Roman became "_". Undone here; lost ones are known by the rest: ü (bytes C3 BC), … (E2 80 A6).
     def undo(match):
         try:
             return match.group().encode("cp1252").decode("utf-8")
@@ -147,7 +148,7 @@ def _read_sms(path: Path) -> list[dict]:
             return match.group().replace("Ã_", "ü").replace("â€_", "…")
 
     text = re.sub(r"[^\x00-\x7f]+_?", undo, path.read_bytes().decode("mac_roman"))
-    text = re.sub(r"[\x80-\x9f]", lambda match: match.group().encode("latin-1").decode("cp1252", "replace"), text)
+    text = re.sub(r"[\x91-\x97]", lambda match: match.group().encode("latin-1").decode("cp1252"), text)
     rows = csv.reader(io.StringIO(text, newline=""))
     next(rows)  # header
     # Fifty messages with commas lie spread over the unnamed columns.
@@ -204,10 +205,12 @@ def _read_hub(name: str) -> dict[str, list[dict]]:
             raise ValueError(f"{entry['hub']} has no split '{their_split}', only {', '.join(loaded)}")
         data = loaded[their_split]
         if missing := sorted(set(theirs.values()) - set(data.column_names)):
-            raise ValueError(f"{entry['hub']} has no column {missing[0]!r}, only {', '.join(data.column_names)}")
+            columns = ", ".join(data.column_names)
+            raise ValueError(f"{entry['hub']} has no column '{missing[0]}', only {columns}")
         names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name)
         result[split] = []
-        for values in zip(*(data[column] for column in theirs.values()), strict=True):
+        values_of = data.select_columns(list(theirs.values()))[:]
+        for values in zip(*(values_of[column] for column in theirs.values()), strict=True):
             row = dict(zip(theirs, values, strict=True))
             if name == "atis":
                 row |= {"tokens": row["text"].split(), "tags": row["tags"].split()}
@@ -215,8 +218,8 @@ def _read_hub(name: str) -> dict[str, list[dict]]:
                 row["label"] = float(row["label"])
             elif isinstance(row["label"], int):
                 if names is None or not 0 <= row["label"] < len(names):
-                    raise ValueError(f"{entry['hub']}, split '{their_split}': label {row['label']} has no name")
-                row["label"] = names[row["label"]].strip()
+                    raise ValueError(f"{entry['hub']}, '{their_split}': label {row['label']} has no name")
+                row["label"] = names[row["label"]]
             result[split].append(row)
     return result
 
@@ -248,11 +251,12 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
 
 
 def _clean(row: dict) -> dict:
-    row = {key: " ".join(value.split()) if key in ("text", "text_pair") else value for key, value in row.items()}
+    cleaned = {key: " ".join(row[key].split()) for key in ("text", "text_pair") if key in row}
     if "intent" in row:
         # "atis_flight;atis_airfare" and "atis_airfare;atis_flight" are one double intent: airfare+flight.
-        row["intent"] = "+".join(sorted(part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])))
-    return row
+        parts = [part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])]
+        cleaned["intent"] = "+".join(sorted(parts))
+    return row | cleaned
 
 
 def _key(text: str) -> str:
@@ -287,7 +291,7 @@ def _drop_duplicates(splits: dict, symmetric: bool, dropped: Counter) -> dict:
 
 
 def _order(count: int) -> np.ndarray:
-    # RandomState, not default_rng: NumPy promises never to change its stream (NEP 19), so the splits stay fixed.
+    # RandomState, not default_rng: NumPy promises to keep its stream (NEP 19), so the splits stay fixed.
     return np.random.RandomState(0).permutation(count)
 
 
@@ -349,10 +353,6 @@ def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
             features["text_pair"] = Value("string")
         labels = None if name == "stsb" else _LABELS[name] or names_of("label")
         features["label"] = Value("float32") if labels is None else ClassLabel(names=labels)
-    # from_dict stores strings for a nested ClassLabel without complaint, so ids are made here.
-    if name == "atis":
-        tag_ids = {tag: i for i, tag in enumerate(features["tags"].feature.names)}
-        splits = {s: [r | {"tags": [tag_ids[t] for t in r["tags"]]} for r in rows] for s, rows in splits.items()}
     return DatasetDict({
         split: Dataset.from_dict(
             {column: [row[column] for row in rows] for column in features}, features=Features(features)

@@ -183,7 +183,7 @@ def count_labelled(labels: Tensor, task: str) -> Tensor:
 
 
 def task_loss(task: str, label_smoothing: float = 0.0):
-    """The loss of a task as a function (logits, labels) -> float32 scalar, **summed** over labelled items.
+    """The loss of a task as a function (logits, labels) -> scalar, **summed** over labelled items.
 
     The caller divides by `count_labelled` of the whole optimizer step; a mean per micro-batch would weigh a
     label in a short batch more than one in a long batch. Uses PyTorch's fused functions; same numbers as the
@@ -222,8 +222,8 @@ def _summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float
 
 def _summed_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits = _checked_logits(logits)  # (batch, labels)
-    labels = labels.to(logits.dtype)
-    _check_float_targets("labels", labels, logits)
+    _check_same_shape("labels", labels, "logits", logits)
+    labels = labels.to(logits.dtype)  # (batch, labels)
     counts = labels != IGNORE  # (batch, labels)
     if _can_read(labels):
         _refuse(labels, counts & ~((labels >= 0) & (labels <= 1)), "labels", "is not in [0, 1] and not -100")
@@ -307,6 +307,8 @@ def _check_float_targets(name: str, targets: Tensor, logits: Tensor) -> None:
 
 
 def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError(f"{name} is {tensor.dtype}; real numbers are needed, take .real or .abs()")
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}; "

@@ -1,13 +1,14 @@
 """Figures of the series: learning curves, confusions, attention, embeddings, methods side by side.
 
-Every function draws into `ax`, or into a new figure of a size that reads well in a notebook when `ax` is None, and
-returns the Matplotlib Axes. Colours are Okabe and Ito's palette, which colour-blind readers can tell apart, and
-markers or line styles differ as well. Legends stand beside the axes, never on the data; figures of your own should
-be made with `layout="constrained"` so that there is room for them. Nothing is smoothed unless you ask for it.
+Every function draws into `ax`, or into a new figure of notebook size when `ax` is None, and returns the
+Matplotlib Axes. Colours are Okabe and Ito's palette, which colour-blind readers can tell apart, and markers
+or line styles differ as well. Legends stand beside the axes, never on the data; make figures of your own with
+`layout="constrained"` so that there is room for them. Nothing is smoothed unless you ask for it.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -25,38 +26,43 @@ def _axes(ax, width: float, height: float):
         return ax
     import matplotlib.pyplot as plt
 
-    ax = plt.subplots(figsize=(width, height), dpi=100, layout="constrained")[1]
+    ax = plt.subplots(figsize=(width, height), dpi=90, layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _legend(ax, title: str | None = None) -> None:
-    ax.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize=9, title=title
-    )
+def _legend(ax, markerscale: float = 1.0) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    labels = [textwrap.fill(label, 28, break_long_words=False) for label in labels]
+    place = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
+    ax.legend(handles, labels, fontsize=9, markerscale=markerscale, **place)
+
+
+def _numbers(values) -> np.ndarray:
+    """A list, array or tensor as float64."""
+    values = values.detach().float().cpu().numpy() if hasattr(values, "detach") else values
+    return np.asarray(values, dtype=np.float64)
 
 
 def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: int = 1):
-    """Values of a run's history against the optimizer step; one colour a run, one line style a key.
+    """Values of a run's history against the optimizer step; a colour for each run, a line style for each key.
 
-    `runs` is a Run (anything with `.history`), a list of history records (dicts with "step" and values), or a dict
-    {name: either}. Keys that begin with "eval_" are drawn with markers. `smooth` > 1 averages each training value
-    with the `smooth` - 1 before it, says so in the legend, and keeps the raw values as a pale line. A value that
-    is nan or infinite leaves a gap, and the legend names the first such step.
+    `runs` is a Run (anything with `.history`), a list of history records (dicts with "step" and values), or a
+    dict {name: either}. Keys that begin with "eval_" get markers. `smooth` > 1 averages each training value
+    with the `smooth` - 1 before it, says so in the title, and keeps the raw values as a pale line. A value
+    that is nan or infinite leaves a gap, and the legend names the first such step.
     Raises ValueError for an empty history and for a key that no record of a run has.
 
     >>> learning_curves([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}]).get_xlabel()
     'optimizer step'
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    if not keys or smooth < 1:
-        raise ValueError(
-            f"learning_curves needs a key or more and smooth >= 1, got keys={keys}, smooth={smooth}"
-        )
     named = runs if isinstance(runs, Mapping) else {"": runs}
-    if not named:
-        raise ValueError("learning_curves got an empty dict of runs")
-    lines = []
+    if not keys or not named or smooth < 1:
+        raise ValueError(
+            f"needs a run, a key and smooth >= 1: {len(named)} runs, keys={keys}, smooth={smooth}"
+        )
+    lines = []  # (run number, key number, label, key, points (2, n))
     for i, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
         if not isinstance(history, Sequence) or len(history) == 0:
@@ -64,230 +70,218 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
         for j, key in enumerate(keys):
             points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
             if not points:
-                known = sorted({k for record in history for k in record} - {"step"})
-                raise ValueError(f"run {name!r} has no {key!r} in its history; it has {', '.join(known)}")
-            lines.append((i, j, name, key, np.array(points, dtype=float)))
-    ax = _axes(ax, 7.5 if len(lines) > 1 else 6.0, 3.6)
-    for i, j, name, key, points in lines:
-        steps, values = points.T
+                known = ", ".join(sorted({k for record in history for k in record} - {"step"}))
+                raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
+            label = f"{name}, {key}" if name and len(keys) > 1 else name or key
+            lines.append((i, j, label, key, np.array(points, dtype=float).T))
+    ax = _axes(ax, 6.0 if len(lines) == 1 else 7.5, 3.6)
+    for i, j, label, key, (steps, values) in lines:
         color = PALETTE[(i if len(named) > 1 else j) % len(PALETTE)]
-        style = ("-", "--", ":", "-.")[j % 4]
-        label = ", ".join(part for part in (name, key if len(keys) > 1 else "") if part) or key
         broken = ~np.isfinite(values)
         if broken.any():
             label += f" (not finite from step {steps[broken][0]:g})"
-        values = np.where(broken, np.nan, values)
-        width = 1 if key.startswith("eval_") else min(smooth, len(values))
-        if width > 1:
-            ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            values = np.array([values[max(0, k - width + 1) : k + 1].mean() for k in range(len(values))])
-            label += f" (mean of {width} records)"
+            values = np.where(broken, np.nan, values)
+        if smooth > 1 and not key.startswith("eval_"):
+            ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, zorder=1, antialiased=False)
+            values = np.array([values[max(0, k + 1 - smooth) : k + 1].mean() for k in range(len(values))])
         marker = MARKERS[i % len(MARKERS)] if key.startswith("eval_") or len(values) == 1 else None
-        ax.plot(steps, values, style, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
-    what = {key.removeprefix("eval_") for key in keys}
-    ax.set(
-        xlabel="optimizer step", ylabel=" / ".join(sorted(what)), title=f"{' and '.join(keys)} while training"
-    )
-    if len(lines) > 1 or lines[0][2] or ax.lines[-1].get_label() != keys[0]:
+        style = dict(linestyle=("-", "--", ":", "-.")[j % 4], marker=marker, markersize=5, linewidth=1.6)
+        ax.plot(steps, values, color=color, label=label, **style)
+    title = f"{' and '.join(keys)} while training"
+    if smooth > 1:
+        title += f"\n(running mean of {smooth} records, raw values pale)"
+    ylabel = " / ".join(sorted({key.removeprefix("eval_") for key in keys}))
+    ax.set(xlabel="optimizer step", ylabel=ylabel)
+    ax.set_title(title, fontsize=11)
+    if [line[2] for line in lines] != [keys[0]] or ax.lines[-1].get_label() != keys[0]:
         _legend(ax)
     return ax
 
 
-def _class_pairs(labels, predictions, names: Sequence[str]) -> np.ndarray:
-    """Counts (true, predicted) of class ids, checked."""
+def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
+    """Checked counts, int64 (true, predicted)."""
     if names is None or isinstance(names, str) or len(names) == 0:
         raise ValueError(f"names must list the class names in the order of their ids, got {names!r}")
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    labels, predictions = _numbers(labels), _numbers(predictions)
     if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
-        raise ValueError(
-            f"labels {labels.shape} and predictions {predictions.shape} must be two equal lists of ids"
-        )
+        raise ValueError(f"labels {labels.shape} and predictions {predictions.shape}: expected the same (n,)")
     for what, ids in (("labels", labels), ("predictions", predictions)):
-        bad = np.flatnonzero((ids < 0) | (ids >= len(names)) | (ids != np.floor(ids)))
-        if len(bad):
-            raise ValueError(
-                f"{what} row {bad[0]} is {ids[bad[0]]}: expected an id from 0 to {len(names) - 1}"
-            )
-    counts = np.zeros((len(names), len(names)), dtype=np.int64)  # (true, predicted)
+        for row in np.flatnonzero(~np.isin(ids, range(len(names))))[:1]:
+            raise ValueError(f"{what} row {row} is {ids[row]:g}: expected an id from 0 to {len(names) - 1}")
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
     return counts
 
 
-def most_confused(
-    labels, predictions, names: Sequence[str], top: int = 10
-) -> list[tuple[str, str, int, float]]:
-    """The commonest errors as (true name, predicted name, count, share of the true class), most frequent first.
+def most_confused(labels, predictions, names: Sequence[str], top: int = 10) -> list[tuple]:
+    """The commonest errors as (true name, predicted name, count, share of the true class), commonest first.
 
     >>> most_confused([0, 0, 1], [0, 1, 1], ["ham", "spam"])
     [('ham', 'spam', 1, 0.5)]
     """
-    counts = _class_pairs(labels, predictions, names)
+    counts = _counts(labels, predictions, names)
     wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
     order = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None, kind="stable")[:top]]
-    return [
-        (names[t], names[p], int(wrong[t, p]), float(wrong[t, p] / counts[t].sum()))
-        for t, p in order
-        if wrong[t, p]
-    ]
+    found = [(t, p, int(wrong[t, p])) for t, p in order if wrong[t, p]]
+    return [(names[t], names[p], count, float(count / counts[t].sum())) for t, p, count in found]
 
 
 def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normalize: bool = True):
     """True classes in rows, predicted in columns; shares of each row, or counts when `normalize` is False.
 
-    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a blank row. Above 12 classes
-    the cells carry no numbers and the axes show ids; with `ax` None a second panel then lists the commonest errors
-    by name (`most_confused`). Returns the Axes of the matrix. Raises ValueError for ids outside `names`.
+    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12
+    classes the cells carry no numbers, the axes show ids and the colours are stretched towards small values;
+    with `ax` None a second panel then lists the commonest errors by name (`most_confused`). Returns the Axes
+    of the matrix. Raises ValueError for ids outside `names`.
 
     >>> confusion_matrix([0, 0, 1], [0, 1, 1], ["ham", "spam"]).get_ylabel()
     'true class'
     """
-    counts = _class_pairs(labels, predictions, names)
+    from matplotlib.colors import PowerNorm
+
+    counts = _counts(labels, predictions, names)
     total, small = counts.sum(axis=1, keepdims=True), len(names) <= MAX_CELLS
     if ax is None and not small:
-        import matplotlib.pyplot as plt
-
-        figure, (ax, side) = plt.subplots(
-            1, 2, figsize=(9.5, 4.4), dpi=100, layout="constrained", width_ratios=(1, 0.75)
-        )
-        _error_bars_of_pairs(side, most_confused(labels, predictions, names, 12))
-    side_length = max(3.2, 1.6 + 0.55 * len(names)) if small else 5.0
-    ax = _axes(ax, side_length + 1.2, side_length)
+        ax = _with_error_bars(most_confused(labels, predictions, names, 8))
+    side = max(3.4, 1.6 + 0.55 * len(names))  # inches
+    ax = _axes(ax, side + 0.8, side)
     ax.spines[["top", "right"]].set_visible(True)
     shown = np.where(total > 0, counts / np.maximum(total, 1) if normalize else counts, np.nan)
-    image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=1 if normalize else None, interpolation="nearest")
+    ax.set_facecolor("0.92")  # shows where a row is empty
+    top = 1 if normalize else counts.max()
+    image = ax.imshow(
+        shown, norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues", interpolation="nearest"
+    )
     unit = "share of the true class" if normalize else "examples"
+    title = f"{counts.sum():,} examples, {counts.trace() / counts.sum():.1%} right"
     if small:
-        long = max(map(len, map(str, names))) > 6
-        ax.set_xticks(range(len(names)), names, rotation=45 if long else 0, ha="right" if long else "center")
+        wide = max(map(len, map(str, names))) * 0.1 > (side - 1.4) / len(names)  # inches a name, a cell
+        ax.set_xticks(range(len(names)), names, rotation=45 if wide else 0, ha="right" if wide else "center")
         ax.set_yticks(range(len(names)), names)
         for row, column in np.argwhere(np.isfinite(shown)):
             value = shown[row, column]
-            ax.text(
-                column, row, f"{value:.2f}" if normalize else f"{value:.0f}", ha="center", va="center", fontsize=9,
-                color="white" if value > 0.55 * np.nanmax(shown) else "black",
-            )  # fmt: skip
+            look = dict(
+                ha="center", va="center", fontsize=9, color="white" if value > 0.55 * top else "black"
+            )
+            ax.text(column, row, f"{value:.2f}" if normalize else f"{value:.0f}", **look)
+        ax.set(xlabel="predicted class", ylabel="true class")
+        title += f"\ncells: {unit}"
     else:
         ax.figure.colorbar(image, ax=ax, label=unit, shrink=0.8)
-    right = counts.trace() / counts.sum()
-    ax.set(
-        xlabel="predicted class" + ("" if small else " (id)"),
-        ylabel="true class" + ("" if small else " (id)"),
-    )
-    ax.set_title(
-        f"{counts.sum():,} examples, {right:.1%} right" + (f"\ncells: {unit}" if small else ""), fontsize=11
-    )
+        ax.set(xlabel="predicted class (id)", ylabel="true class (id)")
+    ax.set_title(title, fontsize=11)
     return ax
 
 
-def _error_bars_of_pairs(ax, pairs) -> None:
-    """Horizontal bars of `most_confused` pairs, names inside the axis labels."""
-    ax.barh(range(len(pairs)), [count for _, _, count, _ in pairs], color=PALETTE[0])
-    ax.set_yticks(range(len(pairs)), [f"{true} → {guess}" for true, guess, _, _ in pairs], fontsize=8)
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set(xlabel="examples", title="commonest errors, true → predicted")
+def _with_error_bars(pairs):
+    """The left Axes of a new figure whose right panel shows `most_confused` pairs as bars."""
+    import matplotlib.pyplot as plt
+
+    size = dict(figsize=(9.0, 4.4), dpi=90, width_ratios=(1, 0.45))
+    ax, bars = plt.subplots(1, 2, layout="constrained", **size)[1]
+    short = [[textwrap.shorten(str(name), 32, placeholder="…") for name in pair[:2]] for pair in pairs]
+    bars.barh(range(len(pairs)), [count for _, _, count, _ in pairs], color=PALETTE[0])
+    bars.set_yticks(range(len(pairs)), [f"{true}\n→ {guess}" for true, guess in short], fontsize=8)
+    bars.invert_yaxis()
+    bars.locator_params(axis="x", integer=True, nbins=5)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set(xlabel="examples")
+    bars.set_title("commonest errors, true → predicted", fontsize=11, loc="right")
+    return ax
 
 
-def attention_map(
-    weights, tokens: Sequence[str], ax=None, *, query_tokens: Sequence[str] | None = None, title=None
-):
+def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None, title: str | None = None):
     """One head's attention as a picture: a row a query, a column a key, darker where more weight goes.
 
-    weights: (queries, keys), from 0 to 1; tokens: one a key; query_tokens: one a query, when the queries are not the
-    keys. Raises ValueError for weights that are not 2-D or not finite and for a wrong number of tokens.
+    weights: (queries, keys); tokens: one for each key; query_tokens: one for each query, when those differ.
+    Raises ValueError for weights that are not 2-D or not finite, and for a wrong number of tokens.
 
     >>> attention_map([[1.0, 0.0], [0.5, 0.5]], ["a", "film"]).get_xlabel()
     'key (attended to)'
     """
-    weights = np.asarray(
-        weights.detach().float().cpu() if hasattr(weights, "detach") else weights, dtype=float
-    )
+    weights = _numbers(weights)  # (queries, keys)
     if weights.ndim != 2 or weights.size == 0:
         raise ValueError(
-            f"weights have shape {weights.shape}: expected (queries, keys), so choose a layer and a head"
+            f"weights have shape {weights.shape}: expected (queries, keys) of one layer and head"
         )
-    if not np.isfinite(weights).all():
-        row, column = np.argwhere(~np.isfinite(weights))[0]
+    for row, column in np.argwhere(~np.isfinite(weights))[:1]:
         raise ValueError(f"weights row {row}, column {column} is {weights[row, column]}")
     queries = tokens if query_tokens is None else query_tokens
-    for what, given, wanted in (
-        ("tokens", tokens, weights.shape[1]),
-        ("query tokens", queries, weights.shape[0]),
-    ):
+    for what, given, wanted in zip(("query tokens", "tokens"), (queries, tokens), weights.shape, strict=True):
         if isinstance(given, str) or len(given) != wanted:
             raise ValueError(f"{len(given)} {what} for weights of shape {weights.shape}: expected {wanted}")
     longest = max(weights.shape)
-    size = min(max(3.2, 1.4 + 0.27 * longest), 8.5)
+    size = min(max(3.2, 1.4 + 0.27 * longest), 7.5)
     ax = _axes(ax, size + 0.9, size)
     ax.spines[["top", "right"]].set_visible(True)
     image = ax.imshow(weights, cmap="Blues", vmin=0, interpolation="nearest", aspect="auto")
-    small = 9 if longest <= 24 else 6.5
-    ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 2 else 0, fontsize=small)
-    ax.set_yticks(range(len(queries)), queries, fontsize=small)
+    look = dict(fontsize=9 if longest <= 24 else 6.5, parse_math=False)  # "$" is a token like any other
+    ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 2 else 0, **look)
+    ax.set_yticks(range(len(queries)), queries, **look)
     ax.set(xlabel="key (attended to)", ylabel="query (attending)", title=title or "attention weights")
-    ax.figure.colorbar(image, ax=ax, label="weight (each row adds up to 1)", shrink=0.8)
+    ax.figure.colorbar(image, ax=ax, label="attention weight", shrink=0.8)
     return ax
 
 
 def embedding_map(
-    features, labels, names: Sequence[str], method: str = "pca", ax=None, *, seed: int = 0, top: int = 7
+    features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7
 ):
-    """Vectors in two dimensions, a colour and a marker per label.
+    """Vectors in two dimensions, a colour and a marker for each label.
 
-    features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the two directions
-    of most variance; the axes say how much they hold) or "tsne" (keeps neighbours together; distances between
-    groups and the axes mean nothing). Beyond `top` labels the most frequent are coloured and the rest are grey.
-    Raises ValueError for another method, wrong shapes, values that are not finite, ids outside `names`.
+    features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the
+    directions of most variance; the axes say how much) or "tsne" (keeps neighbours together; its axes and the
+    distances between groups mean nothing). Beyond `top` labels the most frequent are coloured and the rest
+    are grey. Raises ValueError for another method, wrong shapes, values that are not finite, ids outside
+    `names`.
 
     >>> embedding_map([[0, 1], [1, 0], [4, 4]], [0, 0, 1], ["ham", "spam"]).get_title()
     '3 vectors of 2 numbers, PCA'
     """
-    features = np.asarray(features.detach().cpu() if hasattr(features, "detach") else features, dtype=float)
+    features, labels = _numbers(features), _numbers(labels)
     if features.ndim != 2 or len(features) < 3 or features.shape[1] < 2:
         raise ValueError(f"features have shape {features.shape}: expected (n, dimensions), at least (3, 2)")
-    if not np.isfinite(features).all():
-        raise ValueError(f"features row {np.argwhere(~np.isfinite(features))[0][0]} is not finite")
+    for row in np.flatnonzero(~np.isfinite(features).all(axis=1))[:1]:
+        raise ValueError(f"features row {row} is not finite")
     if len(labels) != len(features):
         raise ValueError(f"{len(labels)} labels for {len(features)} rows of features")
-    labels = np.asarray(labels)
-    _class_pairs(labels, labels, names)
-    centred = features - features.mean(axis=0)
+    _counts(labels, labels, names)
+    kind = {"pca": "PCA", "tsne": f"t-SNE (seed {seed})"}.get(method)
+    if kind is None:
+        raise ValueError(f"unknown method {method!r}: expected 'pca' or 'tsne'")
+    centred = features - features.mean(axis=0)  # (n, dimensions)
     if method == "pca":
         left, singular, _ = np.linalg.svd(centred, full_matrices=False)
-        points = left[:, :2] * singular[:2]
+        points = left[:, :2] * singular[:2]  # (n, 2)
         share = singular**2 / max((singular**2).sum(), 1e-30)
         axes = [f"component {i + 1} ({share[i]:.0%} of the variance)" for i in (0, 1)]
-    elif method == "tsne":
+    else:
         from sklearn.manifold import TSNE
 
-        perplexity = min(30.0, (len(features) - 1) / 3)
+        perplexity = min(30.0, (len(features) - 1) / 3)  # about the number of neighbours kept
         points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(centred)
         axes = ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
-    else:
-        raise ValueError(f"unknown method {method!r}: expected 'pca' or 'tsne'")
-    ax = _axes(ax, 7.0, 4.4)
-    dots = dict(s=14 if len(points) < 1000 else 7, alpha=0.75, linewidths=0)
-    shown = [label for label, _ in Counter(labels.tolist()).most_common(top)]
+    ax = _axes(ax, 7.0, 4.2)
+    dots = dict(s=float(np.clip(16_000 / len(points), 5, 16)), linewidths=0)
+    shown = sorted(label for label, _ in Counter(labels.tolist()).most_common(top))
     rest = ~np.isin(labels, shown)
     if rest.any():
-        ax.scatter(*points[rest].T, color="0.8", label=f"{len(set(labels[rest].tolist()))} others", **dots)
-    for i, label in enumerate(sorted(shown)):
+        label = f"{len(np.unique(labels[rest]))} other labels"
+        ax.scatter(*points[rest].T, color="0.85", label=label, **dots)
+    for i, label in enumerate(shown):
         style = dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)])
         ax.scatter(*points[labels == label].T, label=str(names[int(label)]), **style, **dots)
-    kind = "PCA" if method == "pca" else f"t-SNE (perplexity {perplexity:g}, seed {seed})"
-    title = f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}"
-    ax.set(xlabel=axes[0], ylabel=axes[1], title=title)
-    _legend(ax)
+    ax.set(xlabel=axes[0], ylabel=axes[1])
+    ax.set_title(f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}", fontsize=11)
+    _legend(ax, markerscale=2.0)
     return ax
 
 
-def compare_tasks(
-    table: Mapping[str, Mapping[str, tuple[float, float]]], ax=None, *, ylabel: str = "accuracy"
-):
-    """Grouped bars: a group a task, a colour a method; thin lines are one standard deviation over seeds.
+def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: str = "accuracy"):
+    """Grouped bars: a group for each task, a colour for each method; thin lines are one std over seeds.
 
-    table: {method: {task: (mean, std)}}; a std of nan or None (one seed) draws no line, a task that a method lacks
-    leaves a gap. Bars begin at 0. Raises ValueError for an empty table and for a cell that is not (mean, std).
+    table: {method: {task: (mean, std)}}; a std of nan or None (one seed) draws no line, a task that a method
+    lacks leaves a gap. Bars begin at 0. Raises ValueError for an empty table or a cell that is not (mean,
+    std).
 
     >>> compare_tasks({"alone": {"sst2": (0.8, 0.01)}, "together": {"sst2": (0.82, 0.02)}}).get_ylabel()
     'accuracy'
@@ -297,69 +291,55 @@ def compare_tasks(
         raise ValueError(f"nothing to compare: {table!r}")
     for method, row in table.items():
         for task, cell in row.items():
-            if (
-                not isinstance(cell, Sequence)
-                or len(cell) != 2
-                or cell[0] is None
-                or not np.isfinite(cell[0])
-            ):
+            if np.shape(cell) != (2,) or not np.isfinite(_numbers(cell)[0]):
                 raise ValueError(f"table[{method!r}][{task!r}] is {cell!r}: expected (mean, std)")
     width = 0.8 / len(table)
-    ax = _axes(ax, min(3.5 + 0.45 * len(tasks) * len(table), 9.5), 3.6)
+    ax = _axes(ax, min(3.5 + 0.45 * len(tasks) * len(table), 9.0), 3.6)
     for i, (method, row) in enumerate(table.items()):
-        here = [j for j, task in enumerate(tasks) if task in row]
-        x = [j + (i - (len(table) - 1) / 2) * width for j in here]
-        means = [row[tasks[j]][0] for j in here]
-        stds = [row[tasks[j]][1] if row[tasks[j]][1] is not None else np.nan for j in here]
-        ax.bar(
-            x, means, 0.92 * width, label=method, color=PALETTE[i % len(PALETTE)],
-            yerr=np.nan_to_num(stds), error_kw=dict(elinewidth=1.1, capsize=2.5),
-        )  # fmt: skip
+        x = np.array([j for j, task in enumerate(tasks) if task in row]) + (i - (len(table) - 1) / 2) * width
+        means, stds = np.array([_numbers(row[task]) for task in tasks if task in row]).reshape(-1, 2).T
+        bar = dict(label=method, color=PALETTE[i % len(PALETTE)], error_kw=dict(elinewidth=1.1, capsize=2.5))
+        ax.bar(x, means, 0.92 * width, yerr=stds, **bar)
         if len(tasks) * len(table) <= 16:
             for left, mean, std in zip(x, means, np.nan_to_num(stds), strict=True):
-                ax.annotate(
-                    f"{mean:.2f}",
-                    (left, mean + std),
-                    (0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                )
-    long = max(map(len, tasks)) > 12
-    ax.set_xticks(range(len(tasks)), tasks, rotation=30 if long else 0, ha="right" if long else "center")
-    ax.set(ylabel=ylabel, title=f"{ylabel} by task, mean ± std over seeds")
+                above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+                ax.annotate(f"{mean:.2f}", (left, mean + std), **above)
+    wide = max(map(len, tasks)) > 12
+    ax.set_xticks(range(len(tasks)), tasks, rotation=30 if wide else 0, ha="right" if wide else "center")
+    ax.set(ylabel=ylabel)
+    ax.set_title(f"{ylabel} by task, mean ± std over seeds", fontsize=11)
     ax.margins(y=0.1)
     _legend(ax)
     return ax
 
 
 def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training examples", ylabel="accuracy"):
-    """A line of means over sizes with one standard deviation up and down; call it again with `ax` to add a line.
+    """A line of means over sizes with one std up and down; call it again with `ax` to add a line.
 
-    x: (n,) sizes; means, stds: (n,); a std of nan or None (one seed) draws no error bar. The x axis turns
-    logarithmic when the sizes span a factor of ten or more. Raises ValueError for lists of unequal length.
+    x, means, stds: (n,); a std of nan or None (one seed) draws no error bar. The x axis turns logarithmic
+    when the sizes span a factor of ten. Raises ValueError for unequal lengths, and for x or means not finite.
 
     >>> points_with_errors([100, 200], [0.7, 0.8], [0.02, 0.01], "probe").get_xlabel()
     'training examples'
     """
     if not len(x) == len(means) == len(stds) or len(x) == 0:
         raise ValueError(f"x, means and stds must be equally long: {len(x)}, {len(means)}, {len(stds)}")
-    x, means, stds = (np.array(values, dtype=float) for values in (x, means, stds))
+    x, means, stds = (_numbers(values)[np.argsort(_numbers(x))] for values in (x, means, stds))
     if not (np.isfinite(x).all() and np.isfinite(means).all()):
         raise ValueError(f"x and means of {label!r} must be finite: {x.tolist()}, {means.tolist()}")
-    order = np.argsort(x)
     ax = _axes(ax, 7.0, 3.8)
     i = len(ax.containers)
-    ax.errorbar(
-        x[order], means[order], np.nan_to_num(stds[order]), label=label, color=PALETTE[i % len(PALETTE)],
-        marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
-    )  # fmt: skip
+    style = dict(
+        color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6
+    )
+    ax.errorbar(x, means, stds, label=label, elinewidth=1.1, capsize=3, **style)
     ticks = np.unique(np.concatenate([line.lines[0].get_xdata() for line in ax.containers]))
     if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0]:
         ax.set_xscale("log")
     ax.minorticks_off()
     if len(ticks) <= 10:
         ax.set_xticks(ticks, [f"{tick:,g}" if tick < 1e4 else f"{tick:,.0f}" for tick in ticks])
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{ylabel} by {xlabel}, mean ± std over seeds")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(f"{ylabel} by {xlabel}, mean ± std over seeds", fontsize=11)
     _legend(ax)
     return ax

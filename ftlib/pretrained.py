@@ -34,9 +34,10 @@ _MAY_BE_NEW = re.compile(r"(^|\.)(pooler|pooling_layer)(\.|$)")
 def load_tokenizer(name, **kwargs):
     """The fast tokenizer of a model named as in `load_model`; `kwargs` go to AutoTokenizer.from_pretrained.
 
-    Truncation and padding happen only where the caller asks for them: settings baked into tokenizer.json are
-    removed (minilm's file would cut and pad every text to 128 tokens). `model_max_length` is what the position
-    table of the model holds: 512 for minilm, of which its authors trained on the first 128 and cut at 256.
+    Truncation and padding happen only where the caller asks for them: settings baked into tokenizer.json
+    are removed (minilm's file would cut and pad every text to 128 tokens). `model_max_length` is the length
+    of the model's position table: 512 for minilm, which was trained on 128 tokens and which
+    sentence-transformers cuts at 256. A folder without tokenizer files raises ValueError.
 
     >>> load_tokenizer("mini-lm")
     Traceback (most recent call last):
@@ -48,8 +49,8 @@ def load_tokenizer(name, **kwargs):
     place = _locate(name, kwargs)
     with _explain(name, place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **kwargs)
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers makes one up from config.json alone
-        raise ValueError(f"'{name}' has no tokenizer files; load the tokenizer of the model it was trained from")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers made one up from config.json
+        raise ValueError(f"'{name}' has no tokenizer files; load that of the model it was trained from")
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -58,17 +59,20 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
-def load_model(name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed: int = 0, **kwargs):
+def load_model(
+    name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed: int = 0, **kwargs
+):
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
     name: a short name ("minilm"), an existing folder, or a hub id. task: "sequence-classification",
     "multi-label-classification", "regression", "token-classification". num_labels may come from `label_names`
-    (which fill config.id2label); regression defaults to 1; a folder saved with a head for this task keeps its own.
-    New head weights are drawn from a generator seeded with `seed`, so two calls give equal models and the
-    global random state is left alone. `kwargs` go to from_pretrained (dtype, attn_implementation, config values).
+    (which fill config.id2label); regression defaults to 1; a folder saved with a head for this task keeps
+    its own. New head weights are drawn from `seed`, so two calls give equal models, and the global random
+    state is left alone. Weights are float32 and the model is in eval mode. `kwargs` go to from_pretrained:
+    dtype, attn_implementation, values of the config.
 
-    Raises ValueError for an unknown task or name, a missing or contradictory number of labels, or a checkpoint
-    that lacks weights of the encoder itself.
+    Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that
+    do not fit, or a checkpoint that lacks weights of the encoder itself.
 
     >>> load_model("minilm", task="classify")
     Traceback (most recent call last):
@@ -111,9 +115,9 @@ def _check_labels(task, num_labels, label_names):
         label_names = [str(label) for label in label_names]
         repeated = sorted({label for label in label_names if label_names.count(label) > 1})
         if repeated:
-            raise ValueError(f"label_names has {repeated[0]!r} more than once; every label needs its own name")
+            raise ValueError(f"label_names has {repeated[0]!r} more than once; each label needs its own name")
         if num_labels is not None and num_labels != len(label_names):
-            raise ValueError(f"num_labels={num_labels} but label_names has {len(label_names)} names; give only one")
+            raise ValueError(f"num_labels={num_labels} but label_names has {len(label_names)} names")
         num_labels = len(label_names)
     if task == "encoder":
         if num_labels is not None:
@@ -124,7 +128,7 @@ def _check_labels(task, num_labels, label_names):
     if type(num_labels) is not int or num_labels < 1:
         raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}")
     if task == "sequence-classification" and num_labels == 1:
-        raise ValueError("one label leaves nothing to classify; use num_labels=2, or task='regression' for a number")
+        raise ValueError("one label leaves nothing to classify; use num_labels=2, or task='regression'")
     return num_labels, label_names
 
 
@@ -151,7 +155,7 @@ def _locate(name, kwargs) -> str:
 
 @contextlib.contextmanager
 def _explain(name, place):
-    """Transformers answers a missing folder file and a missing network alike; say which name was looked for where."""
+    """Transformers says the same for a misspelt name and a missing network; add what was looked for where."""
     try:
         yield
     except OSError as error:
@@ -160,8 +164,8 @@ def _explain(name, place):
         models = ", ".join(asset for asset, entry in assets.manifest().items() if entry["kind"] == "model")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which failed: {reason} "
-            f"Without the hub, use one of: {models}"
+            f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which "
+            f"failed: {reason} Without the hub, use one of: {models}"
         ) from error
 
 
@@ -169,7 +173,8 @@ def _labels_of_checkpoint(place: str, ending: str, kwargs) -> int | None:
     """num_labels of a checkpoint that already has this kind of head, else None."""
     from transformers import AutoConfig
 
-    where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token") if key in kwargs}
+    places = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
+    where = {key: kwargs[key] for key in places if key in kwargs}
     with _explain(place, place):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     has_head = any(name.endswith(ending) for name in config.architectures or [])
@@ -182,7 +187,8 @@ def _seeded(seed: int, kwargs):
     import torch
 
     # Seeding CUDA would start it, or change its global state, for a head that is drawn on the CPU.
-    on_cuda = torch.cuda.is_available() and (kwargs.get("device_map") is not None or torch.cuda.is_initialized())
+    wanted = kwargs.get("device_map") is not None or torch.cuda.is_initialized()
+    on_cuda = wanted and torch.cuda.is_available()
     devices = list(range(torch.cuda.device_count())) if on_cuda else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -193,7 +199,7 @@ def _seeded(seed: int, kwargs):
 
 @contextlib.contextmanager
 def _quiet_loading(name):
-    """Drop the bar over local tensors and the table of new head weights, which _check_encoder looks at instead.
+    """Drop the bar over local tensors and the table of new weights (_check_encoder looks at those instead).
 
     When loading fails because shapes differ, the table goes into the error.
     """
@@ -221,8 +227,8 @@ def _quiet_loading(name):
         if not reports:
             raise
         raise ValueError(
-            f"the weights of '{name}' do not fit the model asked for; num_labels of a saved head must be what it was "
-            f"saved with (ignore_mismatched_sizes=True starts a new head instead).\n{reports[-1]}"
+            f"the weights of '{name}' do not fit the model asked for; num_labels of a saved head must be "
+            f"what it was saved with (ignore_mismatched_sizes=True starts a new head instead).\n{reports[-1]}"
         ) from error
     finally:
         set_hook(before)

@@ -339,7 +339,7 @@ def test_task_loss_same_as_the_hand_written_ones():
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
-    """Why the loss is summed: with a mean per micro-batch, labels in sparse micro-batches would weigh more."""
+    """Why the loss is summed: averaged per micro-batch, labels in sparse ones would weigh more."""
     logits = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.full((4, 6), IGNORE)
     labels[0], labels[3, 0] = 1, 2  # six labels in the first half, one in the second
@@ -375,11 +375,8 @@ def test_task_loss_can_be_copied_and_pickled():
     for task in TASKS:
         loss = task_loss(task)
         logits = torch.zeros(2, 3)
-        labels = (
-            torch.tensor([0, 1])
-            if task.endswith(("sequence-classification", "token-classification"))
-            else logits
-        )
+        classes = task in ("sequence-classification", "token-classification")
+        labels = torch.tensor([0, 1]) if classes else logits
         for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
             assert other(logits, labels) == loss(logits, labels)
 

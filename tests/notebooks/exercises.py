@@ -96,7 +96,7 @@ def check_checker(cell: dict, exercise: int, stored: str) -> Iterator[tuple[str,
 def check_solutions(notebook: dict, lesson: dict | None) -> Iterator[Finding]:
     """For every exercise of the lesson: a solution, the same check shown correct, a wrong answer caught."""
     if lesson is None:
-        yield None, "no notebook of this name", "name the solutions like the notebook they belong to"
+        yield None, "no readable notebook of this name", "name the solutions like the notebook they belong to"
         return
     asked = {
         exercise_number(cell): (cell, lesson["cells"][index + 2])

@@ -88,6 +88,11 @@ def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
                 f"an output without a text form ({', '.join(sorted(data))})",
                 "add text/plain to what is displayed",
             )
+        if found := re.search(r"\bat 0x[0-9a-fA-F]{4,}", text):
+            yield (
+                f"a memory address ({found.group()}) in an output",
+                "end the cell with plt.show(), or print a name",
+            )
         if any("javascript" in mime for mime in data):
             yield "a JavaScript output", "show a PNG figure instead"
     if "nbval-check-output" in tagged:
@@ -284,6 +289,14 @@ def check_cells(notebook: dict, source: Source) -> Iterator[Finding]:
             yield number, f"{name} does not exist", "correct the name, or add it to ftlib"
 
 
+def read_lesson(path: Path) -> dict | None:
+    """The notebook that solutions belong to; None when there is none, or none that can be read."""
+    try:
+        return cells.read(path) if path.exists() else None
+    except ValueError:
+        return None
+
+
 def check(path: Path, root: Path, source: Source, url: str) -> list[str]:
     """All findings of one notebook as printable lines."""
     relative = path.relative_to(root).as_posix()
@@ -299,8 +312,7 @@ def check(path: Path, root: Path, source: Source, url: str) -> list[str]:
         *check_cells(notebook, source),
     ]
     if is_solution:
-        lesson = path.parents[1] / path.name
-        findings += check_solutions(notebook, cells.read(lesson) if lesson.exists() else None)
+        findings += check_solutions(notebook, read_lesson(path.parents[1] / path.name))
     else:
         findings += [*check_sections(notebook), *check_figures(notebook), *check_exercises(notebook)]
         if not (path.parent / "solutions" / path.name).exists():
@@ -319,7 +331,8 @@ def main(arguments: list[str], root: Path = cells.ROOT) -> int:
         return 1
     source, url = read_package(root / "ftlib"), cells.project_url(root / "pyproject.toml")
     findings = [line for path in paths for line in check(path, root, source, url)]
-    print(*findings, sep="\n", end="\n" if findings else "")
+    for line in findings:
+        print(line)
     print(f"static gate: {len(paths)} notebooks, {len(findings)} findings")
     return 1 if findings else 0
 

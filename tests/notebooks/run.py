@@ -5,8 +5,8 @@ python tests/notebooks/run.py [--solutions] [--refresh] [NN ...]
   --solutions  the notebooks of notebooks/solutions/ too
   --refresh    write the executed notebooks back into notebooks/, without what differs from machine to machine
 
-Executed copies go to build/notebooks/. Ends with a table (notebook, seconds, peak memory, result), and with status 1
-when a notebook fails. Each runs in an empty working directory, as a reader may start it anywhere.
+Each runs in an empty working directory, as a reader may start it anywhere; executed copies go to build/notebooks/.
+Ends with a table (notebook, seconds, peak memory, result), and with exit status 1 when a notebook fails.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def unraised(notebook: nbformat.NotebookNode) -> str:
 
 def describe(error: Exception, cell: nbformat.NotebookNode, number: int) -> str:
     """The failing cell's number, source and error, without colours."""
-    if isinstance(error, CellExecutionError):
-        trace = cells.ANSI.sub("", error.traceback).strip().splitlines()
-        what = "\n".join(trace[-25:])
+    traces = [output.traceback for output in cell.get("outputs", ()) if output.output_type == "error"]
+    if isinstance(error, CellExecutionError) and traces:
+        what = "\n".join(cells.ANSI.sub("", "\n".join(traces[-1])).splitlines()[-25:])
     else:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return f"cell {number} failed\n\n{indent(cell.source)}\n\n{indent(what)}"

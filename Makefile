@@ -1,0 +1,78 @@
+# make help tells what there is. Needs GNU make and Python 3.11 or newer; everything else goes into .venv.
+
+PYTHON ?= python3
+ONLY   ?=
+URL    ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PY   := $(BIN)/python
+NB   := tests/notebooks
+
+# A busy second process slows CPU PyTorch down five-fold when its idle threads spin, so they sleep instead.
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install data notebooks lab refresh test lint unit gate nbval url clean
+
+help:  ## this list
+	@echo "make TARGET [ONLY=NN] [PYTHON=python3.12] [FTLIB_SIZE=full]"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## .venv with exact versions and ftlib in it, editable
+
+# Fresh stamp: no pip, no network. The build tools are in the lock file, so nothing is fetched to build ftlib.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python %d.%d is too old: ftlib needs 3.11 or newer; try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
+	$(PY) -m pip install --quiet --requirement requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+data: install  ## corpora and weights into data/cache; what is there stays
+	$(PY) -m ftlib data fetch
+
+notebooks: data  ## run the series (ONLY=03: one notebook), end with a table
+	$(PY) $(NB)/run.py $(ONLY)
+
+lab: data  ## JupyterLab on the notebooks
+	$(PY) -m jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+refresh: data  ## run notebooks and solutions, write the results back into notebooks/
+	$(PY) $(NB)/run.py --refresh --solutions $(ONLY)
+
+test: lint gate unit nbval  ## everything CI runs
+
+lint: install  ## ruff on code and notebooks
+	$(PY) -m ruff check .
+
+gate: install  ## static checks of the notebooks
+	$(PY) $(NB)/gate.py
+
+CHOSEN = $(if $(ONLY),$(foreach n,$(ONLY),notebooks/$(n)*.ipynb notebooks/solutions/$(n)*.ipynb),notebooks)
+
+# Two processes of one thread each get more done on two cores than one process of two threads.
+unit nbval: export OMP_NUM_THREADS := 1
+unit nbval: export HF_HUB_OFFLINE := 1
+# Start-up files and history of the user would change what the notebooks do.
+notebooks refresh nbval: export IPYTHONDIR := $(CURDIR)/build/ipython
+unit: export MPLBACKEND := Agg
+
+unit: install  ## unit tests and doctests
+	$(PY) -m pytest -n 2 -q
+
+nbval: data  ## every notebook and every solution, outputs compared where tagged (ONLY=03: one)
+	$(PY) -m pytest -o addopts= -p $(subst /,.,$(NB)).nbval_strict -p no:cacheprovider -n 2 --dist loadfile \
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
+	  --durations 10 --durations-min 5 $(CHOSEN)
+
+url: install  ## URL=https://github.com/NAME/ftlib into every badge and set-up cell; no URL: repeat the present one
+	$(PY) $(NB)/url.py $(URL)
+
+clean:  ## remove .venv and build; downloads stay
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

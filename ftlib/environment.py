@@ -1,0 +1,361 @@
+"""What a notebook asks of the machine it runs on, and how it shows measured numbers.
+
+`setup` seeds and says where the notebook runs; `measure` times a block and finds its peak memory;
+`stored_results` reads a table that a committed program measured; `results_table`, `mean_std` and `tie` show
+numbers honestly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What `setup` found; `device` is a torch.device, `reason` says why `precision` was chosen."""
+
+    versions: dict[str, str]
+    device: Any
+    precision: str
+    reason: str
+    size: str
+    seed: int
+
+    def pick(self, *, small: Any, full: Any) -> Any:
+        """The value for the size in use: `env.pick(small=500, full=8530)`."""
+        return small if self.size == "small" else full
+
+
+def setup(seed: int = 0) -> Environment:
+    """Seed torch, numpy and random; print and return versions, device, precision with its reason, and size.
+
+    The size of the experiments is "small" or, with the environment variable FTLIB_SIZE, "full". Raises
+    ValueError for another FTLIB_SIZE and for a seed outside 0 … 2**32 - 1 (numpy's range).
+
+    >>> env = setup(seed=1)  # doctest: +ELLIPSIS
+    Python ...
+    >>> env.pick(small="few", full="all") in ("few", "all")
+    True
+    """
+    import platform
+    import random
+
+    import numpy as np
+    import torch
+
+    from ftlib.training import choose_device, choose_precision
+
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}: expected a whole number from 0 to 2**32 - 1")
+    size = os.environ.get("FTLIB_SIZE") or "small"
+    if size not in ("small", "full"):
+        raise ValueError(f"FTLIB_SIZE is {size!r}: expected 'small' or 'full'")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    device = choose_device()
+    precision, reason = choose_precision(device)
+    packages = ("torch", "transformers", "datasets", "ftlib")
+    versions = {"Python": platform.python_version(), **{name: _version(name) for name in packages}}
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    other = "full" if size == "small" else "small"
+    print(", ".join(f"{package} {number}" for package, number in versions.items()))
+    print(f"device      {device}{name}, {torch.get_num_threads()} CPU threads")
+    print(f"precision   {precision}: {reason}")
+    print(f"size        {size} (for the other: %env FTLIB_SIZE={other} above this cell, then run all again)")
+    print(f"seed        {seed}")
+    return Environment(versions, device, precision, reason, size, seed)
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    if package == "ftlib":
+        from ftlib import __version__  # a checkout on the path has no metadata
+
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@dataclass(eq=False)
+class Measurement:
+    """Filled in when the block ends; 1 MB = 2**20 bytes. `how` says where `peak_mb` comes from."""
+
+    seconds: float = math.nan
+    peak_mb: float = 0.0
+    peak_gpu_mb: float | None = None
+    how: str = ""
+
+    def __str__(self) -> str:
+        gpu = "" if self.peak_gpu_mb is None else f", on the GPU {self.peak_gpu_mb:,.0f} MB"
+        return f"{self.seconds:.1f} s, peak memory {self.peak_mb:,.0f} MB{gpu}"
+
+
+_KERNEL = "high-water mark of the kernel, set back at the start of the block"
+_SAMPLED = "largest resident memory of readings every 5 ms"
+_running: list[Measurement] = []  # measurements whose block has not ended, outermost first
+
+
+@contextmanager
+def measure() -> Iterator[Measurement]:
+    """Wall-clock seconds of a block and the peak memory of the process while it ran.
+
+    `peak_mb` is the largest resident memory of this whole process during the block: models loaded before it
+    count, child processes don't. On Linux the kernel keeps that maximum, and writing 5 to
+    /proc/self/clear_refs sets it back when the block starts; where that isn't allowed a thread reads the
+    resident memory every 5 ms, which can miss a short peak (outside Linux with psutil; nan without it). On
+    CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated` (tensors, not the allocator's reserve), and the
+    clock waits for the GPU. Blocks may be nested.
+
+    >>> with measure() as cost:
+    ...     total = sum(range(1000))
+    >>> cost.seconds > 0 and cost.peak_mb > 0
+    True
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    _note_peaks(cuda)  # before the marks go back, so that an outer block keeps what it has seen
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    result, done = Measurement(how=_KERNEL if _reset_peak() else _SAMPLED), threading.Event()
+    sampler = threading.Thread(target=_sample, args=(result, done), daemon=True)
+    if result.how == _SAMPLED:
+        sampler.start()
+    _running.append(result)
+    start = time.perf_counter()
+    try:
+        yield result
+    finally:
+        if cuda:
+            torch.cuda.synchronize()
+        result.seconds = time.perf_counter() - start
+        done.set()
+        if sampler.is_alive():
+            sampler.join()
+        _note_peaks(cuda)
+        _running.remove(result)
+
+
+def _status_mb(key: str) -> float | None:
+    """VmRSS or VmHWM of this process from Linux, else None."""
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) / 1024 if found else None
+
+
+def _reset_peak() -> bool:
+    """Set the kernel's high-water mark back to the present; False where that is not possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    mark, now = _status_mb("VmHWM"), _status_mb("VmRSS")
+    return (
+        mark is not None and now is not None and mark < now + 8
+    )  # some sandboxes accept the write, do nothing
+
+
+def _resident_mb() -> float:
+    now = _status_mb("VmRSS")
+    if now is None:
+        try:
+            import psutil
+        except ImportError:
+            return math.nan
+        now = psutil.Process().memory_info().rss / 2**20
+    return now
+
+
+def _sample(result: Measurement, done: threading.Event) -> None:
+    result.peak_mb = _resident_mb()
+    while not done.wait(0.005):
+        result.peak_mb = max(result.peak_mb, _resident_mb())
+
+
+def _note_peaks(cuda: bool) -> None:
+    """Carry the marks since the last reset into every running measurement."""
+    for result in _running:
+        if result.how == _KERNEL:
+            result.peak_mb = max(result.peak_mb, _status_mb("VmHWM") or 0.0)
+        if cuda:
+            import torch
+
+            result.peak_gpu_mb = max(result.peak_gpu_mb or 0.0, torch.cuda.max_memory_allocated() / 2**20)
+
+
+def stored_results(name: str) -> dict:
+    """The table results/<name>.json that a program in tests/benchmarks wrote; checkout or installed package.
+
+    Raises ValueError for a name that is a path, FileNotFoundError (with the names there are) for an unknown
+    one.
+    """
+    from ftlib import assets
+
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
+    root = assets._checkout()
+    folder = (root / "tests/benchmarks/results") if root else (Path(__file__).parent / "_shipped/results")
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none yet"
+        raise FileNotFoundError(
+            f"no stored results {name!r} (there are: {known}); in a checkout, "
+            f"`python tests/benchmarks/{name}.py` measures and writes them"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1 in the denominator); nan for the latter of a single value.
+
+    >>> mean_std([0.5, 1.0, 1.5])
+    (1.0, 0.5)
+    """
+    values = [float(value) for value in values]
+    if not values:
+        raise ValueError("mean_std needs one value or more, got none")
+    mean = statistics.fmean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return mean, math.nan
+    return mean, statistics.stdev(values)
+
+
+def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, str]:
+    """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
+
+    The rule: a tie when the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the
+    difference between one run of each. It says whether one more pair of runs could easily come out the other
+    way round; it is not a significance test. With a single value on a side there is no spread to judge by: a
+    tie.
+
+    >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
+    (True, False)
+    """
+    (mean_a, std_a), (mean_b, std_b) = mean_std(a), mean_std(b)
+    both = f"{format_cell((mean_a, std_a), digits)} and {format_cell((mean_b, std_b), digits)}"
+    gap, spread = abs(mean_a - mean_b), math.hypot(std_a, std_b)
+    if not math.isfinite(gap + spread):
+        return True, f"{both}: no spread to judge by, so call it a tie until there are more seeds"
+    tied = gap <= spread
+    verdict = "a tie, the means differ by" if tied else "no tie, the means differ by"
+    where = "within" if tied else "beyond"
+    return tied, f"{both}: {verdict} {gap:.{digits}f}, {where} the spread {spread:.{digits}f}"
+
+
+def format_cell(value: Any, digits: int = 3) -> str:
+    """A table cell: numbers rounded, pairs as mean ± std, None as "not measured yet".
+
+    >>> format_cell((0.785, 0.0062)), format_cell((0.785, float("nan"))), format_cell(22713216)
+    ('0.785 ± 0.006', '0.785 (one seed)', '22,713,216')
+    """
+    if value is None:
+        return "not measured yet"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
+        return f"{value:,}"
+    if isinstance(value, Real):
+        return (
+            f"{value:,.{digits}f}"
+            if math.isfinite(value)
+            else "undefined"
+            if math.isnan(value)
+            else str(value)
+        )
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Real):
+        mean, std = value
+        one = std is None or math.isnan(std)
+        return format_cell(float(mean), digits) + (" (one seed)" if one else f" ± {std:,.{digits}f}")
+    return str(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Rows of text that show as HTML or Markdown in a notebook and as aligned text in a terminal."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]  # these columns are set flush right
+
+    def _aligned(self) -> list[list[str]]:
+        columns = list(zip(self.headings, *self.rows, strict=True))
+        widths = [max(3, *map(len, column)) for column in columns]
+        sides = [str.rjust if right else str.ljust for right in self.numeric]
+        columns = [
+            [side(c, w) for c in column] for column, w, side in zip(columns, widths, sides, strict=True)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def __str__(self) -> str:
+        head, *body = self._aligned()
+        return "\n".join("  ".join(row).rstrip() for row in (head, ["-" * len(c) for c in head], *body))
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        def clean(row):
+            return [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+
+        head, *body = Table(clean(self.headings), [clean(row) for row in self.rows], self.numeric)._aligned()
+        rule = ["-" * (len(c) - 1) + ("-:"[right]) for c, right in zip(head, self.numeric, strict=True)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+
+    def _repr_html_(self) -> str:
+        def line(row, tag):
+            sides = ["right" if right else "left" for right in self.numeric]
+            cells = zip(row, sides, strict=True)
+            return "".join(f'<{tag} style="text-align:{side}">{escape(c)}</{tag}>' for c, side in cells)
+
+        body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{line(self.headings, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def results_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    *,
+    digits: int | Mapping[str, int] = 3,
+) -> Table:
+    """Rows of numbers as a `Table`; `columns` picks and orders keys, or maps them to headings.
+
+    Pairs (mean, std) read "0.785 ± 0.006", None "not measured yet". `digits` after the point: one number, or
+    {key: number} (3 for the rest). Raises ValueError for no rows and for a row without one of the columns.
+
+    >>> print(results_table([{"method": "probe", "accuracy": (0.744, 0.004)}]))
+    method       accuracy
+    ------  -------------
+    probe   0.744 ± 0.004
+    """
+    if not rows:
+        raise ValueError("results_table got no rows")
+    headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns or rows[0]}
+    for i, row in enumerate(rows):
+        missing = [key for key in headings if key not in row]
+        if missing:
+            raise ValueError(
+                f"row {i} has no {missing[0]!r} (it has {', '.join(row)}); give None if not measured"
+            )
+    places = {key: digits if isinstance(digits, int) else digits.get(key, 3) for key in headings}
+    cells = [[format_cell(row[key], places[key]) for key in headings] for row in rows]
+    numeric = [all(not isinstance(row[key], str | bool) for row in rows) for key in headings]
+    return Table([str(heading) for heading in headings.values()], cells, numeric)
