@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             for row in assets.describe():
                 print("  ".join(f"{value}" for value in row.values()))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -56,6 +56,7 @@ def setup(seed: int = 0) -> Environment:
     import numpy as np
     import torch
 
+    from ftlib import __version__ as ftlib_version
     from ftlib.training import choose_device, choose_precision
 
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -68,12 +69,12 @@ def setup(seed: int = 0) -> Environment:
     torch.manual_seed(seed)
     device = choose_device()
     precision, reason = choose_precision(device)
-    packages = ("torch", "transformers", "datasets", "ftlib")
-    versions = {"Python": platform.python_version(), **{name: _version(name) for name in packages}}
+    versions = {name: _version(name) for name in ("torch", "transformers", "datasets")}
+    versions = {"Python": platform.python_version(), **versions, "ftlib": ftlib_version}
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     other = "full" if size == "small" else "small"
     print(", ".join(f"{package} {number}" for package, number in versions.items()))
-    print(f"device      {device}{name}, {torch.get_num_threads()} CPU threads")
+    print(f"device      {device}{name}, CPU threads: {torch.get_num_threads()}")
     print(f"precision   {precision}: {reason}")
     print(f"size        {size} (for the other: %env FTLIB_SIZE={other} above this cell, then run all again)")
     print(f"seed        {seed}")
@@ -83,10 +84,6 @@ def setup(seed: int = 0) -> Environment:
 def _version(package: str) -> str:
     from importlib import metadata
 
-    if package == "ftlib":
-        from ftlib import __version__  # a checkout on the path has no metadata
-
-        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -170,9 +167,8 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     mark, now = _status_mb("VmHWM"), _status_mb("VmRSS")
-    return (
-        mark is not None and now is not None and mark < now + 8
-    )  # some sandboxes accept the write, do nothing
+    # some sandboxes accept the write and do nothing
+    return mark is not None and now is not None and mark < now + 8
 
 
 def _resident_mb() -> float:
@@ -206,7 +202,7 @@ def _note_peaks(cuda: bool) -> None:
 def stored_results(name: str) -> dict:
     """The table results/<name>.json that a program in tests/benchmarks wrote; checkout or installed package.
 
-    Raises ValueError for a name that is a path, FileNotFoundError (with the names there are) for an unknown
+    Raises ValueError for a name that is a path, FileNotFoundError (with the names there are) for a missing
     one.
     """
     from ftlib import assets
@@ -245,8 +241,7 @@ def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, 
 
     The rule: a tie when the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the
     difference between one run of each. It says whether one more pair of runs could easily come out the other
-    way round; it is not a significance test. With a single value on a side there is no spread to judge by: a
-    tie.
+    way round; it is not a significance test. With a single value on a side there is no spread: a tie.
 
     >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
     (True, False)
@@ -256,10 +251,12 @@ def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, 
     gap, spread = abs(mean_a - mean_b), math.hypot(std_a, std_b)
     if not math.isfinite(gap + spread):
         return True, f"{both}: no spread to judge by, so call it a tie until there are more seeds"
-    tied = gap <= spread
-    verdict = "a tie, the means differ by" if tied else "no tie, the means differ by"
-    where = "within" if tied else "beyond"
-    return tied, f"{both}: {verdict} {gap:.{digits}f}, {where} the spread {spread:.{digits}f}"
+    verdict, where = ("a tie", "within") if gap <= spread else ("no tie", "beyond")
+    gap_text, spread_text = f"{gap:.{digits}f}", f"{spread:.{digits}f}"
+    return (
+        gap <= spread,
+        f"{both}: {verdict}, the means differ by {gap_text}, {where} the spread {spread_text}",
+    )
 
 
 def format_cell(value: Any, digits: int = 3) -> str:
@@ -275,17 +272,11 @@ def format_cell(value: Any, digits: int = 3) -> str:
     if isinstance(value, Integral):
         return f"{value:,}"
     if isinstance(value, Real):
-        return (
-            f"{value:,.{digits}f}"
-            if math.isfinite(value)
-            else "undefined"
-            if math.isnan(value)
-            else str(value)
-        )
+        return "undefined" if math.isnan(value) else f"{value:,.{digits}f}"
     if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Real):
-        mean, std = value
-        one = std is None or math.isnan(std)
-        return format_cell(float(mean), digits) + (" (one seed)" if one else f" ± {std:,.{digits}f}")
+        std = math.nan if value[1] is None else value[1]
+        spread = " (one seed)" if math.isnan(std) else f" ± {std:,.{digits}f}"
+        return format_cell(float(value[0]), digits) + ("" if math.isnan(value[0]) else spread)
     return str(value)
 
 
@@ -298,13 +289,10 @@ class Table:
     numeric: list[bool]  # these columns are set flush right
 
     def _aligned(self) -> list[list[str]]:
-        columns = list(zip(self.headings, *self.rows, strict=True))
-        widths = [max(3, *map(len, column)) for column in columns]
+        widths = [max(3, *map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
         sides = [str.rjust if right else str.ljust for right in self.numeric]
-        columns = [
-            [side(c, w) for c in column] for column, w, side in zip(columns, widths, sides, strict=True)
-        ]
-        return [list(row) for row in zip(*columns, strict=True)]
+        rows = [zip(row, widths, sides, strict=True) for row in (self.headings, *self.rows)]
+        return [[side(cell, width) for cell, width, side in row] for row in rows]
 
     def __str__(self) -> str:
         head, *body = self._aligned()
@@ -353,7 +341,7 @@ def results_table(
         missing = [key for key in headings if key not in row]
         if missing:
             raise ValueError(
-                f"row {i} has no {missing[0]!r} (it has {', '.join(row)}); give None if not measured"
+                f"row {i} has no {missing[0]!r} (only {', '.join(row)}); None means not measured"
             )
     places = {key: digits if isinstance(digits, int) else digits.get(key, 3) for key in headings}
     cells = [[format_cell(row[key], places[key]) for key in headings] for row in rows]

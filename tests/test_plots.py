@@ -293,11 +293,7 @@ def test_compare_tasks_draws_a_bar_for_each_cell():
 
 def test_error_lines_are_one_std_long_and_absent_for_one_seed():
     ax = compare_tasks({"alone": {"a": (0.8, 0.05), "b": (0.5, math.nan)}})
-    with_std, without = (
-        ax.containers[0].lines[2][0].get_segments()
-        if ax.containers[0].lines
-        else (ax.containers[0].errorbar.lines[2][0].get_segments())
-    )
+    with_std, without = ax.containers[-1].errorbar.lines[2][0].get_segments()
     assert with_std[:, 1].tolist() == pytest.approx([0.75, 0.85])
     assert len(without) == 0 or np.isnan(without[:, 1]).all()
 

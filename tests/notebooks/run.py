@@ -5,7 +5,7 @@ python tests/notebooks/run.py [--solutions] [--refresh] [NN ...]
   --solutions  the notebooks of notebooks/solutions/ too
   --refresh    write the executed notebooks back into notebooks/, without what differs from machine to machine
 
-Each runs in an empty working directory, as a reader may start it anywhere; executed copies go to build/notebooks/.
+Each runs in an empty working directory, as a reader may start it anywhere; build/notebooks/ gets the copies.
 Ends with a table (notebook, seconds, peak memory, result), and with exit status 1 when a notebook fails.
 """
 
