@@ -8,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-WORDS = "the a film is good bad great dull we you book flight from to boston denver and not very plot fun".split()
+WORDS = (
+    "the a film is good bad great dull we you book flight from to boston denver and not very plot fun".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +26,30 @@ def _restore_global_state():
 def tiny_config(model_type: str = "bert", **options):
     from transformers import AutoConfig
 
-    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                 max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0)  # fmt: skip
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
     if model_type == "distilbert":
-        sizes = dict(vocab_size=64, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40,
-                     dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, pad_token_id=0)  # fmt: skip
+        sizes = dict(
+            vocab_size=64,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=32,
+            max_position_embeddings=40,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+            pad_token_id=0,
+        )
     if model_type == "albert":
         sizes |= dict(embedding_size=8, classifier_dropout_prob=0.0)
     return AutoConfig.for_model(model_type, **{**sizes, **options})
@@ -44,7 +65,9 @@ _AUTO = {
 _PROBLEM = {"multi-label-classification": "multi_label_classification", "regression": "regression"}
 
 
-def make_tiny_model(task: str = "sequence-classification", num_labels: int = 2, *, model_type="bert", seed=0, **options):
+def make_tiny_model(
+    task: str = "sequence-classification", num_labels: int = 2, *, model_type="bert", seed=0, **options
+):
     import transformers
 
     if task != "encoder":
@@ -56,7 +79,7 @@ def make_tiny_model(task: str = "sequence-classification", num_labels: int = 2, 
 
 @pytest.fixture
 def tiny_model():
-    """Factory: tiny_model(task, num_labels, model_type=..., **config options) -> random Transformers model, eval mode."""
+    """Factory: tiny_model(task, num_labels, model_type=..., **config options), random weights, eval mode."""
     return make_tiny_model
 
 
@@ -70,9 +93,15 @@ def make_tiny_tokenizer():
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=40, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=core,
+        model_max_length=40,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
-"""Results of notebook 05: multi-task against single-task models with the same budget, with seeds.
+"""Results of notebook 05: multi-task against single-task models, with seeds.
 
-    python tests/benchmarks/multitask.py            # writes tests/benchmarks/results/multitask.json; resumes
+    python tests/benchmarks/multitask.py    # writes tests/benchmarks/results/multitask.json; resumes
 
-Two settings.  "atis": intent and slots of the same sentences, one encoder or two.  "unlike": sentiment
-(rotten-tomatoes), paraphrase pairs (mrpc) and bank intents (banking77), one encoder for all or one each.  In "atis" the
-joint model makes as many steps as each single model, half of what the two make together; in "unlike" it makes as many
-steps as the three single models together.
+Two settings.  "atis": intent and slots of the same sentences, one encoder or two; the joint model makes as many
+steps as each single model, half of what the two make together.  "unlike": sentiment (rotten-tomatoes), paraphrase
+pairs (mrpc) and bank intents (banking77), one encoder for all or one each; the joint model makes as many steps as
+the three single models together.
 """
 
 import torch
@@ -23,15 +23,21 @@ def subset(dataset, count: int, seed: int):
     return dataset.select(order[:count])
 
 
-def train(heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, temperature: float = 1.0):
+def train(
+    heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, temperature: float = 1.0
+):
     model = ftlib.unpad(ftlib.MultiTaskModel(ftlib.load_model("minilm"), heads, seed=seed))
-    config = ftlib.TrainConfig(max_steps=steps, learning_rate=rate, seed=seed, temperature=temperature, progress=False)
+    config = ftlib.TrainConfig(
+        max_steps=steps, learning_rate=rate, seed=seed, temperature=temperature, progress=False
+    )
     run = ftlib.fit(model, datasets, config=config)
     return {**ftlib.evaluate(model, tests), "seconds": run.seconds, "steps": run.steps}
 
 
 def main() -> None:
-    table = Table("multitask", "python tests/benchmarks/multitask.py", "MiniLM, multi-task against single-task")
+    table = Table(
+        "multitask", "python tests/benchmarks/multitask.py", "MiniLM, multi-task against single-task"
+    )
     tokenizer = ftlib.load_tokenizer("minilm")
 
     atis = ftlib.load_corpus("atis")
@@ -47,26 +53,38 @@ def main() -> None:
         for tasks in (["intent"], ["slots"], ["intent", "slots"]):
             chosen = [{**row, "labels": {t: row["labels"][t] for t in tasks}} for row in rows]
             tests = [{**row, "labels": {t: row["labels"][t] for t in tasks}} for row in tokens["test"]]
-            table.row({"part": "atis", "tasks": "+".join(tasks), "seed": seed},
-                      lambda t=tasks, c=chosen, e=tests, s=seed:
-                      train({n: heads[n] for n in t}, {"atis": c}, {"atis": e}, 3 * 2000 // 32, RATE["atis"], s))  # fmt: skip
+            table.row(
+                {"part": "atis", "tasks": "+".join(tasks), "seed": seed},
+                lambda t=tasks, c=chosen, e=tests, s=seed: train(
+                    {n: heads[n] for n in t}, {"atis": c}, {"atis": e}, 3 * 2000 // 32, RATE["atis"], s
+                ),
+            )
 
     corpora = {"sentiment": "rotten-tomatoes", "pairs": "mrpc", "intents": "banking77"}
     data = {task: ftlib.load_corpus(name) for task, name in corpora.items()}
-    heads = {task: Head("sequence-classification", d["train"].features["label"].num_classes) for task, d in data.items()}
+    heads = {
+        task: Head("sequence-classification", d["train"].features["label"].num_classes)
+        for task, d in data.items()
+    }
     tokens = {task: ftlib.tokenize(d, tokenizer, max_length=96) for task, d in data.items()}
     sizes = {"sentiment": 1000, "pairs": 500, "intents": 2000}
     for seed in SEEDS:
         train_sets = {task: subset(tokens[task]["train"], size, seed) for task, size in sizes.items()}
         tests = {task: subset(tokens[task]["test"], 500, 0) for task in sizes}
         for task, size in sizes.items():
-            table.row({"part": "unlike", "tasks": task, "temperature": None, "seed": seed},
-                      lambda t=task, n=size, s=seed, a=train_sets, e=tests:
-                      train({t: heads[t]}, {t: a[t]}, {t: e[t]}, 2 * n // 32, RATE["unlike"], s))  # fmt: skip
+            table.row(
+                {"part": "unlike", "tasks": task, "temperature": None, "seed": seed},
+                lambda t=task, n=size, s=seed, a=train_sets, e=tests: train(
+                    {t: heads[t]}, {t: a[t]}, {t: e[t]}, 2 * n // 32, RATE["unlike"], s
+                ),
+            )
         for temperature in (1.0, 5.0):
-            table.row({"part": "unlike", "tasks": "all", "temperature": temperature, "seed": seed},
-                      lambda k=temperature, s=seed, a=train_sets, e=tests:
-                      train(heads, a, e, 2 * sum(sizes.values()) // 32, RATE["unlike"], s, k))  # fmt: skip
+            table.row(
+                {"part": "unlike", "tasks": "all", "temperature": temperature, "seed": seed},
+                lambda k=temperature, s=seed, a=train_sets, e=tests: train(
+                    heads, a, e, 2 * sum(sizes.values()) // 32, RATE["unlike"], s, k
+                ),
+            )
 
 
 if __name__ == "__main__":

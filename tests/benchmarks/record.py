@@ -25,7 +25,9 @@ class Table:
         self.stamp = {
             "device": device,
             "date": datetime.date.today().isoformat(),
-            "versions": {p: version(p).split("+")[0] for p in ("torch", "transformers", "datasets", "scikit-learn")},
+            "versions": {
+                p: version(p).split("+")[0] for p in ("torch", "transformers", "datasets", "scikit-learn")
+            },
         }
         self.content |= {"about": about, "command": command}
 
@@ -40,5 +42,15 @@ class Table:
         aside = self.path.with_suffix(".new")
         aside.write_text(json.dumps(self.content, indent=1) + "\n")
         aside.replace(self.path)
-        print({**key, **{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in self.stamp}}, flush=True)
+        print(
+            {
+                **key,
+                **{
+                    k: round(v, 4) if isinstance(v, float) else v
+                    for k, v in row.items()
+                    if k not in self.stamp
+                },
+            },
+            flush=True,
+        )
         return row

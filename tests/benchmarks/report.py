@@ -1,6 +1,6 @@
 """Write the tables and the picture of the README from the stored results.
 
-    python tests/benchmarks/report.py        # rewrites README.md between its markers, and learning_curve.png
+python tests/benchmarks/report.py        # rewrites README.md between its markers, and learning_curve.png
 """
 
 import json
@@ -37,45 +37,84 @@ def fine_tuning() -> str:
     table = []
     for strategy in ("head-only", "last-layers", "full"):
         rows = rows_of("fine_tuning", part="strategies", strategy=strategy)
-        table.append({"what moves": strategy, "trainable parameters": rows[0]["trainable"], "learning rate": f"{rows[0]['rate']:g}",
-                      "test accuracy": spread(rows, "accuracy"), "seeds": len(rows)})  # fmt: skip
+        table.append(
+            {
+                "what moves": strategy,
+                "trainable parameters": rows[0]["trainable"],
+                "learning rate": f"{rows[0]['rate']:g}",
+                "test accuracy": spread(rows, "accuracy"),
+                "seeds": len(rows),
+            }
+        )
     rows = rows_of("fine_tuning", part="curve", strategy="probe", count=2000)
-    table.insert(0, {"what moves": "nothing (probe on features)", "trainable parameters": 385, "learning rate": "none",
-                     "test accuracy": spread(rows, "accuracy"), "seeds": len(rows)})  # fmt: skip
+    table.insert(
+        0,
+        {
+            "what moves": "nothing (probe on features)",
+            "trainable parameters": 385,
+            "learning rate": "none",
+            "test accuracy": spread(rows, "accuracy"),
+            "seeds": len(rows),
+        },
+    )
     return (
-        "**Which parameters move** (notebook 03): MiniLM, 2,000 sentences of rotten-tomatoes, 2 epochs, mean ± standard "
-        f"deviation over seeds.\n\n{results_table(table)._repr_markdown_()}\n\n*{source('fine_tuning')}*"
+        "**Which parameters move** (notebook 03): MiniLM, 2,000 sentences of rotten-tomatoes, 2 epochs, mean "
+        f"± standard deviation over seeds.\n\n{results_table(table)._repr_markdown_()}\n\n*{source('fine_tuning')}*"
     )
 
 
 def multitask() -> str:
     table = []
-    for tasks, label in (("intent", "intent alone"), ("slots", "slots alone"), ("intent+slots", "both on one encoder")):
+    for tasks, label in (
+        ("intent", "intent alone"),
+        ("slots", "slots alone"),
+        ("intent+slots", "both on one encoder"),
+    ):
         rows = rows_of("multitask", part="atis", tasks=tasks)
-        table.append({
-            "atis, 2,000 sentences": label,
-            "intent accuracy": spread(rows, "intent/accuracy") if "intent" in tasks else "",
-            "slot F1": spread(rows, "slots/f1") if "slots" in tasks else "",
-            "encoder passes": rows[0]["steps"] * 32, "seeds": len(rows),
-        })  # fmt: skip
+        table.append(
+            {
+                "atis, 2,000 sentences": label,
+                "intent accuracy": spread(rows, "intent/accuracy") if "intent" in tasks else "",
+                "slot F1": spread(rows, "slots/f1") if "slots" in tasks else "",
+                "encoder passes": rows[0]["steps"] * 32,
+                "seeds": len(rows),
+            }
+        )
     first = results_table(table)._repr_markdown_()
     names = ("sentiment", "pairs", "intents")
-    table = [{"unlike tasks": "one model each", **{n: spread(rows_of("multitask", part="unlike", tasks=n), f"{n}/accuracy") for n in names}}]
+    table = [
+        {
+            "unlike tasks": "one model each",
+            **{n: spread(rows_of("multitask", part="unlike", tasks=n), f"{n}/accuracy") for n in names},
+        }
+    ]
     for temperature in (1.0, 5.0):
         rows = rows_of("multitask", part="unlike", tasks="all", temperature=temperature)
-        table.append({"unlike tasks": f"one model, temperature {temperature:g}", **{n: spread(rows, f"{n}/accuracy") for n in names}})
+        table.append(
+            {
+                "unlike tasks": f"one model, temperature {temperature:g}",
+                **{n: spread(rows, f"{n}/accuracy") for n in names},
+            }
+        )
     second = results_table(table)._repr_markdown_()
-    return f"**Several tasks on one encoder** (notebook 05).\n\n{first}\n\n{second}\n\n*{source('multitask')}*"
+    return (
+        f"**Several tasks on one encoder** (notebook 05).\n\n{first}\n\n{second}\n\n*{source('multitask')}*"
+    )
 
 
 def speed() -> str:
     table = [
-        {"work": row["work"], "method": row["method"], "per second": row["per_second"], "against the first": row["ratio"]}
+        {
+            "work": row["work"],
+            "method": row["method"],
+            "per second": row["per_second"],
+            "against the first": row["ratio"],
+        }
         for row in rows_of("speed")
     ]
     return (
-        "**Speed**, the same work side by side, medians of paired rounds; ratios carry over to other machines better than "
-        f"rates do.\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n*{source('speed')}*"
+        "**Speed**, the same work side by side, medians of paired rounds; ratios carry over to other "
+        f"machines better than rates do.\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n*{source('speed')}*"
     )
 
 
@@ -86,11 +125,25 @@ def picture() -> None:
     from ftlib import plots
 
     ax = None
-    for strategy, label in (("full", "fine-tune the whole encoder"), ("probe", "features and logistic regression")):
-        rows = [r for r in rows_of("fine_tuning") if r["strategy"] == strategy and r["part"] in ("curve", "strategies")]
+    for strategy, label in (
+        ("full", "fine-tune the whole encoder"),
+        ("probe", "features and logistic regression"),
+    ):
+        rows = [
+            r
+            for r in rows_of("fine_tuning")
+            if r["strategy"] == strategy and r["part"] in ("curve", "strategies")
+        ]
         sizes = sorted({row["count"] for row in rows})
         points = [spread([row for row in rows if row["count"] == size], "accuracy") for size in sizes]
-        ax = plots.points_with_errors(sizes, *zip(*points, strict=True), label, ax, xlabel="labelled sentences (rotten-tomatoes)", ylabel="test accuracy")
+        ax = plots.points_with_errors(
+            sizes,
+            *zip(*points, strict=True),
+            label,
+            ax,
+            xlabel="labelled sentences (rotten-tomatoes)",
+            ylabel="test accuracy",
+        )
     ax.figure.savefig(ROOT / "tests/benchmarks/results/learning_curve.png", dpi=110)
 
 
