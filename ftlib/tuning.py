@@ -61,8 +61,9 @@ def tune(model: nn.Module, strategy: str = "full", *, layers: int = 2) -> TuneRe
     """Choose which parameters train, in place; returns a report.
 
     Args:
-        strategy: "full" moves everything; "head-only" only what the task model puts on top of the encoder (linear
-            probing inside the model); "last-layers" the head, the pooler and the last `layers` Transformer layers.
+        strategy: "full" moves everything; "head-only" what stands above the Transformer layers: the task head, and
+            BERT's pooler, a dense layer that RoBERTa, ELECTRA and DistilBERT count as part of the head anyway;
+            "last-layers" these and the last `layers` Transformer layers.
         layers: how many, for "last-layers".
 
     The call starts from a model with everything trainable, so calling it again changes the choice.  A frozen part
@@ -86,11 +87,12 @@ def tune(model: nn.Module, strategy: str = "full", *, layers: int = 2) -> TuneRe
     if strategy != "full":
         for parameter in head:
             parameter.requires_grad_(True)
-    if strategy == "last-layers":
-        blocks = encoder_layers(model)
-        if not 1 <= layers <= len(blocks):
-            raise ValueError(f"layers={layers}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
-        top = [*blocks[-layers:], getattr(base, "pooler", None)]
+        top = [getattr(base, "pooler", None)]
+        if strategy == "last-layers":
+            blocks = encoder_layers(model)
+            if not 1 <= layers <= len(blocks):
+                raise ValueError(f"layers={layers}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
+            top += blocks[-layers:]
         for module in top:
             if module is not None:
                 module.requires_grad_(True)
@@ -152,8 +154,8 @@ def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: 
     After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
     cosine; "exponential" falls by the same ratio every step, to 0.01 at the end.
 
-    >>> [schedule_factor(s, 4, warmup=1) for s in range(5)]
-    [0.0, 1.0, 0.6666666666666666, 0.3333333333333333, 0.0]
+    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
+    [0.0, 1.0, 0.67, 0.33, 0.0]
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")

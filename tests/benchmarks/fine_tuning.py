@@ -18,7 +18,7 @@ EPOCHS = 2
 RATES = {
     "full": (1e-5, 5e-5, 1.5e-4, 5e-4, 1e-3, 3e-3),
     "last-layers": (1.5e-4, 5e-4, 1.5e-3),
-    "head-only": (1.5e-3, 5e-3, 1.5e-2),
+    "head-only": (5e-4, 1.5e-3, 5e-3),
 }
 
 
