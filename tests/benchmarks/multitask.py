@@ -14,7 +14,7 @@ from record import Table
 import ftlib
 
 SEEDS = (0, 1, 2)
-RATE = {"atis": 6e-4, "unlike": 3e-4}
+RATE = {"atis": 6e-4, "unlike": 5e-4}
 Head = ftlib.Head
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         for task, d in data.items()
     }
     tokens = {task: ftlib.tokenize(d, tokenizer, max_length=96) for task, d in data.items()}
-    sizes = {"sentiment": 1000, "pairs": 500, "intents": 2000}
+    sizes = {"sentiment": 600, "pairs": 300, "intents": 1200}
     for seed in SEEDS:
         train_sets = {task: subset(tokens[task]["train"], size, seed) for task, size in sizes.items()}
         tests = {task: subset(tokens[task]["test"], 500, 0) for task in sizes}
