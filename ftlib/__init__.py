@@ -35,7 +35,8 @@ _HOME = {  # public name -> module that defines it
 }
 _MODULES = (
     "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment", "features",
-    "losses", "masking", "metrics", "multitask", "plots", "pretrained", "training", "tuning", "unpadding",
+    "losses", "masking", "metrics", "multitask", "plots", "prediction", "pretrained", "rows", "settings", "training",
+    "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

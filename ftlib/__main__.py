@@ -8,7 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-_RUN_KEYS = {"model": str, "task": str, "corpus": str, "output": str, "tune": str, "limit": int, "resume": str, "train": dict}
+_RUN_KEYS = {
+    "model": str, "task": str, "corpus": str, "output": str, "tune": str, "limit": int, "resume": str, "train": dict,
+}  # fmt: skip
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -40,19 +42,10 @@ def train(path: str) -> int:
     """Train what a run.toml describes; the model ends in output/model, its numbers in output/metrics.json."""
     import ftlib
     from ftlib import distributed
-    from ftlib.training import TrainConfig
 
     run = read_run(path)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    table = run.get("train", {})
-    for key in table:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r} in [train]; known are {', '.join(sorted(known))}")
     output = Path(run["output"])
-    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto"), **table}
-    if settings["resume"] in ("never", "no", ""):
-        settings["resume"] = None
-    config = TrainConfig(**settings)
+    config = _checked(path, run, output)
     distributed.start()
     try:
         data = ftlib.load_corpus(run["corpus"])
@@ -61,7 +54,10 @@ def train(path: str) -> int:
         model = ftlib.load_model(
             run["model"], task=run["task"], num_labels=len(names) if names else 1, label_names=names, seed=config.seed
         )
-        ftlib.unpad(model)
+        try:
+            ftlib.unpad(model)
+        except ValueError as reason:  # slower, and the same numbers
+            print(f"with padding: {reason}")
         report = ftlib.tune(model, run.get("tune", "full"))
         if distributed.rank() == 0:
             print(report)
@@ -80,6 +76,29 @@ def train(path: str) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
+    """The run's TrainConfig; errors come before anything is loaded and name the file."""
+    from ftlib.multitask import KINDS
+    from ftlib.settings import TrainConfig
+    from ftlib.tuning import STRATEGIES
+
+    for key, choices in (("task", KINDS), ("tune", STRATEGIES)):
+        if run.get(key, choices[0]) not in choices:
+            raise ValueError(f"{path}: unknown {key} {run[key]!r}; choose one of {', '.join(choices)}")
+    known = sorted(field.name for field in dataclasses.fields(TrainConfig))
+    for key in run.get("train", {}):
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r} in [train]; known are {', '.join(known)}")
+    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto")}
+    settings |= run.get("train", {})
+    if settings["resume"] in ("never", "no", ""):
+        settings["resume"] = None
+    try:
+        return TrainConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def tokenized_for(task: str, data: Any, tokenizer: Any) -> tuple[Any, list[str] | None]:
@@ -121,7 +140,8 @@ def doctor() -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ftlib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="fetch or list corpora and weights").add_subparsers(dest="action", required=True)
+    data = commands.add_parser("data", help="fetch or list corpora and weights")
+    data = data.add_subparsers(dest="action", required=True)
     fetch = data.add_parser("fetch", help="download, check and unpack; all of them when none is named")
     fetch.add_argument("names", nargs="*")
     data.add_parser("list", help="what there is, and what is here")
@@ -144,6 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

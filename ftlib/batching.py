@@ -1,20 +1,24 @@
-"""From text to batches: tokenize once, check every row, pad as late as possible.
+"""From text to batches: tokenize once, pad as late as possible.
 
 A *row* is a plain dict: `input_ids` (list of int, no padding), optional `token_type_ids`, and `labels`: an int
 (class), a float (regression), a list of floats (multi-label), a list of ints as long as `input_ids` (one per
-token, -100 where there is none), or a dict {task name: one of these} for multi-task rows.
+token, -100 where there is none), or a dict {task name: one of these} for multi-task rows.  `rows.checked_rows`
+says which row does not fit a model.
 
-To copy this module you need: batching.py and torch (the datasets library only where you tokenize a Dataset).
+To copy this module you need: batching.py, rows.py and torch (the datasets library only where you tokenize a Dataset).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-IGNORE = -100  # the label PyTorch's and our losses skip
+from ftlib.rows import IGNORE, Row, checked_rows, to_rows
 
-Row = dict[str, Any]
+__all__ = ["IGNORE", "Row", "checked_rows", "collate", "encode_texts", "evaluating", "restore_modes", "split_by_size",
+           "to_device", "to_rows", "tokenize"]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- tokenizing
@@ -37,30 +41,30 @@ def tokenize(
         tokenizer: a fast Transformers tokenizer.
         max_length: longest row in tokens, special tokens included; default: what the tokenizer's model takes.
         truncation: cut longer texts; with False a longer text is an error that names its row.
-        text, text_pair: columns to read; default: `text` (or `tokens`, a list of words) and `text_pair` if there.
+        text, text_pair: columns to read; default: `text` (or `tokens`, a list of words), and `text_pair` if there.
         label: column with the labels, default `label` if there; or {task name: column} for multi-task rows, where
-            `labels` becomes a dict.  Labels of lists of words (tags) are put on the first piece of each word, -100
-            elsewhere.
+            `labels` becomes a dict.  A list of whole numbers beside a list of words is tags, one a word: each is
+            put on the first piece of its word, -100 elsewhere.  Any other list is kept: multi-label.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and
     `labels` if there were any.
 
-    Raises ValueError or TypeError naming row, column and value for None, empty text, and text with no valid
-    Unicode form; and, with truncation=False, for text that is too long.
+    Raises ValueError or TypeError naming row, column and value for None, empty text, text with no valid Unicode
+    form, labels that are None or text, and tags that are not as many as the words; and, with truncation=False,
+    for text that is too long.
     """
-    if hasattr(dataset, "values") and not hasattr(dataset, "column_names"):
-        raise TypeError("tokenize takes a datasets.Dataset or DatasetDict; build one with Dataset.from_dict({...})")
-    if isinstance(getattr(dataset, "column_names", None), dict):  # DatasetDict
-        options = dict(max_length=max_length, truncation=truncation, text=text, text_pair=text_pair, label=label)
-        return type(dataset)({name: tokenize(part, tokenizer, **options) for name, part in dataset.items()})
     columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, got {type(dataset).__name__}")
+    options = dict(max_length=max_length, truncation=truncation, text=text, text_pair=text_pair, label=label)
+    if isinstance(columns, dict):  # DatasetDict
+        return type(dataset)({n: _named(f"split {n!r}", tokenize, p, tokenizer, **options) for n, p in dataset.items()})
+    if columns is None or not hasattr(dataset, "__len__"):
+        hint = "stream it into a Dataset" if hasattr(dataset, "take") else "build one with Dataset.from_dict({...})"
+        raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, got {type(dataset).__name__}; {hint}")
     if len(dataset) == 0:
         raise ValueError("the dataset has zero examples; nothing to tokenize")
 
     if text is None:
-        wants_words = "tokens" in columns and ("text" not in columns or label is not None and label != "label")
+        wants_words = "tokens" in columns and ("text" not in columns or label not in (None, "label"))
         text = "tokens" if wants_words else "text"
     if text_pair is None and "text_pair" in columns and text == "text":
         text_pair = "text_pair"
@@ -69,7 +73,7 @@ def tokenize(
     sources = {None: label} if isinstance(label, str) else dict(label or {})
     for column in [text, *([text_pair] if text_pair else []), *sources.values()]:
         if column not in columns:
-            raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}")
+            raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}; name it: text=, label=")
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         first = [_checked_text(value, row, text) for value, row in zip(batch[text], indices, strict=True)]
@@ -81,62 +85,78 @@ def tokenize(
             return dict(encoded)
         labels = {
             task: [
-                _aligned_label(value, encoded.word_ids(i), row, column)
+                _aligned_label(value, first[i], encoded, i, f"row {row}, column {column!r}")
                 for i, (value, row) in enumerate(zip(batch[column], indices, strict=True))
             ]
             for task, column in sources.items()
         }
         if None in labels:  # one task: a plain column
             return {**encoded, "labels": labels[None]}
-        return {**encoded, "labels": [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]}
+        mixed = [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
+        return {**encoded, "labels": mixed}
 
-    return dataset.map(work, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False,
-                       desc=None)  # fmt: skip
+    plain = dataset.with_format(None)
+    return plain.map(work, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
 
 
 def encode_texts(
-    texts: Sequence[Any], tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, offset: int = 0
+    texts: Iterable[Any], tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, offset: int = 0
 ) -> list[Row]:
-    """Token rows for a list of strings, of (text, text_pair) tuples, or of lists of words.
+    """Token rows for strings, (text, text_pair) tuples, or lists of words.
+
+    Lists of words also give `word_starts`: the position of each word's first piece, None for a word that was cut off.
+    Raises ValueError or TypeError naming the row (counted from `offset`), as `tokenize` does.
 
     >>> encode_texts(["", "b"], None)
     Traceback (most recent call last):
     ...
     ValueError: row 0, column 'text': the text is empty; drop the row or give it text
     """
-    if isinstance(texts, str):
-        raise TypeError("texts is one string; pass a list: [text]")
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts is {_short(texts)}; pass a list of texts, even for one: [text]")
+    texts = list(texts)
     indices = list(range(offset, offset + len(texts)))
     pairs = len(texts) > 0 and isinstance(texts[0], tuple)
-    if pairs:
-        for row, value in zip(indices, texts, strict=True):
-            if not isinstance(value, tuple) or len(value) != 2:
-                raise ValueError(f"row {row}: expected a (text, text_pair) tuple like row {indices[0]}, got {value!r}")
+    for row, value in zip(indices, texts, strict=True):
+        if pairs != isinstance(value, tuple) or (pairs and len(value) != 2):
+            raise ValueError(f"row {row}: {_short(value)}; either all texts are (text, text_pair) tuples or none is")
     first = [_checked_text(t[0] if pairs else t, row, "text") for t, row in zip(texts, indices, strict=True)]
-    second = [_checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)] if pairs else None
+    second = None
+    if pairs:
+        second = [_checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)]
     if not first:
         return []
     encoded = _encode(first, second, tokenizer, max_length, truncation, indices)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     rows: list[Row] = [{key: encoded[key][i] for key in keys} for i in range(len(first))]
-    if not isinstance(first[0], str):  # where each word begins; None for words that were cut off
+    if not isinstance(first[0], str):
         for i, row in enumerate(rows):
             starts: dict[int, int] = {}
-            for place, word in enumerate(encoded.word_ids(i)):
+            for place, word in enumerate(_word_ids(encoded, i)):
                 if word is not None:
                     starts.setdefault(word, place)
             row["word_starts"] = [starts.get(word) for word in range(len(first[i]))]
     return rows
 
 
-def _checked_text(value: Any, row: int, column: str) -> Any:
+def _named(where: str, work: Any, *args: Any, **options: Any) -> Any:
+    """Call `work`; errors about the data say where."""
+    try:
+        return work(*args, **options)
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{where}: {error}") from error
+
+
+def _checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any:
     where = f"row {row}, column {column!r}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not inside:
         if not value:
             raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
-        return [_checked_text(word, row, f"{column}[{i}]") for i, word in enumerate(value)]
+        return [_checked_text(word, row, f"{column}[{i}]", inside=True) for i, word in enumerate(value)]
     if not isinstance(value, str):
-        raise TypeError(f"{where}: expected text, got {value!r} ({type(value).__name__}); drop the row or fill it in")
+        got = f"{_short(value)} ({type(value).__name__})"
+        raise TypeError(f"{where}: expected text, got {got}; drop the row or fill it in")
     if not value.strip():
         raise ValueError(f"{where}: the text is empty; drop the row or give it text")
     try:
@@ -146,167 +166,57 @@ def _checked_text(value: Any, row: int, column: str) -> Any:
     return value
 
 
-def _encode(first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: list):
+def _encode(
+    first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: list[int]
+) -> Any:
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer is {_short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
+    words = not isinstance(first[0], str)
+    for row, *texts in zip(indices, first, *([second] if second else []), strict=True):
+        if any(isinstance(text, str) == words for text in texts):
+            raise TypeError(f"row {row}: {_short(texts[-1])}; either all texts are strings, or all are lists of words")
+    specials = tokenizer.num_special_tokens_to_add(pair=second is not None)
+    if max_length is not None and (type(max_length) is not int or max_length <= specials):
+        raise ValueError(f"max_length={max_length!r}: need a whole number above {specials}, the special tokens alone")
     limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
     if limit is not None and limit > 1_000_000:  # the library's "no limit known"
         limit = None
-    specials = tokenizer.num_special_tokens_to_add(pair=second is not None)
-    if max_length is not None and (not isinstance(max_length, int) or max_length <= specials):
-        raise ValueError(f"max_length={max_length!r}: need a whole number above {specials}, the special tokens alone")
-    if first and isinstance(first[0], str) != all(isinstance(item, str) for item in first):
-        raise TypeError("texts mixes strings and lists of words; use one kind")
     encoded = tokenizer(
         first, second, truncation=bool(truncation and limit), max_length=limit if truncation else None, padding=False,
-        is_split_into_words=not isinstance(first[0], str), verbose=False,
+        is_split_into_words=words, verbose=False,
     )  # fmt: skip
     if not truncation and limit is not None:
         for row, ids in zip(indices, encoded["input_ids"], strict=True):
             if len(ids) > limit:
-                raise ValueError(f"row {row}: {len(ids)} tokens, the limit is {limit}; shorten it or set truncation=True")
+                raise ValueError(f"row {row}: {len(ids)} tokens, the limit is {limit}; cut it or set truncation=True")
     return encoded
 
 
-def _aligned_label(value: Any, word_ids: list[int | None], row: int, column: str) -> Any:
-    where = f"row {row}, column {column!r}"
+def _word_ids(encoded: Any, i: int) -> list[int | None]:
+    """The word of the first text that each token of row i is part of; None for special tokens and the second text."""
+    both = zip(encoded.word_ids(i), encoded.sequence_ids(i), strict=True)
+    return [word if text == 0 else None for word, text in both]
+
+
+def _aligned_label(value: Any, text: Any, encoded: Any, i: int, where: str) -> Any:
     if value is None:
         raise ValueError(f"{where}: the label is None; drop the row or label it")
     if isinstance(value, str):
-        raise TypeError(f"{where}: the label {value!r} is text; number it: dataset.class_encode_column({column!r})")
+        raise TypeError(f"{where}: the label {value!r} is text; number it: dataset.class_encode_column(column)")
     if not isinstance(value, (list, tuple)):
         return value
-    if value and isinstance(value[0], float):  # multi-label: one 0/1 per class, not per token
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise TypeError(f"{where}: {_short(item)} among the labels; number them, e.g. with datasets.ClassLabel")
+    if isinstance(text, str) or any(isinstance(item, float) for item in value):  # multi-label: a value per class
         return list(value)
-    words = [word for word in word_ids if word is not None]
-    seen = max(words, default=-1) + 1
-    if len(value) < seen:
-        raise ValueError(f"{where}: {len(value)} tags for at least {seen} words; tags and words must be as many")
+    if len(value) != len(text):
+        raise ValueError(f"{where}: {len(value)} tags for {len(text)} words; mend the row, one tag a word")
     aligned, previous = [], None
-    for word in word_ids:
-        aligned.append(IGNORE if word is None or word == previous else int(value[word]))
+    for word in _word_ids(encoded, i):
+        aligned.append(IGNORE if word is None or word == previous else value[word])
         previous = word
     return aligned
-
-
-# --------------------------------------------------------------------------------------------------- checking
-
-
-def to_rows(dataset: Any, name: str = "dataset") -> list[Row]:
-    """A list of rows from a Dataset, or from any sequence of dicts; says what is missing."""
-    if hasattr(dataset, "column_names"):
-        if isinstance(dataset.column_names, dict):
-            raise TypeError(f"{name} is a DatasetDict; pass one split, e.g. {name}['train']")
-        if "input_ids" not in dataset.column_names:
-            raise ValueError(
-                f"{name} has no column 'input_ids' (it has {', '.join(dataset.column_names)}); "
-                "call ftlib.tokenize(dataset, tokenizer) first"
-            )
-        keep = [c for c in ("input_ids", "token_type_ids", "labels") if c in dataset.column_names]
-        rows = dataset.select_columns(keep).with_format(None).to_list()
-    elif isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, dict)):
-        rows = list(dataset)
-    else:
-        raise TypeError(f"{name} must be a Dataset or a list of rows, got {type(dataset).__name__}")
-    if not rows:
-        raise ValueError(f"{name} has zero examples")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or "input_ids" not in row:
-            raise ValueError(f"{name} row {i}: expected a dict with 'input_ids', got {_short(row)}; use ftlib.tokenize")
-        if isinstance(row.get("labels"), dict):  # Arrow fills tasks a row does not have with None
-            row["labels"] = {task: value for task, value in row["labels"].items() if value is not None}
-    return rows
-
-
-def checked_rows(
-    rows: list[Row],
-    tasks: dict[str, tuple[str, int]],
-    *,
-    name: str = "dataset",
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
-    labels_needed: bool = True,
-) -> list[Row]:
-    """Find the first bad row before any training: ids, lengths and labels against the model.
-
-    `tasks` maps a task name ("" for a model with one task) to (kind, number of labels).  Returns the rows with the
-    labels of regression and multi-label tasks as floats.
-
-    >>> checked_rows([{"input_ids": [1], "labels": 7}], {"": ("sequence-classification", 2)})
-    Traceback (most recent call last):
-    ...
-    ValueError: dataset row 0, column 'labels': label 7 is outside 0..1; give the model num_labels=8 or mend the label
-    """
-    out = []
-    for i, row in enumerate(rows):
-        where = f"{name} row {i}"
-        ids = row["input_ids"]
-        if len(ids) == 0:
-            raise ValueError(f"{where}, column 'input_ids': no tokens; drop the row")
-        if max_positions is not None and len(ids) > max_positions:
-            raise ValueError(
-                f"{where}, column 'input_ids': {len(ids)} tokens, the model takes {max_positions}; "
-                f"tokenize with max_length={max_positions}"
-            )
-        if vocab_size is not None and not 0 <= min(ids) <= max(ids) < vocab_size:
-            bad = max(ids) if max(ids) >= vocab_size else min(ids)
-            raise ValueError(f"{where}, column 'input_ids': id {bad} is outside 0..{vocab_size - 1}; tokenizer and model differ")
-        if "token_type_ids" in row and len(row["token_type_ids"]) != len(ids):
-            raise ValueError(f"{where}: {len(row['token_type_ids'])} token_type_ids for {len(ids)} input_ids; must be equal")
-        labels = row.get("labels")
-        if labels is None:
-            if labels_needed:
-                raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column, or name it: label=...")
-            out.append(row)
-            continue
-        clean = {}
-        for task, label in (labels.items() if isinstance(labels, dict) else [(_only(tasks, where), labels)]):
-            if task not in tasks:
-                raise ValueError(f"{where}: unknown task {task!r}; the model has {', '.join(map(repr, tasks))}")
-            kind, num_labels = tasks[task]
-            clean[task] = _checked_label(
-                label, kind, num_labels, len(ids), f"{where}, column 'labels'" + (f" ({task})" if task else "")
-            )
-        out.append({**row, "labels": clean if "" not in tasks else clean[""]})
-    return out
-
-
-def _only(tasks: dict, where: str) -> str:
-    if list(tasks) != [""]:
-        raise ValueError(f"{where}: a plain label, but the model has the tasks {', '.join(tasks)}; pass {{task: dataset}}")
-    return ""
-
-
-def _checked_label(label: Any, kind: str, num_labels: int, length: int, where: str) -> Any:
-    many = isinstance(label, (list, tuple))
-    if kind == "regression":
-        values = label if many else [label]
-        if len(values) != num_labels:
-            raise ValueError(f"{where}: {len(values)} values for {num_labels} outputs")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where}: {value!r} is no number; regression needs a float")
-            if value != value or abs(value) == float("inf"):
-                raise ValueError(f"{where}: the value is {value}; drop the row or fill it in")
-        return [float(value) for value in label] if many and num_labels > 1 else float(values[0])
-    if kind == "multi-label-classification":
-        if not many or len(label) != num_labels:
-            raise ValueError(f"{where}: {_short(label)}; multi-label needs a list of {num_labels} values, each 0.0 or 1.0")
-        for value in label:
-            if value not in (0, 1, IGNORE):
-                raise ValueError(f"{where}: {value!r} is neither 0, 1 nor {IGNORE} (ignored)")
-        return [float(value) for value in label]
-    if kind == "token-classification":
-        if not many or len(label) != length:
-            got = f"{len(label)} labels" if many else repr(label)
-            raise ValueError(f"{where}: {got} for {length} tokens; one label per token, {IGNORE} to ignore")
-    elif many:
-        raise ValueError(f"{where}: a list of {len(label)} labels, but the model gives one label per text")
-    for value in label if many else [label]:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{where}: {_short(value)} is no class number; cross-entropy needs whole numbers (int)")
-        if value != IGNORE and not 0 <= value < num_labels:
-            remedy = f"give the model num_labels={value + 1}" if value >= num_labels else "count labels from 0"
-            raise ValueError(f"{where}: label {value} is outside 0..{num_labels - 1}; {remedy} or mend the label")
-    return label
 
 
 def _short(value: Any) -> str:
@@ -317,17 +227,30 @@ def _short(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------- batching
 
 
-def collate(rows: list[Row], *, pad_token_id: int = 0, padding_side: str = "right") -> dict[str, Any]:
+def collate(rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right") -> dict[str, Any]:
     """Pad rows to the longest among them.
 
     Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
     classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
     {task: tensor (rows of the task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.
+    Raises ValueError for no rows, and for rows that do not go together (`rows.checked_rows` says which and why).
 
     >>> collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])["attention_mask"]
     tensor([[1, 1, 1],
             [1, 0, 0]])
     """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side={padding_side!r}: choose left or right")
+    if not rows:
+        raise ValueError("no rows to collate")
+    try:
+        return _collate(rows, pad_token_id, padding_side)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"rows that do not go together ({reason}); checked_rows(rows, ...) tells more") from error
+
+
+def _collate(rows: Sequence[Row], pad_token_id: int, padding_side: str) -> dict[str, Any]:
     lengths = [len(row["input_ids"]) for row in rows]
     longest = max(lengths)
 
@@ -336,7 +259,19 @@ def collate(rows: list[Row], *, pad_token_id: int = 0, padding_side: str = "righ
         for value in values:
             fillers = [fill] * (longest - len(value))
             out.append(fillers + list(value) if padding_side == "left" else list(value) + fillers)
-        return torch.tensor(out)  # (batch, tokens)
+        tensor = torch.tensor(out, dtype=torch.int64)  # (batch, tokens)
+        if tensor.dim() != 2:
+            raise ValueError(f"lists inside lists, of shape {tuple(tensor.shape)}")
+        return tensor
+
+    def stacked(values: list[Any], own_lengths: list[int]) -> torch.Tensor:
+        sample = values[0]
+        if isinstance(sample, (list, tuple)):
+            tags = not any(isinstance(item, float) for item in sample)
+            if tags and [len(v) for v in values] == own_lengths:
+                return padded(values, IGNORE)  # (rows, tokens)
+            return torch.tensor(values, dtype=torch.float32)  # (rows, k)
+        return torch.tensor(values, dtype=torch.float32 if isinstance(sample, float) else torch.int64)  # (rows,)
 
     batch: dict[str, Any] = {
         "input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
@@ -344,16 +279,6 @@ def collate(rows: list[Row], *, pad_token_id: int = 0, padding_side: str = "righ
     }
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded((row["token_type_ids"] for row in rows), 0)
-
-    def stacked(values: list[Any], own_lengths: list[int]) -> torch.Tensor:
-        sample = values[0]
-        if isinstance(sample, (list, tuple)):
-            per_token = not isinstance(sample[0], float) and all(
-                len(v) == n for v, n in zip(values, own_lengths, strict=True)
-            )
-            return padded(values, IGNORE) if per_token else torch.tensor(values, dtype=torch.float32)
-        return torch.tensor(values, dtype=torch.float32 if isinstance(sample, float) else torch.int64)
-
     if isinstance(rows[0].get("labels"), dict):
         batch["labels"], batch["rows"] = {}, {}
         for task in sorted({task for row in rows for task in row["labels"]}):
@@ -373,27 +298,49 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def split_by_size(
-    indices: Sequence[int], lengths: Sequence[int], *, batch_size: int | None = None, max_tokens: int | None = None
+    indices: Iterable[int], lengths: Sequence[int], *, batch_size: int | None = None, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Cut indices into batches of at most `batch_size` rows and at most `max_tokens` padded tokens, longest first.
 
     Sorting by length keeps padding low, and longest first means that memory trouble shows in the first batch.
+    Raises ValueError for a size that is no whole number of at least 1, and for a row longer than `max_tokens`.
 
     >>> split_by_size([0, 1, 2, 3], [5, 2, 4, 3], max_tokens=10)
     [[0, 2], [3, 1]]
     """
     for value, what in ((batch_size, "batch_size"), (max_tokens, "max_tokens")):
-        if value is not None and value < 1:
-            raise ValueError(f"{what}={value}: must be at least 1")
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{what}={value!r}: need a whole number of at least 1")
     ordered = sorted(indices, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     out: list[list[int]] = []
     width = 0  # tokens of the longest row in the batch being filled
     for i in ordered:
         if max_tokens is not None and lengths[i] > max_tokens:
-            raise ValueError(f"row {i} has {lengths[i]} tokens, more than max_tokens={max_tokens}; raise it or cut the text")
+            raise ValueError(f"row {i} has {lengths[i]} tokens, more than max_tokens={max_tokens}; raise it or cut it")
         full = not out or (batch_size is not None and len(out[-1]) >= batch_size)
         if full or (max_tokens is not None and width * (len(out[-1]) + 1) > max_tokens):
             out.append([])
             width = lengths[i]
         out[-1].append(i)
     return out
+
+
+# ------------------------------------------------------------------------------------------- around a forward pass
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; afterwards every module is in the mode (train or eval) it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        restore_modes(modes)
+
+
+def restore_modes(modes: dict[nn.Module, bool]) -> None:
+    """Put {module: training} back."""
+    for module, training in modes.items():
+        module.training = training

@@ -7,6 +7,7 @@ models with several heads).
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -29,14 +30,14 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
     """Write a model to a folder that `load`, and for stock models `from_pretrained`, opens.
 
     A MultiTaskModel becomes `encoder/` (opens with AutoModel), `heads.safetensors` and `multitask.json`.
-    The folder appears whole or not at all; an older model in its place is replaced.
-    Raises ValueError when the folder holds something that is no model.
+    The folder appears whole or not at all; an older model in its place is replaced, all of it.
+    Raises ValueError when the folder holds something else than a model's files.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / f).is_file() for f in _MARKS):
-        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
+    for what, value in (("model", model), *([("tokenizer", tokenizer)] if tokenizer is not None else [])):
+        if not hasattr(value, "save_pretrained") and not hasattr(value, "specs"):
+            raise TypeError(f"the {what} is a {type(value).__name__}, which can't be saved; pass one of Transformers'")
+    folder = Path(folder).resolve()
+    _refuse_other_files(folder)
     with _aside(folder) as temporary:
         if hasattr(model, "specs") and hasattr(model, "heads"):
             _save_multitask(model, temporary)
@@ -58,18 +59,39 @@ def load(folder: str | os.PathLike) -> nn.Module:
         raise FileNotFoundError(f"no folder {folder}; save a model there first: ftlib.save(model, {str(folder)!r})")
     if (folder / "multitask.json").is_file():
         return _load_multitask(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds a PEFT adapter, not a model; open it with peft.AutoPeftModel...")
     return _load_stock(folder)
 
 
-_MARKS = ("config.json", "multitask.json", "adapter_config.json")
+_MARKS = {"config.json": "model_type", "multitask.json": "heads", "adapter_config.json": "peft_type"}
+_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # what save_pretrained and people write
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder")
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not entries:
+        return
+    if not any((folder / mark).is_file() and key in _read_json(folder / mark) for mark, key in _MARKS.items()):
+        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
+    for entry in entries:
+        if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
+            raise ValueError(f"{folder} holds more than a model: {entry.name}; choose another folder, or move that")
 
 
 def _load_stock(folder: Path) -> nn.Module:
     import transformers
 
     config = _read_json(folder / "config.json")
-    names = config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    try:
+        kind = getattr(transformers, name, None)
+    except Exception:  # a class whose own needs are not installed
+        kind = None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
     try:
@@ -79,15 +101,16 @@ def _load_stock(folder: Path) -> nn.Module:
     except Exception as error:  # safetensors raises its own type for a damaged file
         if isinstance(error, (ValueError, OSError)):
             raise
-        raise ValueError(f"{folder}: can't read the weights ({error}); the file is damaged or not safetensors") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"{folder}: weights missing or of another shape: {sorted(map(str, info['missing_keys']))[:3]}")
+        raise ValueError(f"{folder}: can't read the weights ({error}); damaged, or not safetensors") from error
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
     return model.eval()
 
 
 def _save_multitask(model: nn.Module, folder: Path) -> None:
     model.encoder.save_pretrained(folder / "encoder")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.heads.state_dict().items()}, folder / "heads.safetensors")
+    save_file(_tensors(model.heads.state_dict()), folder / "heads.safetensors")
     specs = {name: asdict(spec) for name, spec in model.specs.items()}
     (folder / "multitask.json").write_text(json.dumps({"heads": specs}, indent=1))
 
@@ -103,19 +126,27 @@ def _load_multitask(folder: Path) -> nn.Module:
             name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
             for name, spec in specs.items()
         }
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/multitask.json: {error}") from None
     model = MultiTaskModel(_load_stock(folder / "encoder"), heads)
-    model.heads.load_state_dict(_read_tensors(folder / "heads.safetensors"))
+    try:
+        model.heads.load_state_dict(_read_tensors(folder / "heads.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json: {error}") from None
     return model.eval()
+
+
+def _tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU: tied weights share memory, which safetensors refuses to guess about."""
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder holds no whole model")
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -146,30 +177,59 @@ def _aside(folder: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------- training states
 
 
-def save_training(loop: Any) -> Path | None:
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """What dropout will draw from, as of now."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _folders(parent: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
+    """Make the folder now, not an epoch later; ValueError when a new run would mix its checkpoints with another's."""
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    old = _folders(parent)
+    if old and not going_on:
+        raise ValueError(
+            f"{parent} holds {old[-1].name} of an earlier run; go on with it (resume='auto'), delete it, or choose "
+            "another checkpoint_dir"
+        )
+
+
+def save_training(loop: Any) -> Path:
     """Write all that `fit` needs to go on: weights, optimizer, random state, history.  Process 0 writes."""
     folder = Path(loop.config.checkpoint_dir) / f"step-{loop.run_.steps:08d}"
+    states = {kind: distributed.gather(state, loop.device) for kind, state in loop.random_state.items()}
     if distributed.rank() == 0:
         with _aside(folder) as temporary:
             tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
             for index, state in loop.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-            tensors["rng.cpu"] = torch.get_rng_state()
-            if loop.device.type == "cuda":
-                tensors["rng.cuda"] = torch.cuda.get_rng_state(loop.device)
+            tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
             if loop.best:
                 tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
-            # clone: tied weights share memory, which safetensors refuses to guess about
-            save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+            save_file(_tensors(tensors), temporary / "state.safetensors")
             state = {
                 "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
                 "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
@@ -178,7 +238,7 @@ def save_training(loop: Any) -> Path | None:
             (temporary / "state.json").write_text(json.dumps(state))
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(files, indent=1))
-        for old in sorted(folder.parent.glob("step-*"))[: -loop.config.keep_last]:
+        for old in _folders(folder.parent)[: -loop.config.keep_last]:
             shutil.rmtree(old)
     distributed.barrier()
     return folder
@@ -189,7 +249,7 @@ def resume_training(loop: Any) -> int | None:
 
     Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
     """
-    for folder in sorted(Path(loop.config.checkpoint_dir).glob("step-*"), reverse=True):
+    for folder in reversed(_folders(loop.config.checkpoint_dir)):
         problem = damage(folder)
         if problem:
             warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=2)
@@ -205,12 +265,16 @@ def resume_training(loop: Any) -> int | None:
                 _, index, key = name.split(".", 2)
                 slots.setdefault(int(index), {})[key] = tensor
         loop.optimizer.load_state_dict({**optimizer, "state": slots})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and loop.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], loop.device)
+        own = distributed.rank()  # a process that was not there keeps the state it has
+        if f"rng.cpu.{own}" in tensors:
+            torch.set_rng_state(tensors[f"rng.cpu.{own}"])
+        if f"rng.cuda.{own}" in tensors and loop.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{own}"], loop.device)
+        loop.random_state = random_state(loop.device)
         loop.scaler.load_state_dict(state["scaler"])
         run = loop.run_
-        run.history, run.metrics, run.seconds, run.steps = state["history"], state["metrics"], state["seconds"], state["step"]
+        for key, value in (("history", "history"), ("metrics", "metrics"), ("seconds", "seconds"), ("steps", "step")):
+            setattr(run, key, state[value])
         loop.evaluations_since_best = state["since_best"]
         if state["best"] is not None:
             weights = [tensors[f"best.{i}"].to(loop.device) for i in range(len(loop.trainable))]
@@ -231,9 +295,10 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes, {entry.get('bytes')} were written"
-        if _sha256(path) != entry.get("sha256"):
+        written = entry if isinstance(entry, dict) else {}
+        if path.stat().st_size != written.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes, {written.get('bytes')} were written"
+        if _sha256(path) != written.get("sha256"):
             return f"{name}: its SHA-256 is not the one that was written"
     return None
 
@@ -241,8 +306,9 @@ def damage(folder: Path) -> str | None:
 def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
     if theirs == ours:
         return
-    changed = [f"config.{k}" for k in ours["config"] if theirs["config"].get(k) != ours["config"][k]]
-    changed += [k for k in ("steps", "rows") if theirs.get(k) != ours[k]]
+    config = theirs.get("config", {})
+    changed = [f"config.{k}" for k in ours["config"] if config.get(k) != ours["config"][k]]
+    changed += [k for k in ours if k != "config" and theirs.get(k) != ours[k]]
     raise ValueError(
         f"{folder} is from another run: {', '.join(changed) or 'its settings'} differ; "
         "use the same settings and data, or another checkpoint_dir"

@@ -50,6 +50,24 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    """Every process's tensor (one shape and dtype), on the CPU, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [tensor.cpu()]
+    parts = [torch.empty_like(tensor, device=device) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.to(device))
+    return [part.cpu() for part in parts]
+
+
+def from_first(value: float, device: torch.device) -> float:
+    """Process 0's number, so that all decide alike."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(tensor, src=0)
+    return float(tensor)
+
+
 def wrap(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel when there are several processes, otherwise the model itself."""
     if world_size() == 1:

@@ -1,16 +1,19 @@
 """The encoder as a fixed function from text to a vector.
 
-To copy this module you need: features.py, batching.py, torch and transformers (pretrained.py only to load by name).
+To copy this module you need: features.py, batching.py, rows.py, torch and transformers (pretrained.py and assets.py
+only to load by name).
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ftlib.batching import collate, encode_texts, split_by_size, to_device
+from ftlib.batching import collate, encode_texts, evaluating, split_by_size, to_device
+from ftlib.rows import token_limit
 
 POOLINGS = ("mean", "cls", "max")
 
@@ -37,10 +40,9 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mea
     return hidden.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-@torch.no_grad()
 def extract_features(
-    model: nn.Module | str,
-    texts: Sequence[Any],
+    model: nn.Module | str | os.PathLike,
+    texts: Iterable[Any],
     *,
     tokenizer: Any = None,
     pooling: str = "mean",
@@ -67,21 +69,26 @@ def extract_features(
     """
     if pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {pooling!r}; choose one of {', '.join(POOLINGS)}")
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         from ftlib.pretrained import load_model, load_tokenizer
 
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_model(model)
-    base = model.encoder if hasattr(model, "heads") else getattr(model, "base_model", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    base = base.encoder if hasattr(base, "heads") else getattr(base, "base_model", base)
+    if not hasattr(base, "config"):
+        raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
     if tokenizer is None:
         from ftlib.pretrained import load_tokenizer
 
+        if not base.config._name_or_path:
+            raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
         tokenizer = load_tokenizer(base.config._name_or_path)
     count = base.config.num_hidden_layers
-    if not -count - 1 <= layer <= count:
-        raise ValueError(f"layer={layer}: the model has layers 0 (embeddings) to {count}, or -1 to {-count - 1} from the end")
+    if type(layer) is not int or not -count - 1 <= layer <= count:
+        raise ValueError(f"layer={layer!r}: choose 0 (embeddings) to {count}, or from the end, -1 to {-count - 1}")
 
-    rows = encode_texts(list(texts), tokenizer, max_length=max_length)
+    rows = encode_texts(texts, tokenizer, max_length=token_limit(max_length, tokenizer, base.config))
     lengths = [len(row["input_ids"]) for row in rows]
     out = np.empty((len(rows), base.config.hidden_size), dtype=np.float32)
     plan = split_by_size(range(len(rows)), lengths, batch_size=batch_size)
@@ -91,18 +98,14 @@ def extract_features(
         plan = tqdm(plan, desc="features", unit="batch", leave=False)
     last = layer in (-1, count)
     device = next(base.parameters()).device
-    was_training = base.training
-    base.eval()
-    try:
+    with evaluating(base):
         for indices in plan:
             batch = collate([rows[i] for i in indices], pad_token_id=tokenizer.pad_token_id or 0)
             batch = to_device(batch, device)
             output = base(**batch, output_hidden_states=not last)
             hidden = output.last_hidden_state if last else output.hidden_states[layer]  # (batch, tokens, hidden)
-            vectors = pool(hidden, batch["attention_mask"], pooling).float()  # (batch, hidden)
+            vectors = pool(hidden.float(), batch["attention_mask"], pooling)  # (batch, hidden)
             if normalize:
                 vectors = nn.functional.normalize(vectors, dim=-1)
             out[indices] = vectors.cpu().numpy()
-    finally:
-        base.train(was_training)
     return out

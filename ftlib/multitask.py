@@ -6,7 +6,7 @@ output.  So the trunk runs once for a batch that mixes tasks, every head runs on
 code, and one task can be taken out as a plain Transformers model.
 
 To copy this module you need: multitask.py, torch and transformers.
-Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), section 3.5.2.
+Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2.
 """
 
 import copy
@@ -36,10 +36,12 @@ class Head:
     def __post_init__(self) -> None:
         if self.task not in KINDS:
             raise ValueError(f"unknown task {self.task!r}; choose one of {', '.join(KINDS)}")
-        if not isinstance(self.num_labels, int) or self.num_labels < 1:
+        if type(self.num_labels) is not int or self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels!r}: need a whole number of at least 1")
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"{len(self.label_names)} label_names for num_labels={self.num_labels}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight={self.weight}: need a number of at least 0")
 
 
 class _SharedTrunk(nn.Module):
@@ -74,8 +76,8 @@ class MultiTaskModel(nn.Module):
 
         if getattr(encoder, "base_model", encoder) is not encoder:
             raise ValueError(f"{type(encoder).__name__} has a head already; pass the bare encoder: load_model(name)")
-        if not heads:
-            raise ValueError("heads is empty; pass {task name: ftlib.Head(...)}")
+        if not isinstance(heads, dict) or not heads:
+            raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}")
         self.encoder = encoder
         self.config = encoder.config
         self.specs = dict(heads)
@@ -85,8 +87,10 @@ class MultiTaskModel(nn.Module):
             for name, spec in heads.items():
                 if not isinstance(spec, Head):
                     raise TypeError(f"heads[{name!r}] is {spec!r}; use ftlib.Head(task=..., num_labels=...)")
-                if "." in name or not name:
+                if not isinstance(name, str) or not name or "." in name:
                     raise ValueError(f"task name {name!r}: use letters, digits, '-' and '_' (it names weights)")
+                if hasattr(self.heads, name):
+                    raise ValueError(f"task name {name!r} is taken by PyTorch's ModuleDict; choose another")
                 config = copy.deepcopy(encoder.config)
                 names = spec.label_names or [f"LABEL_{i}" for i in range(spec.num_labels)]
                 config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
@@ -97,9 +101,10 @@ class MultiTaskModel(nn.Module):
                 config.num_hidden_layers = layers
                 wants_pooler = getattr(head.base_model, "pooler", None) is not None
                 if wants_pooler and getattr(encoder, "pooler", None) is None:
-                    raise ValueError(f"task {name!r} needs the encoder's pooler; load the encoder with its pooling layer")
+                    raise ValueError(f"task {name!r} needs the encoder's pooler; load the encoder with its pooler")
                 setattr(head, head.base_model_prefix, _SharedTrunk(encoder.config, wants_pooler))
-                self.heads[name] = head.to(next(encoder.parameters()).device)
+                shared = next(encoder.parameters())
+                self.heads[name] = head.to(shared.device, shared.dtype)
 
     @property
     def tasks(self) -> dict[str, tuple[str, int]]:
@@ -141,7 +146,7 @@ class MultiTaskModel(nn.Module):
             trunk.output = None
 
     def export(self, name: str) -> nn.Module:
-        """One task as a plain Transformers model with its own copy of the encoder: same logits, `save_pretrained` works."""
+        """One task as a plain Transformers model with a copy of the encoder: same logits, `save_pretrained` works."""
         if name not in self.heads:
             raise ValueError(f"unknown task {name!r}; this model has {', '.join(self.heads)}")
         model = copy.deepcopy(self.heads[name])
@@ -149,7 +154,7 @@ class MultiTaskModel(nn.Module):
         if not self.heads[name].base_model.wants_pooler and getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         setattr(model, model.base_model_prefix, encoder)
-        encoder.config = model.config
+        model.config._attn_implementation = encoder.config._attn_implementation  # unpadded or not, as it is now
         for module in encoder.modules():  # one config for the whole model, as the stock constructor has it
             if hasattr(module, "config"):
                 module.config = model.config
@@ -175,11 +180,12 @@ class TaskSampler:
         if not sizes:
             raise ValueError("sizes is empty; pass {task name: number of examples}")
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ValueError(f"task {name!r} has {size!r} examples; every task needs at least one")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be above 0 (1 proportional, large towards uniform)")
-        weights = {name: size ** (1 / temperature) for name, size in sizes.items()}
+        largest = max(sizes.values())  # shares of it, so that no power overflows
+        weights = {name: (size / largest) ** (1 / temperature) for name, size in sizes.items()}
         total = sum(weights.values())
         self.sizes, self.temperature = dict(sizes), temperature
         self.probabilities = {name: weight / total for name, weight in weights.items()}
@@ -189,4 +195,5 @@ class TaskSampler:
         """The tasks of the next `count` examples."""
         names = list(self.probabilities)
         weights = torch.tensor([self.probabilities[name] for name in names], dtype=torch.float64)
-        return [names[i] for i in torch.multinomial(weights, count, replacement=True, generator=self.generator).tolist()]
+        drawn = torch.multinomial(weights, count, replacement=True, generator=self.generator)  # (count,)
+        return [names[i] for i in drawn.tolist()]

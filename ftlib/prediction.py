@@ -1,10 +1,12 @@
 """Run a trained model: logits, predictions, metrics.
 
 Rows are sorted by length, so that padding stays low, and results come back in the order given.
-To copy this module you need: prediction.py, batching.py, losses.py, torch (metrics.py for `evaluate`).
+To copy this module you need: prediction.py, rows.py, batching.py, losses.py and torch (metrics.py with
+scikit-learn, and seqeval for tags, for `evaluate`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 
 from ftlib import losses
-from ftlib.batching import IGNORE, checked_rows, collate, encode_texts, split_by_size, to_device, to_rows
+from ftlib.batching import collate, encode_texts, evaluating, split_by_size, to_device
+from ftlib.rows import IGNORE, checked_rows, max_positions, to_rows, token_limit
 
 OUTPUTS = ("labels", "names", "probabilities", "logits")
 
@@ -44,7 +47,10 @@ def rows_for(dataset: Any, model: nn.Module, *, name: str, labels_needed: bool =
     """Checked rows from a dataset, or from {task or mixture name: dataset} for a MultiTaskModel."""
     tasks = tasks_of(model)
     config = model.config
-    limits = {"vocab_size": getattr(config, "vocab_size", None), "max_positions": max_positions(config)}
+    limits = {
+        "vocab_size": getattr(config, "vocab_size", None), "max_positions": max_positions(config),
+        "type_vocab_size": getattr(config, "type_vocab_size", None) or None,
+    }  # fmt: skip
     if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
         return [row for part in parts_for(dataset, model, name=name).values() for row in part]
     return checked_rows(to_rows(dataset, name), tasks, name=name, labels_needed=labels_needed, **limits)
@@ -52,11 +58,13 @@ def rows_for(dataset: Any, model: nn.Module, *, name: str, labels_needed: bool =
 
 def parts_for(dataset: Any, model: nn.Module, *, name: str) -> dict[str, list[dict]]:
     """{name: checked rows} from {name: dataset}; plain labels under a task's name become {task: label}."""
+    tasks = tasks_of(model)
     if not isinstance(dataset, dict) or hasattr(dataset, "column_names"):
         return {"": rows_for(dataset, model, name=name)}
     if not dataset:
         raise ValueError(f"{name} is empty; pass {{task name: dataset}}")
-    tasks = tasks_of(model)
+    if "" in tasks:
+        raise ValueError(f"{name} has {', '.join(map(repr, dataset))}, but the model has one task; pass one dataset")
     parts = {}
     for key, part in dataset.items():
         rows = to_rows(part, f"{name}[{key!r}]")
@@ -68,15 +76,6 @@ def parts_for(dataset: Any, model: nn.Module, *, name: str) -> dict[str, list[di
     return parts
 
 
-def max_positions(config: Any) -> int | None:
-    """Longest row the model takes, in tokens; RoBERTa's position numbers start after the padding id."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        return limit - config.pad_token_id - 1
-    return limit
-
-
-@torch.no_grad()
 def logits_of(
     model: nn.Module,
     rows: list[dict],
@@ -89,10 +88,8 @@ def logits_of(
 ) -> list[np.ndarray]:
     """The logits of every row, float32, in order; for tags (tokens, classes), else (classes,).
 
-    The model's train or eval mode is as before afterwards.
+    Every module's train or eval mode is as before afterwards.
     """
-    from contextlib import nullcontext
-
     pad = pad_token_id if pad_token_id is not None else getattr(model.config, "pad_token_id", None) or 0
     lengths = [len(row["input_ids"]) for row in rows]
     device = next(model.parameters()).device
@@ -103,9 +100,7 @@ def logits_of(
 
         plan = tqdm(plan, desc="predict", unit="batch", leave=False)
     out: list[Any] = [None] * len(rows)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for indices in plan:
             inputs = [{k: v for k, v in rows[i].items() if k in ("input_ids", "token_type_ids")} for i in indices]
             batch = to_device(collate(inputs, pad_token_id=pad), device)
@@ -114,8 +109,6 @@ def logits_of(
             values = output.float().cpu().numpy()  # (batch, classes) or (batch, tokens, classes)
             for place, i in enumerate(indices):
                 out[i] = values[place, : lengths[i]] if per_token else values[place]
-    finally:
-        model.train(was_training)
     return out
 
 
@@ -126,29 +119,37 @@ def evaluate(
     """The loss and the metrics that fit the task, over a tokenized dataset with labels.
 
     For a MultiTaskModel `dataset` is {task: dataset} (or rows with a dict of labels) and the names are "task/metric".
-    `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest.
+    `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
+    several numbers a row (regression) have only `mse`.
     Raises ValueError or TypeError naming the row for labels that do not fit the model.
     """
-    from ftlib.metrics import compute_metrics
+    from ftlib.metrics import compute_metrics, mse
 
     rows = rows_for(dataset, model, name="dataset")
-    pad = getattr(tokenizer, "pad_token_id", None)
+    options = dict(batch_size=batch_size, autocast=autocast, progress=progress)
+    options["pad_token_id"] = getattr(tokenizer, "pad_token_id", None)
     results: dict[str, float] = {}
-    for task, (kind, _) in tasks_of(model).items():
-        own = [({**row, "labels": row["labels"][task]} if task else row) for row in rows if not task or task in row["labels"]]
+    for task, (kind, count) in tasks_of(model).items():
+        own = rows
+        if task:
+            own = [{**row, "labels": row["labels"][task]} for row in rows if task in row["labels"]]
         if not own:
             continue
-        logits = logits_of(model, own, task=task, batch_size=batch_size, pad_token_id=pad, autocast=autocast, progress=progress)
+        logits = logits_of(model, own, task=task, **options)
         labels = [row["labels"] for row in own]
         prefix = f"{task}/" if task else ""
         results[prefix + "loss"] = _mean_loss(kind, logits, labels)
         predictions = [_decide(kind, values) for values in logits]
         if kind != "token-classification":
-            kept = [i for i, label in enumerate(labels) if label != IGNORE]
+            kept = [i for i, label in enumerate(labels) if kind == "regression" or label != IGNORE]
+            if not kept:
+                raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
             predictions, labels = np.array([predictions[i] for i in kept]), np.array([labels[i] for i in kept])
-        names = _label_names(model, task)
-        for key, value in compute_metrics(kind, predictions, labels, label_names=names).items():
-            results[prefix + key] = value
+        if kind == "regression" and count > 1:
+            found = {"mse": mse(predictions, labels)}
+        else:
+            found = compute_metrics(kind, predictions, labels, label_names=_label_names(model, task))
+        results |= {prefix + key: value for key, value in found.items()}
     return results
 
 
@@ -171,15 +172,18 @@ def _decide(kind: str, logits: np.ndarray) -> Any:
     return logits.argmax(axis=-1)
 
 
+def _names(model: nn.Module, task: str) -> dict[int, str]:
+    return model.heads[task].config.id2label if task else model.config.id2label
+
+
 def _label_names(model: nn.Module, task: str) -> list[str] | None:
-    config = model.heads[task].config if task else model.config
-    names = [config.id2label[i] for i in sorted(config.id2label)]
+    names = [name for _, name in sorted(_names(model, task).items())]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def predict(
     model: nn.Module,
-    data: Sequence[Any] | Any,
+    data: Any,
     *,
     tokenizer: Any = None,
     task: str | None = None,
@@ -191,65 +195,86 @@ def predict(
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
     Args:
-        data: strings, (text, text_pair) tuples, lists of words; or a tokenized dataset.  For tags a string is split at
-            white space, and there is one prediction a word (-100 for words cut off by `max_length`).
+        data: strings, (text, text_pair) tuples, lists of words; or a tokenized dataset.
         tokenizer: needed for texts; default: found by the model's name.
         task: which one, for a MultiTaskModel.
-        output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,); "names": the names of
-            these; "probabilities": float32 (n, classes); "logits".  For tags a list with one entry per text.
+        output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
+            names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
+            there both give the logits.
+
+    For tags the result is a list with an entry a text, each with one prediction a word: a string is split at white
+    space.  Words cut off by `max_length` get -100, the name None, or probabilities and logits of NaN.  A tokenized
+    dataset gives one prediction a token.
     """
     if output not in OUTPUTS:
         raise ValueError(f"unknown output {output!r}; choose one of {', '.join(OUTPUTS)}")
     tasks = tasks_of(model)
     if task is None:
-        if list(tasks) != [""] and len(tasks) != 1:
+        if len(tasks) != 1:
             raise ValueError(f"say which task: task=..., one of {', '.join(tasks)}")
         task = next(iter(tasks))
     elif task not in tasks:
-        raise ValueError(f"unknown task {task!r}; the model has {', '.join(map(repr, tasks))}")
-    kind = tasks[task][0]
-    if hasattr(data, "column_names") or (len(data) and isinstance(data[0], dict)):
-        rows = to_rows(data)
-        rows = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-        rows = rows_for(rows, model, name="data", labels_needed=False)
-    else:
-        if tokenizer is None:
-            from ftlib.pretrained import load_tokenizer
-
-            tokenizer = load_tokenizer(model.config._name_or_path)
-        texts = list(data)
-        if kind == "token-classification":
-            texts = [text.split() if isinstance(text, str) else text for text in texts]
-        limit = min(filter(None, (max_length, max_positions(model.config))), default=None)
-        rows = encode_texts(texts, tokenizer, max_length=limit)
+        has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
+        raise ValueError(f"unknown task {task!r}; the model has {has}")
+    kind, count = tasks[task]
+    rows = _rows_to_predict(model, data, kind, tokenizer, max_length)
     pad = getattr(tokenizer, "pad_token_id", None)
     logits = logits_of(model, rows, task=task, batch_size=batch_size, pad_token_id=pad, progress=progress)
     if kind == "token-classification":
-        return [_token_output(values, row, output, model, task) for values, row in zip(logits, rows, strict=True)]
-    stacked = np.stack(logits) if logits else np.empty((0, tasks[task][1]), dtype=np.float32)
+        names = _names(model, task)
+        return [_token_output(values, row, output, names) for values, row in zip(logits, rows, strict=True)]
+    stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
     if output == "logits" or (kind == "regression" and output != "labels"):
         return stacked
     if output == "probabilities":
         scores = torch.from_numpy(stacked)
         return (scores.sigmoid() if kind == "multi-label-classification" else scores.softmax(-1)).numpy()
-    decided = [_decide(kind, values) for values in logits]
+    if kind == "regression":
+        return stacked[:, 0] if count == 1 else stacked
+    decided = _decide(kind, stacked)  # (n,) or (n, labels)
     if output == "labels":
-        return np.array(decided)
-    names = model.heads[task].config.id2label if task else model.config.id2label
+        return decided
+    names = _names(model, task)
     if kind == "multi-label-classification":
-        return [[names[i] for i in np.flatnonzero(values)] for values in decided]
+        return [[names[int(i)] for i in np.flatnonzero(values)] for values in decided]
     return [names[int(value)] for value in decided]
 
 
-def _token_output(values: np.ndarray, row: dict, output: str, model: nn.Module, task: str) -> Any:
+def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max_length: int | None) -> list[dict]:
+    if isinstance(data, (str, bytes, dict)) and not hasattr(data, "column_names"):
+        raise TypeError(f"data is a {type(data).__name__}; pass a list of texts, even for one: [text]")
+    if not hasattr(data, "column_names"):
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data is a {type(data).__name__}; pass a list of texts or a tokenized dataset")
+        data = list(data)
+        if not (data and isinstance(data[0], dict)):
+            return _encoded(model, data, kind, tokenizer, max_length)
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in to_rows(data, "data")]
+    return rows_for(rows, model, name="data", labels_needed=False)
+
+
+def _encoded(model: nn.Module, texts: list, kind: str, tokenizer: Any, max_length: int | None) -> list[dict]:
+    if tokenizer is None:
+        from ftlib.pretrained import load_tokenizer
+
+        if not getattr(model.config, "_name_or_path", None):
+            raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
+        tokenizer = load_tokenizer(model.config._name_or_path)
+    if kind == "token-classification":  # an empty string stays one, for encode_texts to refuse
+        texts = [text.split() or text if isinstance(text, str) else text for text in texts]
+    return encode_texts(texts, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))
+
+
+def _token_output(values: np.ndarray, row: dict, output: str, names: dict[int, str]) -> Any:
+    if "word_starts" in row:  # texts: one prediction a word
+        starts = row["word_starts"]
+        absent = np.full_like(values[0], np.nan)
+        values = np.stack([values[place] if place is not None else absent for place in starts])  # (words, classes)
     if output == "logits":
         return values
     if output == "probabilities":
         return torch.from_numpy(values).softmax(-1).numpy()
-    ids = values.argmax(-1)  # (tokens,)
-    if "word_starts" in row:  # texts: one label per word
-        ids = np.array([ids[place] if place is not None else IGNORE for place in row["word_starts"]], dtype=np.int64)
+    ids = np.where(np.isnan(values).all(-1), IGNORE, values.argmax(-1))  # (words,) or (tokens,)
     if output == "labels":
         return ids
-    names = model.heads[task].config.id2label if task else model.config.id2label
     return [names[int(i)] if i != IGNORE else None for i in ids]

@@ -37,7 +37,9 @@ class TuneReport:
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The pretrained encoder inside a task model (or the `encoder` of a MultiTaskModel)."""
+    """The pretrained encoder inside a task model, a PEFT model, or a MultiTaskModel."""
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
     if hasattr(model, "heads") and hasattr(model, "encoder"):
         return model.encoder
     return getattr(model, "base_model", model)
@@ -49,8 +51,8 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises ValueError for models without such a list, and for ALBERT, whose layers share one set of weights.
     """
     base = base_model_of(model)
-    if hasattr(base.config, "num_hidden_groups"):
-        raise ValueError("ALBERT shares one layer's weights between all its layers; there are no last layers to train alone")
+    if hasattr(getattr(base, "config", None), "num_hidden_groups"):
+        raise ValueError("ALBERT's layers share one set of weights; there are no last layers to train alone")
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
     if not lists:
         raise ValueError(f"{type(base).__name__} has no list of layers")
@@ -81,21 +83,19 @@ def tune(model: nn.Module, strategy: str = "full", *, layers: int = 2) -> TuneRe
     encoder_ids = {id(p) for p in base.parameters()}
     head = [p for p in model.parameters() if id(p) not in encoder_ids]
     if strategy != "full" and not head:
-        raise ValueError(f"{strategy!r} needs a task head; load one with ftlib.load_model(name, task=..., num_labels=...)")
+        raise ValueError(f"{strategy!r} needs a task head; load the model with task=... and num_labels=...")
 
-    model.requires_grad_(strategy == "full")
-    if strategy != "full":
-        for parameter in head:
-            parameter.requires_grad_(True)
-        top = [getattr(base, "pooler", None)]
-        if strategy == "last-layers":
-            blocks = encoder_layers(model)
-            if not 1 <= layers <= len(blocks):
-                raise ValueError(f"layers={layers}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
-            top += blocks[-layers:]
-        for module in top:
-            if module is not None:
-                module.requires_grad_(True)
+    pooler = getattr(base, "pooler", None)
+    moving = [model] if strategy == "full" else [*head, *([pooler] if pooler is not None else [])]
+    if strategy == "last-layers":
+        blocks = encoder_layers(model)
+        if type(layers) is not int or not 1 <= layers <= len(blocks):
+            raise ValueError(f"layers={layers!r}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
+        moving += blocks[-layers:]
+
+    model.requires_grad_(False)
+    for part in moving:
+        part.requires_grad_(True)
     return report(model, strategy if strategy != "last-layers" else f"last-layers ({layers})")
 
 
@@ -120,7 +120,8 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
 def _no_decay_names(model: nn.Module) -> Iterator[str]:
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            if name == "bias" or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower():
+            normalizes = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
+            if name == "bias" or normalizes:
                 yield f"{module_name}.{name}" if module_name else name
 
 

@@ -1,13 +1,14 @@
 """Run a Transformers encoder on real tokens only: same numbers, no work on padding.
 
 A batch of texts is padded to its longest row, and a stock encoder computes every layer for the padding too.
-`unpad(model)` puts two hooks on the encoder: before it, padded rows are dropped, so that each layer sees one long
-row of real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must know where an
-example ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same object with the
-same weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
+`unpad(model)` puts two hooks on the encoder: before it, padded positions are dropped, so that each layer sees
+one long row of real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must
+know where an example ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same
+object with the same weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
 
 To copy this module you need: unpadding.py, torch and transformers.
-Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
+Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
+arXiv:2412.13663).
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ NAME = "ftlib_unpadded"
 
 # Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
 _ENCODER = {
-    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "distilbert": "transformer", "electra": "encoder",
-    "roberta": "encoder", "xlm-roberta": "encoder",
+    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "distilbert": "transformer",
+    "electra": "encoder", "roberta": "encoder", "xlm-roberta": "encoder",
 }  # fmt: skip
 
 
@@ -81,10 +82,10 @@ def _attention(
             pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
         )  # (batch, heads, tokens, head_dim)
         keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=keys, dropout_p=dropout, scale=scaling)
+        out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
         out = out.transpose(1, 2).flatten(0, 1)[packing.indices].unsqueeze(0)  # (1, N_tokens, heads, head_dim)
         return out, None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
 
 
@@ -98,6 +99,7 @@ AttentionMaskInterface.register(NAME, _keep_padding_mask)
 
 
 def _drop_padding(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    vars(encoder).pop("_packing", None)  # left over when the last forward pass failed half-way
     hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is None or mask.ndim != 2:  # no mask, or a model switched back to eager attention
@@ -128,12 +130,19 @@ def _restore_padding(encoder: nn.Module, args: tuple, kwargs: dict, output: Any)
 
 def _restore_hidden_states(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     packing = vars(_encoder_of(base)).pop("_packing", None)
-    states = output.get("hidden_states") if hasattr(output, "get") else None
-    if packing is not None and states is not None:
+    if packing is None:
+        return output
+
+    def padded(states: Any) -> Any:
+        if not isinstance(states, tuple):
+            return states
         shape = (packing.batch, packing.tokens)
-        output.hidden_states = tuple(
-            state if state is None or state.shape[:2] == shape else pad_input(state, packing) for state in states
-        )
+        return tuple(s if s is None or s.shape[:2] == shape else pad_input(s, packing) for s in states)
+
+    if isinstance(output, tuple):  # return_dict=False: the hidden states are the one tuple inside
+        return tuple(padded(part) for part in output)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = padded(output.hidden_states)
     return output
 
 
@@ -166,11 +175,12 @@ def unpad(model: nn.Module) -> nn.Module:
     if kind not in _ENCODER:
         raise ValueError(f"unpad can't handle model type {kind!r}; it handles {', '.join(sorted(_ENCODER))}")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"unpad handles encoders; this {kind} is set up as a decoder (is_decoder or add_cross_attention)")
+        raise ValueError(f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)")
     if is_unpadded(model):
         return model
-    base.set_attn_implementation(NAME)
     encoder = _encoder_of(base)
+    encoder._before_unpad = config._attn_implementation
+    base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
     encoder.register_forward_pre_hook(_drop_padding, with_kwargs=True)
     encoder.register_forward_hook(_restore_padding, with_kwargs=True)
@@ -183,7 +193,7 @@ def repad(model: nn.Module) -> nn.Module:
     if is_unpadded(model):
         base = _base_of(model)
         _remove_hooks(base)
-        base.set_attn_implementation("sdpa")
+        base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
     return model
 
 

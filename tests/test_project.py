@@ -21,17 +21,17 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
     {"attention", "losses", "masking"},
-    {"assets"},
+    {"assets", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"unpadding", "tuning", "features", "multitask"},
     {"distributed"},
-    {"checkpoints", "prediction"},
+    {"checkpoints", "prediction", "settings"},
     {"training"},
     {"plots", "environment"},
     {"__main__"},
 ]
 TENSORS_METHODS_ENGINE = FLOORS[0] | FLOORS[3] | FLOORS[4] | FLOORS[5] | FLOORS[6]
-UPWARD = {("training", "plots")}  # Run.plot() draws, and imports plots only then
+UPWARD = {("settings", "plots")}  # Run.plot() draws, and imports plots only then
 # What transformers itself brings along, so a machine with torch and transformers has it.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}
 SLOW = {"datasets", "evaluate", "sklearn", "matplotlib", "transformers", "seqeval", "pandas"}

@@ -17,7 +17,7 @@ from record import Table
 
 import ftlib
 
-ROUNDS = 5
+ROUNDS = 3
 COUNT = 320
 
 

@@ -1,0 +1,144 @@
+"""How to train and what came of it: `TrainConfig`, checked once; `Run`; the device and precision, with the reason.
+
+To copy this module you need: settings.py, tuning.py and torch.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ftlib.tuning import SCHEDULES
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.  Flat on purpose: every field is a number or a word, and is checked once, here."""
+
+    epochs: int = 3  # passes over the training rows
+    max_steps: int | None = None  # stop after so many optimizer steps; the schedule ends there too
+    batch_size: int = 32  # examples an optimizer step, over all processes
+    micro_batch_size: int | None = None  # examples a forward pass; None: the whole step at once
+    max_tokens: int | None = None  # padded tokens a forward pass, instead of a number of examples
+    learning_rate: float = 5e-5
+    schedule: str = "linear"  # constant, linear, cosine or exponential
+    warmup_fraction: float = 0.1  # share of the steps over which the learning rate rises from 0
+    optimizer: str = "adamw"  # adamw or sgd (momentum 0.9)
+    weight_decay: float = 0.01
+    decay_groups: bool = True  # spare biases and normalization from weight decay
+    label_smoothing: float = 0.0
+    max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
+    precision: str = "auto"  # auto, fp32, bf16 or fp16
+    compile: bool = False  # torch.compile the forward pass
+    shuffle: bool = True  # a new order every epoch, from the seed
+    eval_every: int | None = None  # steps between evaluations; None: after every epoch
+    patience: int | None = None  # stop after so many evaluations without a better `metric`, keep the best weights
+    metric: str = "loss"  # what "better" means; any name that evaluate returns
+    checkpoint_dir: str | None = None
+    checkpoint_every: int | None = None  # steps between checkpoints; None: after every epoch
+    keep_last: int = 2  # checkpoints to keep
+    resume: str | None = None  # "auto": from the newest whole checkpoint in checkpoint_dir, if there is one
+    temperature: float = 1.0  # of the task sampler, when several datasets are trained together
+    seed: int = 0  # of the order, of dropout and of the task sampler
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "keep_last"):
+            _whole(name, getattr(self, name))
+        for name in ("max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
+        for name, low, high in (
+            ("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf), ("label_smoothing", 0, 1),
+            ("warmup_fraction", 0, 1), ("temperature", 1e-6, math.inf),
+        ):  # fmt: skip
+            _number(name, getattr(self, name), low, high)
+        if self.max_grad_norm is not None:
+            _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
+        for name, choices in (
+            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("resume", (None, "auto")),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
+        for name in ("decay_groups", "compile", "shuffle", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: need True or False")
+        if not isinstance(self.metric, str):
+            raise ValueError(f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'")
+        if type(self.seed) is not int or abs(self.seed) >= 2**40:
+            raise ValueError(f"seed={self.seed!r}: need a whole number below 2**40")
+        if self.checkpoint_dir is not None and (
+            not isinstance(self.checkpoint_dir, (str, os.PathLike)) or not os.fspath(self.checkpoint_dir)
+        ):
+            raise ValueError(f"checkpoint_dir={self.checkpoint_dir!r}: need the path of a folder, or None")
+        if self.micro_batch_size and self.max_tokens:
+            raise ValueError("set micro_batch_size or max_tokens, not both")
+        if self.resume and not self.checkpoint_dir:
+            raise ValueError("resume='auto' needs checkpoint_dir")
+        if self.checkpoint_every and not self.checkpoint_dir:
+            raise ValueError("checkpoint_every needs checkpoint_dir")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (right and low <= value <= high and value < math.inf):
+        above = f" to {high}" if high < math.inf else ", finite"
+        raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
+
+
+def _whole(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
+
+
+@dataclass
+class Run:
+    """What `fit` did: `history` has a record a step and one an evaluation, `metrics` the last (or best) evaluation."""
+
+    config: TrainConfig
+    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0  # training alone, evaluation included
+    stopped: str = "finished"  # or "early stopping", "interrupted"
+    precision: str = "fp32"
+
+    def plot(self, **options: Any) -> Any:
+        """Draw loss and evaluation metrics against steps; returns the matplotlib Axes."""
+        from ftlib.plots import learning_curves
+
+        return learning_curves(self, **options)
+
+
+def choose_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(device: torch.device, requested: str = "auto") -> tuple[str, str]:
+    """The precision to compute in, and the reason: ("fp32" | "bf16" | "fp16", reason).
+
+    Weights and optimizer state stay float32 in every case; only matrix products and the like run in half precision.
+    Raises ValueError for fp16 on a CPU and for bf16 on a GPU without it.
+    """
+    if requested not in PRECISIONS:
+        raise ValueError(f"precision={requested!r}: choose one of {', '.join(PRECISIONS)}")
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if requested == "fp16" and device.type == "cpu":
+        raise ValueError("precision='fp16' needs a GPU (a CPU gains nothing and overflows); use fp32")
+    if requested == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 units; use precision='fp16' or 'auto'")
+    if requested != "auto":
+        return requested, "as asked"
+    if device.type == "cuda":
+        if has_bf16:
+            return "bf16", "this GPU multiplies bfloat16 fast, and its range equals float32's, so no loss scaling"
+        return "fp16", "this GPU has no bfloat16 units; float16 with loss scaling"
+    return "fp32", "on this device half precision brings no gain we rely on"
