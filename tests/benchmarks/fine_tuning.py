@@ -23,9 +23,7 @@ RATES = {
 
 
 def main() -> None:
-    table = Table(
-        "fine_tuning", "python tests/benchmarks/fine_tuning.py", "MiniLM on rotten-tomatoes, test accuracy"
-    )
+    table = Table("fine_tuning", "python tests/benchmarks/fine_tuning.py", "MiniLM on rotten-tomatoes, test accuracy")
     data = ftlib.load_corpus("rotten-tomatoes")
     tokenizer = ftlib.load_tokenizer("minilm")
     tokens = ftlib.tokenize(data, tokenizer, max_length=128)
@@ -46,9 +44,7 @@ def main() -> None:
             progress=False,
         )
         with ftlib.measure() as cost:
-            run = ftlib.fit(
-                model, tokens["train"].select(chosen(count, seed)), tokenizer=tokenizer, config=config
-            )
+            run = ftlib.fit(model, tokens["train"].select(chosen(count, seed)), tokenizer=tokenizer, config=config)
         return {
             "accuracy": ftlib.evaluate(model, tokens["test"])["accuracy"],
             "validation": ftlib.evaluate(model, tokens["validation"])["accuracy"],

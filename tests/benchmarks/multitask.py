@@ -23,21 +23,15 @@ def subset(dataset, count: int, seed: int):
     return dataset.select(order[:count])
 
 
-def train(
-    heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, temperature: float = 1.0
-):
+def train(heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, temperature: float = 1.0):
     model = ftlib.unpad(ftlib.MultiTaskModel(ftlib.load_model("minilm"), heads, seed=seed))
-    config = ftlib.TrainConfig(
-        max_steps=steps, learning_rate=rate, seed=seed, temperature=temperature, progress=False
-    )
+    config = ftlib.TrainConfig(max_steps=steps, learning_rate=rate, seed=seed, temperature=temperature, progress=False)
     run = ftlib.fit(model, datasets, config=config)
     return {**ftlib.evaluate(model, tests), "seconds": run.seconds, "steps": run.steps}
 
 
 def main() -> None:
-    table = Table(
-        "multitask", "python tests/benchmarks/multitask.py", "MiniLM, multi-task against single-task"
-    )
+    table = Table("multitask", "python tests/benchmarks/multitask.py", "MiniLM, multi-task against single-task")
     tokenizer = ftlib.load_tokenizer("minilm")
 
     atis = ftlib.load_corpus("atis")
@@ -63,8 +57,7 @@ def main() -> None:
     corpora = {"sentiment": "rotten-tomatoes", "pairs": "mrpc", "intents": "banking77"}
     data = {task: ftlib.load_corpus(name) for task, name in corpora.items()}
     heads = {
-        task: Head("sequence-classification", d["train"].features["label"].num_classes)
-        for task, d in data.items()
+        task: Head("sequence-classification", d["train"].features["label"].num_classes) for task, d in data.items()
     }
     tokens = {task: ftlib.tokenize(d, tokenizer, max_length=96) for task, d in data.items()}
     sizes = {"sentiment": 600, "pairs": 300, "intents": 1200}

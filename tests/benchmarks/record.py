@@ -25,9 +25,7 @@ class Table:
         self.stamp = {
             "device": device,
             "date": datetime.date.today().isoformat(),
-            "versions": {
-                p: version(p).split("+")[0] for p in ("torch", "transformers", "datasets", "scikit-learn")
-            },
+            "versions": {p: version(p).split("+")[0] for p in ("torch", "transformers", "datasets", "scikit-learn")},
         }
         self.content |= {"about": about, "command": command}
 
@@ -45,11 +43,7 @@ class Table:
         print(
             {
                 **key,
-                **{
-                    k: round(v, 4) if isinstance(v, float) else v
-                    for k, v in row.items()
-                    if k not in self.stamp
-                },
+                **{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in self.stamp},
             },
             flush=True,
         )

@@ -48,9 +48,7 @@ def fit_run(data, tokenizer, unpad: bool) -> float:
     model = ftlib.load_model("minilm", task="sequence-classification", num_labels=2)
     if unpad:
         ftlib.unpad(model)
-    config = ftlib.TrainConfig(
-        epochs=1, learning_rate=1.5e-4, warmup_fraction=0.1, shuffle=False, progress=False
-    )
+    config = ftlib.TrainConfig(epochs=1, learning_rate=1.5e-4, warmup_fraction=0.1, shuffle=False, progress=False)
     run = ftlib.fit(model, data, tokenizer=tokenizer, config=config)
     return statistics.fmean(record["loss"] for record in run.history)
 
