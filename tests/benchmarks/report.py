@@ -61,7 +61,8 @@ def fine_tuning() -> str:
         "**Which parameters move** (notebook 03): MiniLM, 2,000 sentences of rotten-tomatoes, 2 epochs, mean "
         "± standard deviation over seeds. Each learning rate is the best of a few on 500 sentences, by validation "
         "accuracy. Head-only loses to the logistic regression because the stock head reads [CLS], which MiniLM was "
-        f"not trained to use; the features are means over all tokens.\n\n{results_table(table)._repr_markdown_()}\n\n*{source('fine_tuning')}*"
+        "not trained to use; the features are means over all tokens.\n\n"
+        f"{results_table(table)._repr_markdown_()}\n\n*{source('fine_tuning')}*"
     )
 
 
@@ -100,12 +101,12 @@ def multitask() -> str:
         )
     second = results_table(table)._repr_markdown_()
     return (
-        "**Several tasks on one encoder** (notebook 05). Intents and slots of the same sentences: the joint model does the "
-        "work of one single model, so half of what the two cost; the intents tie, the slots lose some F1 at this "
+        "**Several tasks on one encoder** (notebook 05). Intents and slots of the same sentences: the joint model does "
+        "the work of one single model, so half of what the two cost; the intents tie, the slots lose some F1 at this "
         f"budget of 3 epochs.\n\n{first}\n\nThree unlike tasks, test accuracy, 3 seeds, 2 epochs: film sentiment "
-        "(rotten-tomatoes, 600 sentences), paraphrases (mrpc, 300 pairs), bank intents (banking77, 1,200 questions). At "
-        "this small budget sharing gains nothing measurable. The sampling temperature says how often small tasks are "
-        "drawn: at 1 in proportion to their size, above it more evenly.\n\n"
+        "(rotten-tomatoes, 600 sentences), paraphrases (mrpc, 300 pairs), bank intents (banking77, 1,200 questions). "
+        "At this small budget sharing gains nothing measurable. The sampling temperature says how often small tasks "
+        "are drawn: at 1 in proportion to their size, above it more evenly.\n\n"
         f"{second}\n\n*{source('multitask')}*"
     )
 
