@@ -31,7 +31,7 @@ def test_run_toml_is_accepted(tmp_path):
     [block] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "run.toml").write_text(block)
     run = read_run(tmp_path / "run.toml")
-    assert TrainConfig(**run["train"]).epochs == 3
+    assert TrainConfig(checkpoint_dir="out", **run["train"]).epochs == 3
 
 
 def test_links_lead_somewhere():
