@@ -119,6 +119,16 @@ def tokenized_for(task: str, data: Any, tokenizer: Any) -> tuple[Any, list[str] 
     return ftlib.tokenize(data, tokenizer, text=text, label=column, max_length=128), names
 
 
+def print_assets() -> None:
+    """One line an asset: name, whether it is here, size of the download, what it is, licence."""
+    from ftlib import assets
+
+    for row in assets.describe():
+        here = "here" if row["present"] else "to fetch"
+        licence = row["licence"].split(";")[0]  # of the data; the rest is the package's own
+        print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
+
+
 def doctor() -> int:
     """Print versions, device, precision and why, the cache, and what is missing."""
     import importlib.metadata as metadata
@@ -127,8 +137,7 @@ def doctor() -> int:
 
     environment.setup()
     print(f"cache       {assets.cache_dir()}")
-    for row in assets.describe():
-        print("  " + "  ".join(f"{value}" for value in row.values()))
+    print_assets()
     for package in ("datasets", "evaluate", "scikit-learn", "seqeval", "matplotlib", "peft", "sentence-transformers"):
         try:
             metadata.version(package)
@@ -159,8 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name, path in assets.fetch(options.names or None).items():
                 print(f"{name:<18} {path}")
         else:
-            for row in assets.describe():
-                print("  ".join(f"{value}" for value in row.values()))
+            print_assets()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
