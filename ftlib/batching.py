@@ -96,7 +96,23 @@ def tokenize(
         return {**encoded, "labels": mixed}
 
     plain = dataset.with_format(None)
-    return plain.map(work, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
+    with _bar_if(len(plain) > 20_000):
+        return plain.map(work, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
+
+
+@contextmanager
+def _bar_if(wanted: bool) -> Iterator[None]:
+    """The datasets library shows a bar for every map; for a second of work that only litters a notebook."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not wanted and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def encode_texts(
