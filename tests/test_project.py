@@ -20,7 +20,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
-    {"attention", "losses", "masking"},
+    {"attention", "losses", "masking", "speedups"},
     {"assets", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"unpadding", "tuning", "features", "multitask"},

@@ -1,0 +1,285 @@
+"""What a training step on a CPU need not pay for: shortcuts with the same mathematics.
+
+- `linear`: matrix products by oneDNN, which PyTorch brings along but uses for half precision only.  On CPUs with
+  AVX-512 that are not Intel's, it is about twice as fast as the MKL that `torch.nn.functional.linear` calls.
+- `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
+- `attend`: attention over packed rows, one example at a time, so that no score of a padded position is computed and
+  attention dropout does not push PyTorch off its quick path.
+- `SeenRows`: a word embedding without the rows that never occur in the training data.  Their gradient is zero at
+  every step; they need no optimizer state and no time.
+
+`shortcuts(model)` switches `linear` and `dropout` on for a while.  To copy this module you need: speedups.py and torch.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# oneDNN's linear layer, the one torch.compile calls.  A choice by processor, not by stopwatch: the same every time.
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
+    """Random 0/1 of `like`'s shape and dtype, 0 with probability p (to the nearest 1/65536).
+
+    Four elements share one 64-bit draw of PyTorch's generator; `bernoulli_` costs several times as much on a CPU.
+
+    >>> _ = torch.manual_seed(0)
+    >>> round(keep_mask(torch.empty(100_000), 0.25).mean().item(), 2)
+    0.75
+    """
+    count = like.numel()
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[:count].view(like.shape)  # uniform in [-32768, 32767]
+    return torch.ge(bits, round(p * 65536) - 32768, out=torch.empty_like(like, memory_format=torch.contiguous_format))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        mask = keep_mask(x, p)
+        ctx.save_for_backward(mask)
+        ctx.scale = 1 / (1 - p)
+        return (x * mask).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return (gradient * ctx.saved_tensors[0]).mul_(ctx.scale), None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)  # (N, out)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        d_x = _product(rows, weight.T, None, "none", [], "").view(x.shape) if need_x else None
+        d_weight = _product(rows.T, x.flatten(0, -2).T, None, "none", [], "") if need_weight else None
+        return d_x, d_weight, rows.sum(0) if need_bias else None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, lengths, p):
+        heads = len(query)
+        mask = keep_mask(query.new_empty(heads * sum(n * n for n in lengths)), p).div_(1 - p) if p else None
+        outs, saved, used = [], [], 0
+        with _threads_for(heads, lengths):
+            for own in _slices(lengths):
+                weights = torch.bmm(query[:, own], key[:, own].transpose(1, 2)).softmax(-1)  # (heads, n, n)
+                saved.append(weights)
+                if p:
+                    weights = weights * mask[used : used + weights.numel()].view(weights.shape)
+                    used += weights.numel()
+                    saved.append(weights)
+                outs.append(torch.bmm(weights, value[:, own]))
+        ctx.save_for_backward(query, key, value, mask, *saved)
+        ctx.lengths = lengths
+        return torch.cat(outs, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, mask, *saved = ctx.saved_tensors
+        saved, used = iter(saved), 0
+        queries, keys, values = [], [], []
+        with _threads_for(len(query), ctx.lengths):
+            for own in _slices(ctx.lengths):
+                weights = next(saved)
+                dropped = weights if mask is None else next(saved)
+                own_gradient = gradient[:, own]
+                values.append(torch.bmm(dropped.transpose(1, 2), own_gradient))
+                d_weights = torch.bmm(own_gradient, value[:, own].transpose(1, 2))
+                if mask is not None:
+                    d_weights.mul_(mask[used : used + weights.numel()].view(weights.shape))
+                    used += weights.numel()
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                queries.append(torch.bmm(d_scores, key[:, own]))
+                keys.append(torch.bmm(d_scores.transpose(1, 2), query[:, own]))
+        return *(torch.cat(parts, dim=1) for parts in (queries, keys, values)), None, None
+
+
+def _slices(lengths: list[int]) -> Iterator[slice]:
+    begin = 0
+    for length in lengths:
+        yield slice(begin, begin + length)
+        begin += length
+
+
+@contextmanager
+def _threads_for(heads: int, lengths: list[int]) -> Iterator[None]:
+    """One thread while the products are so small that waking a second one costs more than it computes."""
+    threads = torch.get_num_threads()
+    if threads == 1 or heads * max(lengths) ** 2 > 65536:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether the shortcuts serve this tensor: float32 on a CPU, run eagerly and without autocast."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, (..., in) -> (..., out), by the quicker of two libraries.
+
+    >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+    >>> torch.allclose(linear(x, weight), x @ weight.T, atol=1e-5)
+    True
+    """
+    if not (ONEDNN and usable(x) and weight.dtype == torch.float32 and x.numel() >= 16 * x.shape[-1]):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
+    """`torch.nn.functional.dropout` with the same distribution and other random numbers.
+
+    >>> dropout(torch.ones(3), p=0.5, training=False).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    if not training or p == 0:
+        return x
+    if not usable(x) or p == 1:
+        return F.dropout(x, p, training)
+    return _Dropout.apply(x, p)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0
+) -> torch.Tensor:
+    """Attention of packed rows (heads, N_tokens, head_dim): each of `lengths` tokens sees its own example alone.
+
+    softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim).  lengths add up to
+    N_tokens.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
+
+    >>> q = torch.randn(2, 5, 8)
+    >>> out = attend(q, q, q, [3, 2], scale=8**-0.5)
+    >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
+    True
+    """
+    if torch.is_grad_enabled() or p:
+        return _Attend.apply(query * scale, key, value, lengths, p)
+    parts = [x.split(lengths, dim=1) for x in (query, key, value)]
+    with _threads_for(len(query), lengths):
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+                for q, k, v in zip(*parts, strict=True)
+            ],
+            dim=1,
+        )
+
+
+@contextmanager
+def shortcuts(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's nn.Linear and nn.Dropout modules run by `linear` and `dropout` where these serve."""
+    ours = {nn.Linear: _linear_forward, nn.Dropout: _dropout_forward}
+    changed = [module for module in model.modules() if type(module) in ours and "forward" not in vars(module)]
+    try:
+        for module in changed:
+            module.forward = partial(ours[type(module)], module)
+        yield
+    finally:
+        for module in changed:
+            vars(module).pop("forward", None)
+
+
+def _linear_forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+def _dropout_forward(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
+    return dropout(input, module.p, module.training)
+
+
+class SeenRows:
+    """A word embedding that trains only the rows whose ids occur in the training data.
+
+    A row that never occurs has gradient zero at every step, so an optimizer without weight decay leaves it alone, and
+    one with (decoupled) weight decay multiplies it by 1 - lr * decay a step: `decayed` counts that, and it is done
+    when the whole embedding is next needed.  While active, `embedding.weight` is a parameter of the seen rows only.
+    Where nothing is to be saved (frozen or shared weights, most rows seen) it does nothing.
+    """
+
+    def __init__(self, model: nn.Module, ids: Iterable[int]):
+        self.embedding, self.own, self.hook = None, None, None
+        get = getattr(model, "get_input_embeddings", None)
+        embedding = get() if get else None
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.sparse:
+            return
+        full = embedding.weight
+        users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is full]
+        seen = torch.tensor(sorted({*ids, embedding.padding_idx or 0}), device=full.device)
+        if not full.requires_grad or len(users) != 1 or len(seen) > 0.75 * len(full):
+            return
+        self.embedding, self.full, self.seen, self.pending = embedding, full, seen, 1.0
+        self.padding = embedding.padding_idx
+        self.lookup = torch.full((len(full),), -1, device=full.device)
+        self.lookup[seen] = torch.arange(len(seen), device=full.device)
+        self.own = nn.Parameter(full.detach()[seen])
+        self.on()
+
+    def on(self) -> None:
+        """Train the seen rows."""
+        if self.embedding is None:
+            return
+        with torch.no_grad():
+            self.own.copy_(self.full[self.seen])
+        self.embedding.weight = self.own
+        if self.padding is not None:
+            self.embedding.padding_idx = int(self.lookup[self.padding])
+        self.hook = self.embedding.register_forward_pre_hook(lambda module, args: (self.lookup[args[0]], *args[1:]))
+
+    def off(self, decay: bool = True) -> None:
+        """Put the whole embedding back, with what was learnt, and (unless told not to) with what has decayed."""
+        if self.hook is None:
+            return
+        self.hook.remove()
+        self.hook = None
+        with torch.no_grad():
+            if decay and self.pending != 1:
+                self.full.mul_(self.pending)
+                self.pending = 1.0
+            self.full[self.seen] = self.own
+        self.embedding.weight, self.embedding.padding_idx = self.full, self.padding
+
+    def decayed(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take note of a step's weight decay."""
+        for group in optimizer.param_groups:
+            if any(p is self.own for p in group["params"]):
+                self.pending *= 1 - group["lr"] * group["weight_decay"]
+
+    @contextmanager
+    def whole(self, decay: bool = True) -> Iterator[None]:
+        """Inside, the embedding is whole: to evaluate, save or load."""
+        active = self.hook is not None
+        self.off(decay)
+        try:
+            yield
+        finally:
+            if active:
+                self.on()
