@@ -6,11 +6,15 @@ one long row of real tokens, (1, N_tokens, hidden); after it, they are put back 
 know where an example ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same
 object with the same weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
 
+On a CUDA GPU of compute capability 8.0 or more, in half precision, without attention dropout and with padding on the
+right, attention runs on the packed tokens (`torch.nn.attention.varlen`); otherwise the heads are padded again for it.
+
 To copy this module you need: unpadding.py, torch and transformers.
 Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
 arXiv:2412.13663).
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +26,49 @@ NAME = "ftlib_unpadded"
 
 # Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
 _ENCODER = {
-    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "distilbert": "transformer",
-    "electra": "encoder", "roberta": "encoder", "xlm-roberta": "encoder",
+    "albert": "encoder", "bert": "encoder", "bert-generation": "encoder", "camembert": "encoder",
+    "data2vec-text": "encoder", "distilbert": "transformer", "electra": "encoder", "ernie": "encoder",
+    "mobilebert": "encoder", "roberta": "encoder", "roberta-prelayernorm": "encoder", "roc_bert": "encoder",
+    "xlm-roberta": "encoder", "xlm-roberta-xl": "encoder",
 }  # fmt: skip
+# With rotary positions, which the base model itself computes: its inputs are packed, and keyword arguments it doesn't
+# know go through its layers to the attention function.
+_ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 
 
 class Packing(NamedTuple):
-    """Where the kept tokens of a padded batch come from."""
+    """Where the kept tokens of a padded batch come from; made once a forward pass, with one wait for the GPU."""
 
     indices: torch.Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
     mask: torch.Tensor  # (batch, tokens) bool, True at real tokens
     batch: int
     tokens: int
+    cu_seqlens: torch.Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
+    longest: int  # kept tokens of the longest row
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> "Packing":
+        """From a bool mask (batch, tokens), True at real tokens."""
+        kept = mask.clone()
+        kept[:, 0] = True
+        lengths = kept.sum(1)  # (batch,)
+        on_the_right = (mask[:, 1:] <= mask[:, :-1]).all()
+        total, longest, on_the_right = torch.stack((lengths.sum(), lengths.max(), on_the_right.long())).tolist()
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) if on_the_right else None
+        indices = kept.flatten().nonzero_static(size=total).flatten()
+        return cls(indices, mask, *mask.shape, cu_seqlens, longest)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is nothing to drop."""
+        return self.cu_seqlens is not None and len(self.indices) == self.batch * self.tokens
+
+
+def _pack(padded: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(batch, tokens, ...) to (1, N_tokens, ...)."""
+    flat = padded.flatten(0, 1)
+    return (flat if len(flat) == len(packing.indices) else flat[packing.indices]).unsqueeze(0)
 
 
 def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Packing]:
@@ -47,11 +82,8 @@ def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
     >>> packed.flatten().tolist(), packing.indices.tolist()
     ([0.0, 1.0, 2.0], [0, 1, 2])
     """
-    batch, tokens = mask.shape
-    kept = mask.clone()
-    kept[:, 0] = True
-    indices = kept.flatten().nonzero().flatten()  # (N_tokens,)
-    return hidden.flatten(0, 1)[indices].unsqueeze(0), Packing(indices, mask, batch, tokens)
+    packing = Packing.of(mask)
+    return _pack(hidden, packing), packing
 
 
 def pad_input(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -61,32 +93,82 @@ def pad_input(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     >>> pad_input(packed, packing)[0, :, 0].tolist()
     [1.0, 0.0]
     """
-    flat = packed.new_zeros(packing.batch * packing.tokens, *packed.shape[2:])
-    flat = flat.index_copy(0, packing.indices, packed[0])
-    return flat.view(packing.batch, packing.tokens, *packed.shape[2:])
+    flat = packed[0]
+    if len(flat) != packing.batch * packing.tokens:
+        flat = flat.new_zeros(packing.batch * packing.tokens, *flat.shape[1:]).index_copy(0, packing.indices, flat)
+    return flat.view(packing.batch, packing.tokens, *flat.shape[1:])
+
+
+def _attend_packed(
+    query: torch.Tensor,  # (1, heads, N_tokens, head_dim)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    dropout: float,
+    scaling: float | None,
+    window: int | None = None,
+) -> torch.Tensor:
+    query, key, value = (
+        pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
+    )  # (batch, heads, tokens, head_dim)
+    keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
+    if window is not None:
+        position = torch.arange(packing.tokens, device=query.device)
+        keys = keys & ((position[:, None] - position).abs() <= window)  # (batch, 1, tokens, tokens)
+    out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
+    return _pack(out.transpose(1, 2), packing)  # (1, N_tokens, heads, head_dim)
+
+
+def _attend_varlen(
+    query: torch.Tensor,  # (1, heads, N_tokens, head_dim)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scaling: float | None,
+    window: int | None = None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
+    ends, longest = packing.cu_seqlens, packing.longest
+    options = {} if window is None else {"window_size": (window, window)}
+    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, **options).unsqueeze(0)
+
+
+def _can_varlen(query: torch.Tensor, packing: Packing, dropout: float) -> bool:
+    """What `varlen_attn`, which is FlashAttention 2, asks for."""
+    if packing.cu_seqlens is None or dropout or not query.is_cuda:
+        return False
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attention(
     module: nn.Module,
     query: torch.Tensor,  # (1, heads, N_tokens, head_dim) when packed
-    key: torch.Tensor,
+    key: torch.Tensor,  # (1, heads or fewer, N_tokens, head_dim)
     value: torch.Tensor,
     attention_mask: Packing | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    if key.shape[1] != query.shape[1]:  # grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if isinstance(attention_mask, Packing):
         packing = attention_mask
-        query, key, value = (
-            pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
-        )  # (batch, heads, tokens, head_dim)
-        keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
-        out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
-        out = out.transpose(1, 2).flatten(0, 1)[packing.indices].unsqueeze(0)  # (1, N_tokens, heads, head_dim)
-        return out, None
-    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
+    if packing is None:
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
+    window = None  # how far a token sees to each side; a window that holds every row is none
+    if sliding_window is not None and sliding_window < packing.tokens:
+        window = sliding_window - 1
+    if _can_varlen(query, packing, dropout):
+        return _attend_varlen(query, key, value, packing, scaling, window), None
+    return _attend_packed(query, key, value, packing, dropout, scaling, window), None
 
 
 def _keep_padding_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -98,56 +180,102 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _keep_padding_mask)
 
 
-def _drop_padding(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    vars(encoder).pop("_packing", None)  # left over when the last forward pass failed half-way
+def _before_base(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Check the inputs of the base model; pack them if it has rotary positions."""
+    for module in _hooked(base):
+        vars(module).pop("_packing", None)  # left over when the last forward pass failed half-way
+    if base.config._attn_implementation != NAME:  # switched back by hand
+        return None
+    kwargs = {**dict(zip(inspect.signature(base.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+    kind = base.config.model_type
+    wants_attentions = kwargs.get("output_attentions")
+    if base.config.output_attentions if wants_attentions is None else wants_attentions:
+        raise ValueError(
+            f"output_attentions=True: an unpadded {kind} keeps no attention weights; call repad(model) and "
+            'model.set_attn_implementation("eager") first'
+        )
+    inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        return None  # the model itself says what is wrong
+    shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
+    if mask is not None and getattr(mask, "shape", None) != shape:
+        raise ValueError(
+            f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got "
+            f"{tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__}; for a mask of your own, "
+            "a cache or prefix tuning call repad(model) first"
+        )
+    if kind not in _ROTARY:
+        return (), kwargs
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    packing = Packing.of(mask.to(inputs.device, torch.bool))
+    for module in _hooked(base):
+        module._packing = packing  # the pooler, and this hook's counterpart
+    kwargs = {**kwargs, "attention_mask": None, "packing": packing}
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(shape[1], device=inputs.device)[None]
+    for name in _PER_TOKEN:
+        if kwargs.get(name) is not None:
+            kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing)
+    return (), kwargs
+
+
+def _before_pooler(pooler: nn.Module, args: tuple) -> tuple | None:
+    packing = vars(pooler).pop("_packing", None)
+    return None if packing is None else (pad_input(args[0], packing), *args[1:])
+
+
+def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is None or mask.ndim != 2:  # no mask, or a model switched back to eager attention
         return None
-    kwargs = dict(kwargs)
-    if mask.all():
-        packing = None  # nothing to drop
+    packing = Packing.of(mask)
+    if packing.is_full:
+        packing = None
     else:
-        hidden, packing = unpad_input(hidden, mask)
-    if args:
-        args = (hidden, *args[1:])
-    else:
-        kwargs["hidden_states"] = hidden
-    if len(args) > 1:
-        args = (args[0], packing, *args[2:])
-    else:
-        kwargs["attention_mask"] = packing
-    return args, kwargs
+        hidden = _pack(hidden, packing)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")}
+    return (hidden, packing, *args[2:]), kwargs
 
 
-def _restore_padding(encoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    packing = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
+    packing = args[1] if len(args) > 1 else None
     if isinstance(packing, Packing):
         output.last_hidden_state = pad_input(output.last_hidden_state, packing)
         encoder._packing = packing  # for the hidden states of the layers, which the base model returns
     return output
 
 
-def _restore_hidden_states(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def _after_base(base: nn.Module, args: tuple, output: Any) -> Any:
     packing = vars(_encoder_of(base)).pop("_packing", None)
     if packing is None:
         return output
 
-    def padded(states: Any) -> Any:
-        if not isinstance(states, tuple):
-            return states
-        shape = (packing.batch, packing.tokens)
-        return tuple(s if s is None or s.shape[:2] == shape else pad_input(s, packing) for s in states)
+    def padded(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(padded(state) for state in part)
+        if not isinstance(part, torch.Tensor) or part.ndim != 3 or part.shape[:2] == (packing.batch, packing.tokens):
+            return part
+        return pad_input(part, packing)
 
-    if isinstance(output, tuple):  # return_dict=False: the hidden states are the one tuple inside
-        return tuple(padded(part) for part in output)
-    if output.get("hidden_states") is not None:
-        output.hidden_states = padded(output.hidden_states)
+    if isinstance(output, tuple):  # return_dict=False
+        return padded(output)
+    for name, part in output.items():
+        output[name] = padded(part)
     return output
 
 
 def _encoder_of(base: nn.Module) -> nn.Module:
-    return getattr(base, _ENCODER[base.config.model_type])
+    """The module around which tokens are packed."""
+    kind = base.config.model_type
+    return base if kind in _ROTARY else getattr(base, _ENCODER[kind])
+
+
+def _hooked(base: nn.Module) -> list[nn.Module]:
+    """The modules inside the base model that `unpad` puts hooks on."""
+    pooler = getattr(base, "pooler", None)
+    return [_encoder_of(base)] + ([pooler] if pooler is not None and base.config.model_type in _ROTARY else [])
 
 
 def _base_of(model: nn.Module) -> nn.Module:
@@ -166,25 +294,38 @@ def unpad(model: nn.Module) -> nn.Module:
     positions the hidden states are zero, where the stock model leaves numbers that nothing should read.
     `output_attentions` needs eager attention, so it needs `repad(model)` first.
 
-    Raises ValueError naming the model type for what can't be unpadded: decoders, cross-attention, and encoders with
-    relative position biases or rotary positions.
+    Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
+    and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for
+    `output_attentions` and for an attention_mask that isn't (batch, tokens).
     """
     base = _base_of(model)
     config = getattr(base, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in _ENCODER:
-        raise ValueError(f"unpad can't handle model type {kind!r}; it handles {', '.join(sorted(_ENCODER))}")
+    if kind not in _ENCODER and kind not in _ROTARY:
+        reason = ""
+        if getattr(config, "is_encoder_decoder", False):
+            reason = ", an encoder-decoder"
+        elif any(getattr(module, "is_causal", False) for module in base.modules()):
+            reason = ", a decoder"
+        elif config is not None and not getattr(base, "_supports_attention_backend", False):
+            reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
+        known = ", ".join(sorted((*_ENCODER, *_ROTARY)))
+        raise ValueError(f"unpad can't handle model type {kind!r}{reason}; it handles {known}")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)")
     if is_unpadded(model):
         return model
-    encoder = _encoder_of(base)
+    encoder, *poolers = _hooked(base)
     encoder._before_unpad = config._attn_implementation
     base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
-    encoder.register_forward_pre_hook(_drop_padding, with_kwargs=True)
-    encoder.register_forward_hook(_restore_padding, with_kwargs=True)
-    base.register_forward_hook(_restore_hidden_states, with_kwargs=True)
+    base.register_forward_pre_hook(_before_base, with_kwargs=True)
+    if encoder is not base:
+        encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
+        encoder.register_forward_hook(_after_encoder)
+    for pooler in poolers:
+        pooler.register_forward_pre_hook(_before_pooler)
+    base.register_forward_hook(_after_base)
     return model
 
 
@@ -198,8 +339,8 @@ def repad(model: nn.Module) -> nn.Module:
 
 
 def _remove_hooks(base: nn.Module) -> None:
-    ours = (_drop_padding, _restore_padding, _restore_hidden_states)
-    for module in (base, _encoder_of(base)):
+    ours = (_before_base, _before_encoder, _before_pooler, _after_encoder, _after_base)
+    for module in (base, *_hooked(base)):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
@@ -208,4 +349,4 @@ def _remove_hooks(base: nn.Module) -> None:
 def is_unpadded(model: nn.Module) -> bool:
     """Whether `unpad` is on."""
     config = getattr(_base_of(model), "config", None)
-    return getattr(config, "model_type", None) in _ENCODER and config._attn_implementation == NAME
+    return getattr(config, "model_type", None) in (*_ENCODER, *_ROTARY) and config._attn_implementation == NAME
