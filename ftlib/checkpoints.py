@@ -218,17 +218,21 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
 
 
 def save_training(loop: Any) -> Path:
-    """Write all that `fit` needs to go on: weights, optimizer, random state, history.  Process 0 writes."""
+    """Write all that `fit` needs to go on: weights, optimizer, random state, history.
+
+    Process 0 writes, whole tensors also where the weights are spread over processes: any number of them can go on.
+    """
     folder = Path(loop.config.checkpoint_dir) / f"step-{loop.run_.steps:08d}"
     states = {kind: distributed.gather(state, loop.device) for kind, state in loop.random_state.items()}
+    tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
+    for index, state in loop.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
+    tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
+    if loop.best:
+        tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
+    tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
         with _aside(folder) as temporary:
-            tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
-            for index, state in loop.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-            tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
-            if loop.best:
-                tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
             save_file(_tensors(tensors), temporary / "state.safetensors")
             state = {
                 "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
@@ -247,8 +251,20 @@ def save_training(loop: Any) -> Path:
 def resume_training(loop: Any) -> int | None:
     """Load the newest whole checkpoint into the loop; returns its step, or None where there is none.
 
-    Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
+    Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.  The number of
+    processes, and how they share the work, may differ from the run before; only dropout then draws other numbers.
     """
+    step = _resume(loop)
+    found = [int(part) for part in distributed.gather(torch.tensor(step or 0), loop.device)]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes find checkpoints of the steps {found} in {loop.config.checkpoint_dir}; "
+            "it must be one folder that all machines share"
+        )
+    return step
+
+
+def _resume(loop: Any) -> int | None:
     for folder in reversed(_folders(loop.config.checkpoint_dir)):
         problem = damage(folder)
         if problem:
@@ -257,12 +273,17 @@ def resume_training(loop: Any) -> int | None:
         state = _read_json(folder / "state.json")
         _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
         tensors = _read_tensors(folder / "state.safetensors")
-        loop.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        weights = loop.model.state_dict()
+        loop.model.load_state_dict({k: distributed.cut(tensors[f"model.{k}"], like) for k, like in weights.items()})
         optimizer = loop.optimizer.state_dict()
+        moved = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
+                parameter = moved[int(index)]
+                if tensor.shape == parameter.shape:  # not so the number of steps
+                    tensor = distributed.cut(tensor, parameter)
                 slots.setdefault(int(index), {})[key] = tensor
         loop.optimizer.load_state_dict({**optimizer, "state": slots})
         own = distributed.rank()  # a process that was not there keeps the state it has
@@ -277,8 +298,8 @@ def resume_training(loop: Any) -> int | None:
             setattr(run, key, state[value])
         loop.evaluations_since_best = state["since_best"]
         if state["best"] is not None:
-            weights = [tensors[f"best.{i}"].to(loop.device) for i in range(len(loop.trainable))]
-            loop.best = {"metrics": state["best"], "weights": weights}
+            best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
+            loop.best = {"metrics": state["best"], "weights": best}
         return state["step"]
     return None
 

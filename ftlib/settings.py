@@ -14,6 +14,7 @@ from ftlib.tuning import SCHEDULES
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
+DISTRIBUTED = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
     precision: str = "auto"  # auto, fp32, bf16 or fp16
     compile: bool = False  # torch.compile the forward pass
+    distributed: str = "ddp"  # several processes: ddp, a whole model each, or fsdp, a share of the weights each
     shuffle: bool = True  # a new order every epoch, from the seed
     eval_every: int | None = None  # steps between evaluations; None: after every epoch
     patience: int | None = None  # stop after so many evaluations without a better `metric`, keep the best weights
@@ -62,6 +64,7 @@ class TrainConfig:
             _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
         for name, choices in (
             ("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("resume", (None, "auto")),
+            ("distributed", DISTRIBUTED),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
@@ -78,6 +81,8 @@ class TrainConfig:
             raise ValueError(f"checkpoint_dir={self.checkpoint_dir!r}: need the path of a folder, or None")
         if self.micro_batch_size and self.max_tokens:
             raise ValueError("set micro_batch_size or max_tokens, not both")
+        if self.compile and self.distributed == "fsdp":
+            raise ValueError("compile=True with distributed='fsdp' is not supported; drop one of them")
         if self.resume and not self.checkpoint_dir:
             raise ValueError("resume='auto' needs checkpoint_dir")
         if self.checkpoint_every and not self.checkpoint_dir:

@@ -51,7 +51,8 @@ def fit(
             `losses.task_loss`.
 
     Every module ends in the mode (train or eval) it came in.  An interrupt (Ctrl-C) ends the run early with its
-    history.  The global random state is as before afterwards.  A model on the CPU moves to the GPU if there is one.
+    history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
+    the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
     ValueError naming the step and rows when the loss is not finite, with the weights of the step before.
     """
@@ -72,7 +73,10 @@ def fit(
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(config.seed + distributed.rank())
         try:
-            return _Loop(model, parts, eval_rows, tokenizer, config, loss).run()
+            device = choose_device()
+            dtype = torch.bfloat16 if choose_precision(device, config.precision)[0] == "bf16" else None
+            with distributed.spread(model, config.distributed, device, dtype) as spread:
+                return _Loop(spread, parts, eval_rows, tokenizer, config, loss).run()
         finally:
             restore_modes(modes)
             model.zero_grad(set_to_none=True)
@@ -149,8 +153,9 @@ class _Loop:
                 run.stopped = "early stopping"
         except KeyboardInterrupt:
             run.stopped = "interrupted"
-            # several processes are interrupted at several steps; between two steps nothing is whole
-            if config.checkpoint_dir and self.whole and run.steps > first and distributed.world_size() == 1:
+            if distributed.world_size() > 1:  # at several steps: the processes can't go on together
+                raise
+            if config.checkpoint_dir and self.whole and run.steps > first:  # between two steps nothing is whole
                 checkpoints.save_training(self)
         finally:
             bar.close()
@@ -184,27 +189,28 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         scale = self._scales(rows)
-        mine = list(range(distributed.rank(), len(rows), distributed.world_size())) or [0]
-        idle = len(rows) <= distributed.rank()  # fewer rows than processes: take part, count nothing
         lengths = [len(row["input_ids"]) for row in rows]
-        micro = [mine]
-        if config.micro_batch_size or config.max_tokens:
-            micro = split_by_size(mine, lengths, batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
+        sizes = dict(batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
+        shares = [list(range(i, len(rows), distributed.world_size())) for i in range(distributed.world_size())]
+        if any(sizes.values()):
+            micro = distributed.evened([split_by_size(share, lengths, **sizes) for share in shares])
+        else:
+            micro = distributed.evened([[share] if share else [] for share in shares])
         total = torch.zeros((), device=self.device)
-        for place, indices in enumerate(micro):
+        for place, (indices, weight) in enumerate(micro):
             batch = to_device(collate([rows[i] for i in indices], pad_token_id=self.pad), self.device)
             hold = nullcontext() if place + 1 == len(micro) else distributed.hold_gradients(self.wrapped)
             with hold:
                 with self.autocast():
-                    part = self._loss(batch, scale) * (0.0 if idle else 1.0)
-                # DDP averages gradients over processes; the loss is divided by the items of all of them already
+                    part = self._loss(batch, scale) * weight
+                # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
                 if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
                     self.scaler.scale(part * distributed.world_size()).backward()
             total += part.detach()
         distributed.all_sum(total)
         self.scaler.unscale_(self.optimizer)
         limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.trainable, limit))
+        norm = float(distributed.whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
         value = float(total)
         if not math.isfinite(value) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
             raise ValueError(
@@ -255,7 +261,7 @@ class _Loop:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.run_, self.config
         with self.autocast():
-            metrics = evaluate(self.model, self.eval_rows, tokenizer=self.tokenizer)
+            metrics = evaluate(self.model, self.eval_rows, tokenizer=self.tokenizer, shared=True)
         if config.patience:
             if config.metric not in metrics:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
@@ -291,7 +297,7 @@ class _Loop:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
-        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume")
+        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
         config = {name: value for name, value in asdict(self.config).items() if name not in free}
         parameters = [(name, list(p.shape), p.requires_grad) for name, p in self.model.named_parameters()]
         return {
