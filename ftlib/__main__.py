@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:<18} {path}")
         else:
             print_assets()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ out = {{}}
 
 def record(name, model, run):
     state = {{key: value.double().sum().item() for key, value in model.state_dict().items()}}
-    history = [{{k: v for k, v in r.items() if k != "seconds"}} for r in run.history]
+    history = [{{k: v for k, v in r.items() if k not in ("seconds", "micro_batches")}} for r in run.history]
     out[name] = [history, state, run.stopped]
 
 
