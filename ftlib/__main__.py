@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:<18} {path}")
         else:
             print_assets()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" in process {os.environ.get('RANK')}"
         print(f"error{who}: {error}", file=sys.stderr)
         return 1

@@ -200,6 +200,14 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def _folders(parent: str | os.PathLike) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
@@ -238,6 +246,7 @@ def save_training(loop: Any) -> Path:
                 "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
                 "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
                 "best": loop.best["metrics"] if loop.best else None, "since_best": loop.evaluations_since_best,
+                "micro_batch_size": loop.run_.micro_batch_size, "max_tokens": loop.run_.max_tokens,
             }  # fmt: skip
             (temporary / "state.json").write_text(json.dumps(state))
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
@@ -287,15 +296,14 @@ def _resume(loop: Any) -> int | None:
                 slots.setdefault(int(index), {})[key] = tensor
         loop.optimizer.load_state_dict({**optimizer, "state": slots})
         own = distributed.rank()  # a process that was not there keeps the state it has
-        if f"rng.cpu.{own}" in tensors:
-            torch.set_rng_state(tensors[f"rng.cpu.{own}"])
-        if f"rng.cuda.{own}" in tensors and loop.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"rng.cuda.{own}"], loop.device)
+        found = {kind: tensors[f"rng.{kind}.{own}"] for kind in ("cpu", "cuda") if f"rng.{kind}.{own}" in tensors}
+        set_random_state(found, loop.device)
         loop.random_state = random_state(loop.device)
         loop.scaler.load_state_dict(state["scaler"])
         run = loop.run_
-        for key, value in (("history", "history"), ("metrics", "metrics"), ("seconds", "seconds"), ("steps", "step")):
-            setattr(run, key, state[value])
+        run.steps = state["step"]
+        for key in ("history", "metrics", "seconds", "micro_batch_size", "max_tokens"):
+            setattr(run, key, state[key])
         loop.evaluations_since_best = state["since_best"]
         if state["best"] is not None:
             best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]

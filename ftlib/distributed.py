@@ -109,8 +109,8 @@ def from_first(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def evened(batches: list[list[list[int]]]) -> list[tuple[list[int], float]]:
-    """This process's batches of row numbers, [(batch, weight)], from the batches of every process: as many for all.
+def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
+    """This process's batches, [(batch, weight)], from the batches of every process: as many for all.
 
     A spread model computes only when all processes run it together, so one with fewer batches than another gets
     the first batch of all again, with weight 0.

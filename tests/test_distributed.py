@@ -59,7 +59,7 @@ setattr(dist, send, counted)
 
 
 def record(name, model, run):
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in run.history]
+    history = [{k: v for k, v in r.items() if k not in ("seconds", "micro_batches")} for r in run.history]
     out[name] = [history, run.stopped]
     assert not any(hasattr(p, "full_tensor") for p in model.parameters()) and type(model).__name__[:4] != "FSDP"
     torch.save(model.state_dict(), folder / f"{world}-{rank}-{name}.pt")
@@ -71,6 +71,7 @@ held_out = make_rows(5, "token-classification", seed=9)
 cases = {
     "plain": {}, "micro": dict(micro_batch_size=1), "tokens": dict(max_tokens=12), "adamw": dict(optimizer="adamw"),
     "stops": dict(epochs=30, patience=1, eval_every=1, learning_rate=0.1), "frozen": {}, "shared layers": {},
+    "checkpointing": dict(gradient_checkpointing=True),
     "bf16": dict(precision="bf16"),
 }
 for mode in ("ddp", "fsdp")[:world]:
@@ -205,7 +206,7 @@ def test_the_processes_found_each_other(runs):
     assert [runs[key]["world"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 2, 2]
 
 
-ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers"]
+ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing"]
 
 
 @pytest.mark.parametrize("name", [*(f"ddp {n}" for n in (*ALIKE, "stops", "tasks")), *(f"fsdp {n}" for n in ALIKE)])
