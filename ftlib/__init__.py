@@ -30,13 +30,13 @@ _HOME = {  # public name -> module that defines it
     "save": "checkpoints",
     "load": "checkpoints",
     "setup": "environment",
-    "measure": "environment",
+    "measure": "memory",
     "stored_results": "environment",
 }
 _MODULES = (
     "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment", "features",
-    "losses", "masking", "metrics", "multitask", "plots", "prediction", "pretrained", "rows", "settings", "training",
-    "tuning", "unpadding",
+    "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
+    "pretrained", "rows", "settings", "steps", "training", "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -47,34 +48,34 @@ def train(path: str) -> int:
     output = Path(run["output"])
     config = _checked(path, run, output)
     distributed.start()
-    try:
+    first = distributed.rank() == 0  # writes and prints; the others compute
+    with distributed.one_first():
         data = ftlib.load_corpus(run["corpus"])
         tokenizer = ftlib.load_tokenizer(run["model"])
-        tokenized, names = tokenized_for(run["task"], data, tokenizer)
-        model = ftlib.load_model(
-            run["model"], task=run["task"], num_labels=len(names) if names else 1, label_names=names, seed=config.seed
-        )
-        try:
-            ftlib.unpad(model)
-        except ValueError as reason:  # slower, and the same numbers
+    tokenized, names = tokenized_for(run["task"], data, tokenizer)
+    labels = len(names) if names else 1
+    with distributed.one_first():
+        model = ftlib.load_model(run["model"], task=run["task"], num_labels=labels, label_names=names, seed=config.seed)
+    try:
+        ftlib.unpad(model)
+    except ValueError as reason:  # slower, and the same numbers
+        if first:
             print(f"with padding: {reason}")
-        report = ftlib.tune(model, run.get("tune", "full"))
-        if distributed.rank() == 0:
-            print(report)
-        rows = tokenized["train"]
-        if run.get("limit"):
-            rows = rows.shuffle(seed=config.seed).select(range(min(run["limit"], len(rows))))
-        result = ftlib.fit(model, rows, eval_dataset=tokenized["validation"], tokenizer=tokenizer, config=config)
-        if distributed.rank() == 0:
-            test = ftlib.evaluate(model, tokenized["test"], tokenizer=tokenizer)
-            ftlib.save(ftlib.repad(model), output / "model", tokenizer)
-            numbers = {"validation": result.metrics, "test": test, "seconds": result.seconds, "steps": result.steps}
-            (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
-            print(json.dumps(numbers["test"], indent=1))
-            print(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
-        distributed.barrier()
-    finally:
-        distributed.stop()
+    report = ftlib.tune(model, run.get("tune", "full"))
+    if first:
+        print(report)
+    rows = tokenized["train"]
+    if run.get("limit"):
+        rows = rows.shuffle(seed=config.seed).select(range(min(run["limit"], len(rows))))
+    result = ftlib.fit(model, rows, eval_dataset=tokenized["validation"], tokenizer=tokenizer, config=config)
+    test = ftlib.evaluate(model, tokenized["test"], tokenizer=tokenizer, shared=True)
+    if first:
+        ftlib.save(ftlib.repad(model), output / "model", tokenizer)
+        numbers = {"validation": result.metrics, "test": test, "seconds": result.seconds, "steps": result.steps}
+        (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        print(json.dumps(numbers["test"], indent=1))
+        print(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
+    distributed.stop()
     return 0
 
 
@@ -169,8 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:<18} {path}")
         else:
             print_assets()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" in process {os.environ.get('RANK')}"
+        print(f"error{who}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

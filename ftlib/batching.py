@@ -243,8 +243,10 @@ def _short(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------- batching
 
 
-def collate(rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right") -> dict[str, Any]:
-    """Pad rows to the longest among them.
+def collate(
+    rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right", width: int | None = None
+) -> dict[str, Any]:
+    """Pad rows to the longest among them, or to `width` tokens if that is more.
 
     Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
     classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
@@ -260,15 +262,15 @@ def collate(rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "
     if not rows:
         raise ValueError("no rows to collate")
     try:
-        return _collate(rows, pad_token_id, padding_side)
+        return _collate(rows, pad_token_id, padding_side, width or 0)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"rows that do not go together ({reason}); checked_rows(rows, ...) tells more") from error
 
 
-def _collate(rows: Sequence[Row], pad_token_id: int, padding_side: str) -> dict[str, Any]:
+def _collate(rows: Sequence[Row], pad_token_id: int, padding_side: str, width: int) -> dict[str, Any]:
     lengths = [len(row["input_ids"]) for row in rows]
-    longest = max(lengths)
+    longest = max(*lengths, width)
 
     def padded(values: Iterable[list[int]], fill: int) -> torch.Tensor:
         out = []
@@ -307,10 +309,14 @@ def _collate(rows: Sequence[Row], pad_token_id: int, padding_side: str) -> dict[
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move a batch (tensors in nested dicts) to a device, without waiting where memory is pinned."""
+    """Move a batch (tensors in nested dicts) to a device; to CUDA from pinned memory, so that nobody waits."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+    if not isinstance(batch, torch.Tensor):
+        return batch
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
 
 
 def split_by_size(

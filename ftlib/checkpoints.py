@@ -200,6 +200,14 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def _folders(parent: str | os.PathLike) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
@@ -218,22 +226,28 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
 
 
 def save_training(loop: Any) -> Path:
-    """Write all that `fit` needs to go on: weights, optimizer, random state, history.  Process 0 writes."""
+    """Write all that `fit` needs to go on: weights, optimizer, random state, history.
+
+    Process 0 writes, whole tensors also where the weights are spread over processes: any number of them can go on.
+    """
     folder = Path(loop.config.checkpoint_dir) / f"step-{loop.run_.steps:08d}"
     states = {kind: distributed.gather(state, loop.device) for kind, state in loop.random_state.items()}
+    tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
+    for index, state in loop.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
+    tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
+    if loop.best:
+        tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
+    tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
         with _aside(folder) as temporary:
-            tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
-            for index, state in loop.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-            tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
-            if loop.best:
-                tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
             save_file(_tensors(tensors), temporary / "state.safetensors")
             state = {
                 "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
                 "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
                 "best": loop.best["metrics"] if loop.best else None, "since_best": loop.evaluations_since_best,
+                "decay": loop.seen.pending,
+                "micro_batch_size": loop.run_.micro_batch_size, "max_tokens": loop.run_.max_tokens,
             }  # fmt: skip
             (temporary / "state.json").write_text(json.dumps(state))
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
@@ -247,8 +261,20 @@ def save_training(loop: Any) -> Path:
 def resume_training(loop: Any) -> int | None:
     """Load the newest whole checkpoint into the loop; returns its step, or None where there is none.
 
-    Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
+    Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.  The number of
+    processes, and how they share the work, may differ from the run before; only dropout then draws other numbers.
     """
+    step = _resume(loop)
+    found = [int(part) for part in distributed.gather(torch.tensor(step or 0), loop.device)]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes find checkpoints of the steps {found} in {loop.config.checkpoint_dir}; "
+            "it must be one folder that all machines share"
+        )
+    return step
+
+
+def _resume(loop: Any) -> int | None:
     for folder in reversed(_folders(loop.config.checkpoint_dir)):
         problem = damage(folder)
         if problem:
@@ -257,28 +283,32 @@ def resume_training(loop: Any) -> int | None:
         state = _read_json(folder / "state.json")
         _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
         tensors = _read_tensors(folder / "state.safetensors")
-        loop.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        weights = loop.model.state_dict()
+        loop.model.load_state_dict({k: distributed.cut(tensors[f"model.{k}"], like) for k, like in weights.items()})
         optimizer = loop.optimizer.state_dict()
+        moved = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
+                parameter = moved[int(index)]
+                if tensor.shape == parameter.shape:  # not so the number of steps
+                    tensor = distributed.cut(tensor, parameter)
                 slots.setdefault(int(index), {})[key] = tensor
         loop.optimizer.load_state_dict({**optimizer, "state": slots})
         own = distributed.rank()  # a process that was not there keeps the state it has
-        if f"rng.cpu.{own}" in tensors:
-            torch.set_rng_state(tensors[f"rng.cpu.{own}"])
-        if f"rng.cuda.{own}" in tensors and loop.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"rng.cuda.{own}"], loop.device)
+        found = {kind: tensors[f"rng.{kind}.{own}"] for kind in ("cpu", "cuda") if f"rng.{kind}.{own}" in tensors}
+        set_random_state(found, loop.device)
         loop.random_state = random_state(loop.device)
         loop.scaler.load_state_dict(state["scaler"])
         run = loop.run_
-        for key, value in (("history", "history"), ("metrics", "metrics"), ("seconds", "seconds"), ("steps", "step")):
-            setattr(run, key, state[value])
-        loop.evaluations_since_best = state["since_best"]
+        run.steps = state["step"]
+        for key in ("history", "metrics", "seconds", "micro_batch_size", "max_tokens"):
+            setattr(run, key, state[key])
+        loop.evaluations_since_best, loop.seen.pending = state["since_best"], state["decay"]
         if state["best"] is not None:
-            weights = [tensors[f"best.{i}"].to(loop.device) for i in range(len(loop.trainable))]
-            loop.best = {"metrics": state["best"], "weights": weights}
+            best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
+            loop.best = {"metrics": state["best"], "weights": best}
         return state["step"]
     return None
 

@@ -1,10 +1,19 @@
-"""Several processes, one run: who am I, and are we all in step.  Start them with `torchrun`.
+"""Several processes, one run: who am I, are we all in step, and who holds which weights.  Start them with `torchrun`.
+
+Two ways to spread the work, both from PyTorch.  With "ddp" every process holds the whole model and they exchange
+gradients.  With "fsdp" (FSDP2, `fully_shard`) every process holds a share of the weights, gradients and optimizer
+state, and a layer's weights are put together only while that layer computes: less memory, more traffic.
 
 To copy this module you need: distributed.py and torch.
+Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277).
 """
 
+import copy
 import os
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,18 +21,36 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# How long to wait for the others before giving up: long enough for one of them to fetch a model or write a checkpoint.
+TIMEOUT = timedelta(minutes=30)
+
+
+# ----------------------------------------------------------------------------------------------- the processes
+
 
 def start() -> None:
-    """Join the process group that torchrun announces in the environment; alone, do nothing."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Join the process group that torchrun announces in the environment; alone, do nothing.
+
+    With GPUs, the process takes the one of its number on this machine (LOCAL_RANK) and talks through NCCL; without,
+    through gloo.  Raises ValueError for more processes on a machine than GPUs.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        return
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"local process {device.index} has no GPU, there are {count}; use --nproc-per-node {count}")
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)  # connects now, so that trouble shows now
 
 
 def stop() -> None:
-    """Leave the process group, if in one."""
+    """Leave the process group, if in one, once all are here.  After an error just end: torchrun stops the others."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -41,6 +68,20 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """One process of each machine goes in first, the others follow: what it fetches, they find."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+# --------------------------------------------------------------------------------------------- numbers and rows
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,15 +109,128 @@ def from_first(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
+def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
+    """This process's batches, [(batch, weight)], from the batches of every process: as many for all.
+
+    A spread model computes only when all processes run it together, so one with fewer batches than another gets
+    the first batch of all again, with weight 0.
+
+    >>> evened([[[0, 2], [4]]])
+    [([0, 2], 1.0), ([4], 1.0)]
+    """
+    own = [(batch, 1.0) for batch in batches[rank()]]
+    return own + [(batches[0][0], 0.0)] * (max(map(len, batches)) - len(own))
+
+
+# ------------------------------------------------------------------------------------------------- the weights
+
+
+@contextmanager
+def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """The model to train: with "fsdp" and several processes a sharded copy, whose weights come back at the end.
+
+    The model is then on `device`.  After an error it is as it was: the weights are still spread.
+    """
+    if how != "fsdp" or world_size() == 1:
+        yield model
+        return
+    shards = shard(model, device, dtype)
+    yield shards
+    collect(model.to(device), shards)
+
+
 def wrap(model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel when there are several processes, otherwise the model itself."""
-    if world_size() == 1:
+    """The model in DistributedDataParallel when there are several processes; alone, or sharded, the model itself."""
+    if world_size() == 1 or is_sharded(model):
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
 
-def hold_gradients(model: Any) -> AbstractContextManager:
-    """Inside, a wrapped model adds gradients up without exchanging them: for all but a step's last micro-batch."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the model for training, its weights spread over all processes.
+
+    Every layer (item of an nn.ModuleList) is a unit of its own, the rest of the model is one more.  The model passed
+    in stays whole, where it is: on the CPU, if the GPU has no room for it.  `collect` brings the weights back.
+
+    device: to compute on.  dtype: to compute and to send weights in, e.g. torch.bfloat16, None for the weights' own;
+    the weights themselves stay as they are, and gradients are summed up in float32.
+    All processes start from the weights of process 0.  Raises ValueError for a model with several heads.
+    """
+    if hasattr(model, "heads"):
+        raise ValueError(
+            "distributed='fsdp' trains models with one head: here the heads in use differ between processes, and "
+            "their weights would be summed up out of step; use distributed='ddp'"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # the logits of a token classifier are a view; nothing here changes them in place, which is what it warns of
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    shards = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in [*shards.parameters(), *shards.buffers()]:
+            first = tensor.to(device)
+            dist.broadcast(first, src=0)
+            tensor.copy_(first)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+    lists = [module for module in shards.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for layers in reversed(lists) for layer in layers]  # the inner ones first
+    for module in [*layers, shards]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return shards
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` made it."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+@torch.no_grad()
+def collect(model: nn.Module, shards: nn.Module) -> None:
+    """Copy the weights of a sharded copy into the model, on every process."""
+    own = model.state_dict()
+    for name, tensor in shards.state_dict().items():
+        own[name].copy_(whole(tensor))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor put together from all processes, which must all ask; a plain tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which every process has, spread as `like` is; where that is a plain tensor, as it is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def to_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole tensors, on the CPU of process 0; the others take part, one tensor at a time, and get none."""
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if rank() == 0:
+            out[name] = tensor.cpu()
+    return out
+
+
+@contextmanager
+def hold_gradients(model: Any) -> Iterator[None]:
+    """Inside, gradients add up without being exchanged: for all but a step's last micro-batch."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield

@@ -1,8 +1,8 @@
 """Run a trained model: logits, predictions, metrics.
 
 Rows are sorted by length, so that padding stays low, and results come back in the order given.
-To copy this module you need: prediction.py, rows.py, batching.py, losses.py and torch (metrics.py with
-scikit-learn, and seqeval for tags, for `evaluate`).
+To copy this module you need: prediction.py, speedups.py, rows.py, batching.py, losses.py, distributed.py and torch
+(metrics.py with scikit-learn, and seqeval for tags, for `evaluate`).
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftlib import losses
+from ftlib import distributed, losses
 from ftlib.batching import collate, encode_texts, evaluating, split_by_size, to_device
 from ftlib.rows import IGNORE, checked_rows, max_positions, to_rows, token_limit
+from ftlib.speedups import shortcuts
 
 OUTPUTS = ("labels", "names", "probabilities", "logits")
 
@@ -85,48 +86,64 @@ def logits_of(
     pad_token_id: int | None = None,
     autocast: Any = None,
     progress: bool = False,
+    shared: bool = False,
 ) -> list[np.ndarray]:
     """The logits of every row, float32, in order; for tags (tokens, classes), else (classes,).
 
+    shared: several processes were all given these rows; each computes a part of the batches, all get every row.
     Every module's train or eval mode is as before afterwards.
     """
     pad = pad_token_id if pad_token_id is not None else getattr(model.config, "pad_token_id", None) or 0
     lengths = [len(row["input_ids"]) for row in rows]
     device = next(model.parameters()).device
     per_token = tasks_of(model)[task][0] == "token-classification"
-    plan = split_by_size(range(len(rows)), lengths, batch_size=batch_size)
+    batches = split_by_size(range(len(rows)), lengths, batch_size=batch_size)
+    world = distributed.world_size() if shared and rows else 1
+    plan: Any = [(batch, 1.0) for batch in batches]
+    if world > 1:
+        plan = distributed.evened([batches[i::world] for i in range(world)])
     if progress:
         from tqdm.auto import tqdm
 
         plan = tqdm(plan, desc="predict", unit="batch", leave=False)
     out: list[Any] = [None] * len(rows)
-    with evaluating(model):
-        for indices in plan:
+    with evaluating(model), shortcuts(model):
+        for indices, counts in plan:
             inputs = [{k: v for k, v in rows[i].items() if k in ("input_ids", "token_type_ids")} for i in indices]
             batch = to_device(collate(inputs, pad_token_id=pad), device)
             with autocast or nullcontext():
                 output = model(**batch, task=task) if task else model(**batch).logits
             values = output.float().cpu().numpy()  # (batch, classes) or (batch, tokens, classes)
-            for place, i in enumerate(indices):
+            for place, i in enumerate(indices if counts else []):
                 out[i] = values[place, : lengths[i]] if per_token else values[place]
+    if world > 1:
+        classes = values.shape[-1]
+        sizes = [length * classes if per_token else classes for length in lengths]
+        flat = torch.zeros(sum(sizes))  # every row in the one process that computed it, zeros in the others
+        for piece, own in zip(flat.split(sizes), out, strict=True):
+            if own is not None:
+                piece.copy_(torch.from_numpy(own).flatten())
+        flat = distributed.all_sum(flat.to(device)).cpu()
+        out = [piece.view(-1, classes).numpy() if per_token else piece.numpy() for piece in flat.split(sizes)]
     return out
 
 
 def evaluate(
     model: nn.Module, dataset: Any, *, tokenizer: Any = None, batch_size: int = 64, autocast: Any = None,
-    progress: bool = False,
+    progress: bool = False, shared: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """The loss and the metrics that fit the task, over a tokenized dataset with labels.
 
     For a MultiTaskModel `dataset` is {task: dataset} (or rows with a dict of labels) and the names are "task/metric".
     `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
-    several numbers a row (regression) have only `mse`.
+    several numbers a row (regression) have only `mse`.  Under torchrun every process evaluates what it is given; with
+    shared=True, where all are given the same, they share the work, and each gets the metrics over all rows.
     Raises ValueError or TypeError naming the row for labels that do not fit the model.
     """
     from ftlib.metrics import compute_metrics, mse
 
     rows = rows_for(dataset, model, name="dataset")
-    options = dict(batch_size=batch_size, autocast=autocast, progress=progress)
+    options = dict(batch_size=batch_size, autocast=autocast, progress=progress, shared=shared)
     options["pad_token_id"] = getattr(tokenizer, "pad_token_id", None)
     results: dict[str, float] = {}
     for task, (kind, count) in tasks_of(model).items():
@@ -191,6 +208,7 @@ def predict(
     batch_size: int = 64,
     max_length: int | None = None,
     progress: bool = False,
+    shared: bool = False,
 ) -> Any:
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
@@ -201,6 +219,8 @@ def predict(
         output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
             names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
             there both give the logits.
+        shared: under torchrun every process predicts what it is given; with True, where all are given the same, they
+            share the work, and each gets all predictions.
 
     For tags the result is a list with an entry a text, each with one prediction a word: a string is split at white
     space.  Words cut off by `max_length` get -100, the name None, or probabilities and logits of NaN.  A tokenized
@@ -219,7 +239,8 @@ def predict(
     kind, count = tasks[task]
     rows = _rows_to_predict(model, data, kind, tokenizer, max_length)
     pad = getattr(tokenizer, "pad_token_id", None)
-    logits = logits_of(model, rows, task=task, batch_size=batch_size, pad_token_id=pad, progress=progress)
+    options = dict(batch_size=batch_size, pad_token_id=pad, progress=progress, shared=shared)
+    logits = logits_of(model, rows, task=task, **options)
     if kind == "token-classification":
         names = _names(model, task)
         return [_token_output(values, row, output, names) for values, row in zip(logits, rows, strict=True)]

@@ -12,8 +12,9 @@ import torch
 
 from ftlib.tuning import SCHEDULES
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
+DISTRIBUTED = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class TrainConfig:
     epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # stop after so many optimizer steps; the schedule ends there too
     batch_size: int = 32  # examples an optimizer step, over all processes
-    micro_batch_size: int | None = None  # examples a forward pass; None: the whole step at once
+    micro_batch_size: int | None = None  # examples a forward pass; None: the whole step, halved if memory runs out
     max_tokens: int | None = None  # padded tokens a forward pass, instead of a number of examples
     learning_rate: float = 5e-5
     schedule: str = "linear"  # constant, linear, cosine or exponential
@@ -33,8 +34,11 @@ class TrainConfig:
     decay_groups: bool = True  # spare biases and normalization from weight decay
     label_smoothing: float = 0.0
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
-    precision: str = "auto"  # auto, fp32, bf16 or fp16
-    compile: bool = False  # torch.compile the forward pass
+    precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
+    compile: bool | str = False  # True: torch.compile each layer; "reduce-overhead": CUDA graphs, for small batches
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
+    shortcuts: bool = True  # a CPU's quicker products and dropout, and no work on words that never occur: `speedups`
+    distributed: str = "ddp"  # several processes: ddp, a whole model each, or fsdp, a share of the weights each
     shuffle: bool = True  # a new order every epoch, from the seed
     eval_every: int | None = None  # steps between evaluations; None: after every epoch
     patience: int | None = None  # stop after so many evaluations without a better `metric`, keep the best weights
@@ -62,12 +66,17 @@ class TrainConfig:
             _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
         for name, choices in (
             ("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("resume", (None, "auto")),
+            ("distributed", DISTRIBUTED),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
-        for name in ("decay_groups", "compile", "shuffle", "progress"):
+        for name in ("decay_groups", "gradient_checkpointing", "shortcuts", "shuffle", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: need True or False")
+        if not isinstance(self.compile, bool) and self.compile != "reduce-overhead":
+            raise ValueError(f"compile={self.compile!r}: need True, False or 'reduce-overhead'")
+        if self.compile == "reduce-overhead" and self.max_tokens:
+            raise ValueError("compile='reduce-overhead' needs batches of few shapes: micro_batch_size, not max_tokens")
         if not isinstance(self.metric, str):
             raise ValueError(f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'")
         if type(self.seed) is not int or abs(self.seed) >= 2**40:
@@ -78,6 +87,8 @@ class TrainConfig:
             raise ValueError(f"checkpoint_dir={self.checkpoint_dir!r}: need the path of a folder, or None")
         if self.micro_batch_size and self.max_tokens:
             raise ValueError("set micro_batch_size or max_tokens, not both")
+        if self.compile and self.distributed == "fsdp":
+            raise ValueError("compile=True with distributed='fsdp' is not supported; drop one of them")
         if self.resume and not self.checkpoint_dir:
             raise ValueError("resume='auto' needs checkpoint_dir")
         if self.checkpoint_every and not self.checkpoint_dir:
@@ -107,6 +118,10 @@ class Run:
     seconds: float = 0.0  # training alone, evaluation included
     stopped: str = "finished"  # or "early stopping", "interrupted"
     precision: str = "fp32"
+    reason: str = ""  # why this precision
+    micro_batch_size: int | None = None  # in use at the end: smaller than asked for where memory ran out
+    max_tokens: int | None = None
+    peak_memory_mb: float | None = None  # of tensors on the GPU, without one of the whole process; 1 MB = 2**20 bytes
 
     def plot(self, **options: Any) -> Any:
         """Draw loss and evaluation metrics against steps; returns the matplotlib Axes."""
@@ -123,14 +138,17 @@ def choose_device() -> torch.device:
 
 
 def choose_precision(device: torch.device, requested: str = "auto") -> tuple[str, str]:
-    """The precision to compute in, and the reason: ("fp32" | "bf16" | "fp16", reason).
+    """The precision to compute in, and the reason: ("fp32" | "tf32" | "bf16" | "fp16", reason).
 
     Weights and optimizer state stay float32 in every case; only matrix products and the like run in half precision.
-    Raises ValueError for fp16 on a CPU and for bf16 on a GPU without it.
+    tf32 is float32 whose matrix products round their inputs to 10 bits after the point, on GPUs from Ampere on.
+    Raises ValueError for fp16 on a CPU, for bf16 on a GPU without it, and for tf32 elsewhere than on such a GPU.
     """
     if requested not in PRECISIONS:
         raise ValueError(f"precision={requested!r}: choose one of {', '.join(PRECISIONS)}")
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if requested == "tf32" and not has_bf16:  # both came with compute capability 8.0
+        raise ValueError("precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or more; use fp32")
     if requested == "fp16" and device.type == "cpu":
         raise ValueError("precision='fp16' needs a GPU (a CPU gains nothing and overflows); use fp32")
     if requested == "bf16" and device.type == "cuda" and not has_bf16:

@@ -8,7 +8,7 @@
 - `SeenRows`: a word embedding without the rows that never occur in the training data.  Their gradient is zero at
   every step; they need no optimizer state and no time.
 
-`shortcuts(model)` switches `linear` and `dropout` on for a while.  To copy this module you need: speedups.py and torch.
+`shortcuts(model)` switches `linear` and `dropout` on for a while.  To copy: this file alone.
 """
 
 from collections.abc import Iterable, Iterator
@@ -88,7 +88,7 @@ class _Attend(torch.autograd.Function):
                 outs.append(torch.bmm(weights, value[:, own]))
         ctx.save_for_backward(query, key, value, mask, *saved)
         ctx.lengths = lengths
-        return torch.cat(outs, dim=1)
+        return _joined(outs, query)
 
     @staticmethod
     @once_differentiable
@@ -109,7 +109,13 @@ class _Attend(torch.autograd.Function):
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 queries.append(torch.bmm(d_scores, key[:, own]))
                 keys.append(torch.bmm(d_scores.transpose(1, 2), query[:, own]))
-        return *(torch.cat(parts, dim=1) for parts in (queries, keys, values)), None, None
+        return *(_joined(parts, query) for parts in (queries, keys, values)), None, None
+
+
+def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The examples side by side, with zeros up to the number of tokens there are."""
+    spare = like.shape[1] - sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, like.new_zeros(len(like), spare, like.shape[2])] if spare else parts, dim=1)
 
 
 def _slices(lengths: list[int]) -> Iterator[slice]:
@@ -173,8 +179,8 @@ def attend(
 ) -> torch.Tensor:
     """Attention of packed rows (heads, N_tokens, head_dim): each of `lengths` tokens sees its own example alone.
 
-    softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim).  lengths add up to
-    N_tokens.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
+    softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim), zeros for tokens after
+    the last example.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
 
     >>> q = torch.randn(2, 5, 8)
     >>> out = attend(q, q, q, [3, 2], scale=8**-0.5)
@@ -183,15 +189,12 @@ def attend(
     """
     if torch.is_grad_enabled() or p:
         return _Attend.apply(query * scale, key, value, lengths, p)
-    parts = [x.split(lengths, dim=1) for x in (query, key, value)]
     with _threads_for(len(query), lengths):
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
-                for q, k, v in zip(*parts, strict=True)
-            ],
-            dim=1,
-        )
+        outs = [
+            F.scaled_dot_product_attention(*(x[None, :, own] for x in (query, key, value)), scale=scale)[0]
+            for own in _slices(lengths)
+        ]
+    return _joined(outs, query)
 
 
 @contextmanager
@@ -225,10 +228,12 @@ class SeenRows:
     Where nothing is to be saved (frozen or shared weights, most rows seen) it does nothing.
     """
 
-    def __init__(self, model: nn.Module, ids: Iterable[int]):
-        self.embedding, self.own, self.hook = None, None, None
-        get = getattr(model, "get_input_embeddings", None)
-        embedding = get() if get else None
+    def __init__(self, model: nn.Module, ids: Iterable[int] | None):
+        self.embedding, self.own, self.hook, self.pending = None, None, None, 1.0
+        get = getattr(
+            getattr(model, "encoder", None) if hasattr(model, "heads") else model, "get_input_embeddings", None
+        )
+        embedding = get() if get and ids is not None else None
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.sparse:
             return
         full = embedding.weight
@@ -236,7 +241,7 @@ class SeenRows:
         seen = torch.tensor(sorted({*ids, embedding.padding_idx or 0}), device=full.device)
         if not full.requires_grad or len(users) != 1 or len(seen) > 0.75 * len(full):
             return
-        self.embedding, self.full, self.seen, self.pending = embedding, full, seen, 1.0
+        self.embedding, self.full, self.seen = embedding, full, seen
         self.padding = embedding.padding_idx
         self.lookup = torch.full((len(full),), -1, device=full.device)
         self.lookup[seen] = torch.arange(len(seen), device=full.device)

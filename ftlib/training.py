@@ -4,16 +4,15 @@ A step: take the rows of the step, cut them into micro-batches, run each forward
 over labelled items and divided by the number of labelled items of the whole step (all micro-batches, all
 processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
 
-To copy this module you need: training.py, settings.py, prediction.py, rows.py, batching.py, losses.py, tuning.py,
-multitask.py, distributed.py, checkpoints.py, torch and transformers (metrics.py with scikit-learn, and seqeval for
-tags, where you evaluate).
+To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
+rows.py, batching.py, losses.py, tuning.py, multitask.py, distributed.py, checkpoints.py, torch and transformers
+(metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
 import hashlib
 import math
 import time
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, losses
-from ftlib.batching import collate, restore_modes, split_by_size, to_device
-from ftlib.multitask import TaskSampler
+from ftlib import checkpoints, distributed, losses, modes, steps
+from ftlib.memory import measure
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
+from ftlib.speedups import SeenRows
 from ftlib.tuning import parameter_groups, schedule_factor
 
 __all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
@@ -51,9 +50,12 @@ def fit(
             `losses.task_loss`.
 
     Every module ends in the mode (train or eval) it came in.  An interrupt (Ctrl-C) ends the run early with its
-    history.  The global random state is as before afterwards.  A model on the CPU moves to the GPU if there is one.
+    history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
+    the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
+    When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
-    ValueError naming the step and rows when the loss is not finite, with the weights of the step before.
+    ValueError naming the step and rows when the loss is not finite, MemoryError when a single row does not fit; both
+    with the weights of the step before.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
@@ -67,15 +69,19 @@ def fit(
         eval_rows = rows_for(eval_dataset, model, name="eval_dataset")
     elif config.patience:
         raise ValueError("patience needs eval_dataset")
-    modes = {module: module.training for module in model.modules()}
     model.zero_grad(set_to_none=True)  # gradients of an earlier backward() are no part of the first step
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(config.seed + distributed.rank())
         try:
-            return _Loop(model, parts, eval_rows, tokenizer, config, loss).run()
+            device = choose_device()
+            dtype = torch.bfloat16 if choose_precision(device, config.precision)[0] == "bf16" else None
+            spread = distributed.spread(model, config.distributed, device, dtype)
+            with modes.training_modes(model, config), spread as trained, measure() as cost:
+                run = _Loop(trained, parts, eval_rows, tokenizer, config, loss).run()
         finally:
-            restore_modes(modes)
             model.zero_grad(set_to_none=True)
+    run.peak_memory_mb = cost.peak_mb if cost.peak_gpu_mb is None else cost.peak_gpu_mb
+    return run
 
 
 class _Loop:
@@ -86,9 +92,9 @@ class _Loop:
     ):
         self.model, self.parts, self.config = model, parts, config
         self.eval_rows, self.tokenizer = eval_rows, tokenizer
-        longest = max(len(row["input_ids"]) for rows in parts.values() for row in rows)
-        if config.max_tokens and longest > config.max_tokens:
-            raise ValueError(f"max_tokens={config.max_tokens}, but the longest training row has {longest} tokens")
+        self.longest = max(len(row["input_ids"]) for rows in parts.values() for row in rows)
+        if config.max_tokens and self.longest > config.max_tokens:
+            raise ValueError(f"max_tokens={config.max_tokens}, but the longest training row has {self.longest} tokens")
         if config.checkpoint_dir:
             checkpoints.prepare(config.checkpoint_dir, going_on=config.resume is not None)
         device = next(model.parameters()).device
@@ -96,38 +102,60 @@ class _Loop:
             device = choose_device()
             model.to(device)
         self.device = device
-        precision, _ = choose_precision(device, config.precision)
-        self.run_ = Run(config, precision=precision)
+        precision, reason = choose_precision(device, config.precision)
+        self.run_ = Run(
+            config, precision=precision, reason=reason, micro_batch_size=config.micro_batch_size,
+            max_tokens=config.max_tokens,
+        )  # fmt: skip
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if dtype else nullcontext
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.optimizer = _optimizer(model, config)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.wrapped = distributed.wrap(model)
-        self.forward = torch.compile(self.wrapped, dynamic=True) if config.compile else self.wrapped
         self.tasks = tasks_of(model)
         kinds = {kind for kind, _ in self.tasks.values()}
         if config.label_smoothing and loss is None and not any(kind in _SMOOTHED for kind in kinds):
             raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(kinds))}")
-        self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
-        self.weight = {task: model.specs[task].weight if task else 1.0 for task in self.tasks}
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
+        self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
+        self.optimizer = _optimizer(model, config)
+        self.trainable = self._trainable()
+        self.wrapped = distributed.wrap(model)
+        self.graphs = config.compile == "reduce-overhead"
+        self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
+        self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
+        self.weight = {task: model.specs[task].weight if task else 1.0 for task in self.tasks}
+        self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
+        self.upcoming: list[dict] | None = None  # the rows of the step after this one
         self.rows = sum(len(rows) for rows in parts.values())
         self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
-        self.warmup = round(config.warmup_fraction * self.total)
+        self.warmup = math.ceil(config.warmup_fraction * self.total)
         self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
         self.evaluations_since_best = 0
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
         self.random_state = checkpoints.random_state(device)
-        self.digest = _digest(parts, eval_rows or []) if config.checkpoint_dir else ""
+        self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
+
+    def _words(self) -> set[int] | None:
+        """The token ids that occur in training; None where every embedding row is to be trained as it is."""
+        config = self.config
+        decay_is_a_factor = config.optimizer == "adamw" or not config.weight_decay
+        if not config.shortcuts or config.compile or not decay_is_a_factor or distributed.world_size() > 1:
+            return None
+        return {token for rows in self.parts.values() for row in rows for token in row["input_ids"]} | {self.pad}
 
     def run(self) -> Run:
+        try:
+            return self._run()
+        finally:
+            self.seen.off()
+
+    def _run(self) -> Run:
         run, config = self.run_, self.config
-        first = (checkpoints.resume_training(self) or 0) if config.resume else 0
-        plan = self.plan()
+        with self.seen.whole():
+            first = (checkpoints.resume_training(self) or 0) if config.resume else 0
+        plan = steps.plan(self.parts, config)
         for _ in range(first):  # the order is a function of the seed: walk to where the run stopped
             next(plan)
         self.begin = time.perf_counter() - run.seconds
@@ -137,45 +165,33 @@ class _Loop:
             # a run that was interrupted while evaluating does that first
             unfinished = first > 0 and "loss" in run.history[-1]
             stop = unfinished and self._evaluation_due() and self.evaluate()
+            self.upcoming = next(plan)
             while not stop and run.steps < self.total:
-                self.step(run.steps, next(plan))
+                rows, self.upcoming = self.upcoming, next(plan) if run.steps + 1 < self.total else None
+                self.step(run.steps, rows)
                 bar.update()
                 bar.set_postfix(loss=f"{run.history[-1]['loss']:.3f}", refresh=False)
                 stop = self._evaluation_due() and self.evaluate()
                 last = run.steps == self.total
                 if config.checkpoint_dir and not stop and (last or self._due(config.checkpoint_every)):
-                    checkpoints.save_training(self)
+                    self._save()
             if stop:
                 run.stopped = "early stopping"
         except KeyboardInterrupt:
             run.stopped = "interrupted"
-            # several processes are interrupted at several steps; between two steps nothing is whole
-            if config.checkpoint_dir and self.whole and run.steps > first and distributed.world_size() == 1:
-                checkpoints.save_training(self)
+            if distributed.world_size() > 1:  # at several steps: the processes can't go on together
+                raise
+            if config.checkpoint_dir and self.whole and run.steps > first:  # between two steps nothing is whole
+                self._save()
         finally:
             bar.close()
         if config.patience and self.best:  # early stopping keeps the best weights
             run.metrics = self.best["metrics"]
-            with torch.no_grad():
-                for parameter, best in zip(self.trainable, self.best["weights"], strict=True):
+            with torch.no_grad(), self.seen.whole():
+                for parameter, best in zip(self._trainable(), self.best["weights"], strict=True):
                     parameter.copy_(best)
         run.seconds = time.perf_counter() - self.begin
         return run
-
-    def plan(self) -> Iterator[list[dict]]:
-        """The rows of every step, without end; the same for the same seed."""
-        config = self.config
-        if list(self.parts) == [""]:
-            epoch = 0
-            while True:
-                order = _order(self.rows, config, epoch)
-                for start in range(0, self.rows, config.batch_size):
-                    yield [self.parts[""][i] for i in order[start : start + config.batch_size]]
-                epoch += 1
-        sampler = TaskSampler({n: len(rows) for n, rows in self.parts.items()}, config.temperature, config.seed)
-        streams = {name: _endless(rows, config, place) for place, (name, rows) in enumerate(self.parts.items())}
-        while True:
-            yield [next(streams[name]) for name in sampler.draw(config.batch_size)]
 
     def step(self, step: int, rows: list[dict]) -> None:
         """One optimizer step on the rows of all processes."""
@@ -183,28 +199,22 @@ class _Loop:
         factor = schedule_factor(step, self.total, schedule=config.schedule, warmup=self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
-        scale = self._scales(rows)
-        mine = list(range(distributed.rank(), len(rows), distributed.world_size())) or [0]
-        idle = len(rows) <= distributed.rank()  # fewer rows than processes: take part, count nothing
-        lengths = [len(row["input_ids"]) for row in rows]
-        micro = [mine]
-        if config.micro_batch_size or config.max_tokens:
-            micro = split_by_size(mine, lengths, batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
-        total = torch.zeros((), device=self.device)
-        for place, indices in enumerate(micro):
-            batch = to_device(collate([rows[i] for i in indices], pad_token_id=self.pad), self.device)
-            hold = nullcontext() if place + 1 == len(micro) else distributed.hold_gradients(self.wrapped)
-            with hold:
-                with self.autocast():
-                    part = self._loss(batch, scale) * (0.0 if idle else 1.0)
-                # DDP averages gradients over processes; the loss is divided by the items of all of them already
-                if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
-                    self.scaler.scale(part * distributed.world_size()).backward()
-            total += part.detach()
+        begun = checkpoints.random_state(self.device)
+        while True:
+            try:
+                total, micro = self._gradients(rows)
+                break
+            except RuntimeError as error:
+                if not steps.out_of_memory(error):
+                    raise
+                steps.halve(rows, run, self.longest)
+            self.model.zero_grad(set_to_none=True)
+            steps.free(self.device)
+            checkpoints.set_random_state(begun, self.device)
         distributed.all_sum(total)
         self.scaler.unscale_(self.optimizer)
         limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.trainable, limit))
+        norm = float(distributed.whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
         value = float(total)
         if not math.isfinite(value) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
             raise ValueError(
@@ -213,17 +223,40 @@ class _Loop:
                 f"({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
             )
         self.whole = False
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
+            self.seen.decayed(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
         run.history.append({
             "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": value,
             "learning_rate": config.learning_rate * factor, "grad_norm": norm, "examples": len(rows),
-            "tokens": sum(lengths), "seconds": run.seconds,
+            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": micro, "seconds": run.seconds,
         })  # fmt: skip
         self.random_state = checkpoints.random_state(self.device)
         self.whole = True
+
+    def _gradients(self, rows: list[dict]) -> tuple[torch.Tensor, int]:
+        """This process's share of the step's loss, its gradients added up; and in how many micro-batches."""
+        scale = self._scales(rows)
+        batches = self.ahead.take(rows)
+        total = torch.zeros((), device=self.device)
+        for place, (batch, weight) in enumerate(batches):
+            last = place + 1 == len(batches)
+            with nullcontext() if last else distributed.hold_gradients(self.wrapped):
+                with self.autocast():
+                    part = self._loss(batch, scale) * weight
+                # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
+                if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
+                    self.scaler.scale(part * distributed.world_size()).backward()
+            total += part.detach()
+            if self.graphs and not last:
+                modes.own_gradients(self.trainable)
+        if self.upcoming is not None:
+            self.ahead.make(self.upcoming)
+        return total, len(batches)
 
     def _loss(self, batch: dict, scale: dict[str, float]) -> torch.Tensor:
         """The micro-batch's share of the step's loss: summed over items, times 1 / items of the whole step."""
@@ -247,21 +280,32 @@ class _Loop:
         out = {}
         for task, (kind, _) in self.tasks.items():
             own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
-            items = sum(_items(label, kind) for label in own)
+            items = sum(steps.items(label, kind) for label in own)
             out[task] = self.weight[task] * len(own) / len(rows) / max(items, 1)
         return out
 
+    def _save(self) -> None:
+        with self.seen.whole(decay=False):  # a checkpoint changes nothing, not even by rounding
+            checkpoints.save_training(self)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def evaluate(self) -> bool:
         """Record the metrics of the evaluation rows; True when patience has run out."""
+        with self.seen.whole():
+            return self._evaluate()
+
+    def _evaluate(self) -> bool:
         run, config = self.run_, self.config
         with self.autocast():
-            metrics = evaluate(self.model, self.eval_rows, tokenizer=self.tokenizer)
+            metrics = evaluate(self.model, self.eval_rows, tokenizer=self.tokenizer, shared=True)
         if config.patience:
             if config.metric not in metrics:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
             if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
-                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self.trainable]}
+                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self._trainable()]}
                 self.evaluations_since_best = 0
             else:
                 self.evaluations_since_best += 1
@@ -287,11 +331,14 @@ class _Loop:
         from tqdm.auto import tqdm
 
         hidden = not self.config.progress or distributed.rank() > 0
+        if not hidden and self.run_.precision != "fp32":
+            tqdm.write(f"precision {self.run_.precision}: {self.run_.reason}")
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
-        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume")
+        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
+        free += ("gradient_checkpointing",)  # the same numbers
         config = {name: value for name, value in asdict(self.config).items() if name not in free}
         parameters = [(name, list(p.shape), p.requires_grad) for name, p in self.model.named_parameters()]
         return {
@@ -301,17 +348,6 @@ class _Loop:
 
 
 _SMOOTHED = ("sequence-classification", "token-classification")
-
-
-def _digest(parts: dict[str, list[dict]], eval_rows: list[dict]) -> str:
-    """SHA-256 of all token ids and labels."""
-    found = hashlib.sha256()
-    for name, rows in [*parts.items(), ("eval", eval_rows)]:
-        found.update(name.encode())
-        for row in rows:
-            found.update(array("q", row["input_ids"]).tobytes())
-            found.update(repr(row["labels"]).encode())
-    return found.hexdigest()
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -326,23 +362,3 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 def _smoothing(kind: str, config: TrainConfig) -> float:
     return config.label_smoothing if kind in _SMOOTHED else 0.0
-
-
-def _items(label: Any, kind: str) -> int:
-    """Labelled items of one row, as `losses.count_labelled` counts them; -100 marks what is not labelled."""
-    values = label if isinstance(label, (list, tuple)) else [label]
-    return len(values) if kind == "regression" else sum(value != losses.IGNORE for value in values)
-
-
-def _order(count: int, config: TrainConfig, epoch: int, stream: int = 0) -> list[int]:
-    if not config.shuffle:
-        return list(range(count))
-    seed = (config.seed * 1_000_003 + stream * 10_007 + epoch) % 2**63
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def _endless(rows: list[dict], config: TrainConfig, stream: int) -> Iterator[dict]:
-    epoch = 0
-    while True:
-        yield from (rows[i] for i in _order(len(rows), config, epoch, stream))
-        epoch += 1

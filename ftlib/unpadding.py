@@ -7,9 +7,10 @@ know where an example ends; it is told through Transformers' own `AttentionInter
 object with the same weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
 
 On a CUDA GPU of compute capability 8.0 or more, in half precision, without attention dropout and with padding on the
-right, attention runs on the packed tokens (`torch.nn.attention.varlen`); otherwise the heads are padded again for it.
+right, attention runs on the packed tokens (`torch.nn.attention.varlen`); so it does on a CPU in float32 (`speedups`).
+Otherwise the heads are padded again for it.
 
-To copy this module you need: unpadding.py, torch and transformers.
+To copy this module you need: unpadding.py, speedups.py, torch and transformers.
 Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
 arXiv:2412.13663).
 """
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from ftlib import speedups
 
 NAME = "ftlib_unpadded"
 
@@ -46,6 +49,8 @@ class Packing(NamedTuple):
     tokens: int
     cu_seqlens: torch.Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
     longest: int  # kept tokens of the longest row
+    lengths: list[int] | None = None  # kept tokens of every row; None on a GPU, or if padding isn't on the right
+    spare: int = 0  # rows added to the packed tokens: oneDNN prepares a product for every new shape, so have few
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "Packing":
@@ -53,11 +58,14 @@ class Packing(NamedTuple):
         kept = mask.clone()
         kept[:, 0] = True
         lengths = kept.sum(1)  # (batch,)
-        on_the_right = (mask[:, 1:] <= mask[:, :-1]).all()
+        on_the_right = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
         total, longest, on_the_right = torch.stack((lengths.sum(), lengths.max(), on_the_right.long())).tolist()
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) if on_the_right else None
         indices = kept.flatten().nonzero_static(size=total).flatten()
-        return cls(indices, mask, *mask.shape, cu_seqlens, longest)
+        on_cpu = mask.device.type == "cpu"
+        spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
+        rows = lengths.tolist() if on_cpu and on_the_right else None
+        return cls(indices, mask, *mask.shape, cu_seqlens, longest, rows, spare)
 
     @property
     def is_full(self) -> bool:
@@ -65,10 +73,12 @@ class Packing(NamedTuple):
         return self.cu_seqlens is not None and len(self.indices) == self.batch * self.tokens
 
 
-def _pack(padded: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """(batch, tokens, ...) to (1, N_tokens, ...)."""
+def _pack(padded: torch.Tensor, packing: Packing, spare: int = 0) -> torch.Tensor:
+    """(batch, tokens, ...) to (1, N_tokens + spare, ...); the spare rows repeat the first and are never read."""
     flat = padded.flatten(0, 1)
-    return (flat if len(flat) == len(packing.indices) else flat[packing.indices]).unsqueeze(0)
+    if len(flat) == len(packing.indices):
+        return flat.unsqueeze(0)
+    return flat[F.pad(packing.indices, (0, spare))].unsqueeze(0)
 
 
 def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Packing]:
@@ -93,7 +103,7 @@ def pad_input(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     >>> pad_input(packed, packing)[0, :, 0].tolist()
     [1.0, 0.0]
     """
-    flat = packed[0]
+    flat = packed[0, : len(packing.indices)]
     if len(flat) != packing.batch * packing.tokens:
         flat = flat.new_zeros(packing.batch * packing.tokens, *flat.shape[1:]).index_copy(0, packing.indices, flat)
     return flat.view(packing.batch, packing.tokens, *flat.shape[1:])
@@ -116,7 +126,7 @@ def _attend_packed(
         position = torch.arange(packing.tokens, device=query.device)
         keys = keys & ((position[:, None] - position).abs() <= window)  # (batch, 1, tokens, tokens)
     out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
-    return _pack(out.transpose(1, 2), packing)  # (1, N_tokens, heads, head_dim)
+    return _pack(out.transpose(1, 2), packing, packing.spare)  # (1, N_tokens, heads, head_dim)
 
 
 def _attend_varlen(
@@ -166,6 +176,10 @@ def _attention(
     window = None  # how far a token sees to each side; a window that holds every row is none
     if sliding_window is not None and sliding_window < packing.tokens:
         window = sliding_window - 1
+    if window is None and speedups.usable(query) and packing.lengths is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale)
+        return out.transpose(0, 1).unsqueeze(0), None  # (1, N_tokens, heads, head_dim)
     if _can_varlen(query, packing, dropout):
         return _attend_varlen(query, key, value, packing, scaling, window), None
     return _attend_packed(query, key, value, packing, dropout, scaling, window), None
@@ -216,7 +230,7 @@ def _before_base(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
         kwargs["position_ids"] = torch.arange(shape[1], device=inputs.device)[None]
     for name in _PER_TOKEN:
         if kwargs.get(name) is not None:
-            kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing)
+            kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing, packing.spare)
     return (), kwargs
 
 
@@ -234,7 +248,7 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if packing.is_full:
         packing = None
     else:
-        hidden = _pack(hidden, packing)
+        hidden = _pack(hidden, packing, packing.spare)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")}
     return (hidden, packing, *args[2:]), kwargs
 

@@ -24,6 +24,12 @@ SNIPPETS = {
     "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
     "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
     "checkpoints": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
+    "memory": "with measure() as cost: pass\nassert cost.seconds >= 0",
+    "speedups": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
+    "modes": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32', shortcuts=True)\n"
+    "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
+    "steps": "config = SimpleNamespace(shuffle=False, batch_size=2, micro_batch_size=1, max_tokens=None)\n"
+    "assert len(cut(next(plan({'': ROWS}, config)), config)) == 2",
     "settings": "assert TrainConfig(epochs=2).epochs == 2; assert choose_precision(torch.device('cpu'))[0] == 'fp32'",
     "prediction": "assert predict(model, ['a b'], tokenizer=tokenizer).shape == (1,); assert tasks_of(model)",
     "training": "config = TrainConfig(epochs=2, batch_size=1, progress=False, checkpoint_dir=str(folder / 'c'))\n"
@@ -33,6 +39,7 @@ SNIPPETS = {
 PROGRAM = """
 import importlib, json, sys, traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 # a machine with torch and transformers alone
 for name in ("datasets", "evaluate", "sklearn", "seqeval", "matplotlib", "peft", "sentence_transformers", "pandas"):
@@ -54,7 +61,7 @@ for module, snippet in json.loads(sys.argv[2]).items():
         core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
         core.pre_tokenizer = pre_tokenizers.Whitespace()
         space = {
-            "torch": torch, "folder": folder,
+            "torch": torch, "folder": folder, "SimpleNamespace": SimpleNamespace,
             "model": transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval(),
             "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[UNK]"),
             "ROWS": [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [1], "labels": 0}],

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ftlib import assets, environment
-from ftlib.environment import format_cell, mean_std, measure, results_table, setup, stored_results, tie
+from ftlib import assets, environment, memory
+from ftlib.environment import format_cell, mean_std, results_table, setup, stored_results, tie
+from ftlib.memory import measure
 
 
 @pytest.fixture(autouse=True)
@@ -111,18 +112,18 @@ def use(megabytes):
 
 
 def without_the_kernel(monkeypatch):
-    monkeypatch.setattr(environment, "_reset_peak", lambda: False)
+    monkeypatch.setattr(memory, "_reset_peak", lambda: False)
 
 
 @pytest.mark.parametrize("way", ["kernel", "sampled", "psutil"])
 def test_peak_is_of_the_block_alone(way, monkeypatch):
-    if way == "kernel" and not environment._reset_peak():
+    if way == "kernel" and not memory._reset_peak():
         pytest.skip("this machine does not let a process reset its high-water mark")
     if way != "kernel":
         without_the_kernel(monkeypatch)
     if way == "psutil":
         pytest.importorskip("psutil")
-        monkeypatch.setattr(environment, "_status_mb", lambda key: None)
+        monkeypatch.setattr(memory, "_status_mb", lambda key: None)
     use(300)  # an earlier, higher peak that must not count
     with measure() as empty:
         time.sleep(0.02)
@@ -130,7 +131,7 @@ def test_peak_is_of_the_block_alone(way, monkeypatch):
         use(120)
     assert 90 < full.peak_mb - empty.peak_mb < 160
     assert full.seconds >= 0.05 and empty.seconds >= 0.02
-    assert empty.how == full.how == (environment._KERNEL if way == "kernel" else environment._SAMPLED)
+    assert empty.how == full.how == (memory._KERNEL if way == "kernel" else memory._SAMPLED)
 
 
 @pytest.mark.parametrize("way", ["kernel", "sampled"])
@@ -143,16 +144,16 @@ def test_an_outer_block_keeps_the_peak_from_before_an_inner_one(way, monkeypatch
             use(10)
     assert outer.peak_mb - inner.peak_mb > 80
     assert outer.seconds > inner.seconds
-    assert environment._running == []
+    assert memory._running == []
 
 
 def test_measure_survives_an_error_and_reads_well():
     with pytest.raises(KeyError), measure() as cost:
         raise KeyError
-    assert environment._running == []
+    assert memory._running == []
     assert cost.seconds > 0 and cost.peak_mb > 1
-    assert str(environment.Measurement(1.25, 1234.4)) == "1.2 s, peak memory 1,234 MB"
-    assert str(environment.Measurement(2, 10, 5)) == "2.0 s, peak memory 10 MB, on the GPU 5 MB"
+    assert str(memory.Measurement(1.25, 1234.4)) == "1.2 s, peak memory 1,234 MB"
+    assert str(memory.Measurement(2, 10, 5)) == "2.0 s, peak memory 10 MB, on the GPU 5 MB"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -21,11 +21,11 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
     {"attention", "losses", "masking", "speedups"},
-    {"assets", "rows"},
+    {"assets", "memory", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"unpadding", "tuning", "features", "multitask"},
     {"distributed"},
-    {"checkpoints", "prediction", "settings"},
+    {"checkpoints", "modes", "prediction", "settings", "steps"},
     {"training"},
     {"plots", "environment"},
     {"__main__"},

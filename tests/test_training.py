@@ -171,7 +171,7 @@ def test_records_of_a_run(tiny_model):
     run = fit(tiny_model(), rows, eval_dataset=make_rows(6, seed=1), config=quick(epochs=2, eval_every=2))
     taken = [record for record in run.history if "loss" in record]
     assert [set(record) for record in taken] == [
-        {"step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "seconds"}
+        {"step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "micro_batches", "seconds"}
     ] * 6
     assert [record["step"] for record in taken] == [1, 2, 3, 4, 5, 6] and run.steps == 6
     assert [record["examples"] for record in taken] == [4, 4, 2, 4, 4, 2]

@@ -1,0 +1,120 @@
+"""Time and peak memory of a block of code.
+
+To copy this module you need: memory.py and torch.
+"""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(eq=False)
+class Measurement:
+    """Filled in when the block ends; 1 MB = 2**20 bytes. `how` says where `peak_mb` comes from."""
+
+    seconds: float = math.nan
+    peak_mb: float = 0.0
+    peak_gpu_mb: float | None = None
+    how: str = ""
+
+    def __str__(self) -> str:
+        gpu = "" if self.peak_gpu_mb is None else f", on the GPU {self.peak_gpu_mb:,.0f} MB"
+        return f"{self.seconds:.1f} s, peak memory {self.peak_mb:,.0f} MB{gpu}"
+
+
+_KERNEL = "high-water mark of the kernel, set back at the start of the block"
+_SAMPLED = "largest resident memory of readings every 5 ms"
+_running: list[Measurement] = []  # measurements whose block has not ended, outermost first
+
+
+@contextmanager
+def measure() -> Iterator[Measurement]:
+    """Wall-clock seconds of a block and the peak memory of the process while it ran.
+
+    `peak_mb` is the largest resident memory of this whole process during the block: models loaded before it
+    count, child processes don't. On Linux the kernel keeps that maximum, and writing 5 to
+    /proc/self/clear_refs sets it back when the block starts; where that isn't allowed a thread reads the
+    resident memory every 5 ms, which can miss a short peak (outside Linux with psutil; nan without it). On
+    CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated` (tensors, not the allocator's reserve), and the
+    clock waits for the GPU. Blocks may be nested.
+
+    >>> with measure() as cost:
+    ...     total = sum(range(1000))
+    >>> cost.seconds > 0 and cost.peak_mb > 0
+    True
+    """
+    cuda = torch.cuda.is_available()
+    _note_peaks(cuda)  # before the marks go back, so that an outer block keeps what it has seen
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    result, done = Measurement(how=_KERNEL if _reset_peak() else _SAMPLED), threading.Event()
+    sampler = threading.Thread(target=_sample, args=(result, done), daemon=True)
+    if result.how == _SAMPLED:
+        sampler.start()
+    _running.append(result)
+    start = time.perf_counter()
+    try:
+        yield result
+    finally:
+        if cuda:
+            torch.cuda.synchronize()
+        result.seconds = time.perf_counter() - start
+        done.set()
+        if sampler.is_alive():
+            sampler.join()
+        _note_peaks(cuda)
+        _running.remove(result)
+
+
+def _status_mb(key: str) -> float | None:
+    """VmRSS or VmHWM of this process from Linux, else None."""
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) / 1024 if found else None
+
+
+def _reset_peak() -> bool:
+    """Set the kernel's high-water mark back to the present; False where that is not possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    mark, now = _status_mb("VmHWM"), _status_mb("VmRSS")
+    # some sandboxes accept the write and do nothing
+    return mark is not None and now is not None and mark < now + 8
+
+
+def _resident_mb() -> float:
+    now = _status_mb("VmRSS")
+    if now is None:
+        try:
+            import psutil
+        except ImportError:
+            return math.nan
+        now = psutil.Process().memory_info().rss / 2**20
+    return now
+
+
+def _sample(result: Measurement, done: threading.Event) -> None:
+    result.peak_mb = _resident_mb()
+    while not done.wait(0.005):
+        result.peak_mb = max(result.peak_mb, _resident_mb())
+
+
+def _note_peaks(cuda: bool) -> None:
+    """Carry the marks since the last reset into every running measurement."""
+    for result in _running:
+        if result.how == _KERNEL:
+            result.peak_mb = max(result.peak_mb, _status_mb("VmHWM") or 0.0)
+        if cuda:
+            result.peak_gpu_mb = max(result.peak_gpu_mb or 0.0, torch.cuda.max_memory_allocated() / 2**20)
