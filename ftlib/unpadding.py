@@ -1,8 +1,8 @@
 """Run a Transformers encoder on real tokens only: same numbers, no work on padding.
 
 A batch of texts is padded to its longest row, and a stock encoder computes every layer for the padding too.
-`unpad(model)` puts two hooks on the encoder: before it, padded positions are dropped, so that each layer sees
-one long row of real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must
+`unpad(model)` hooks the encoder: before it, padded positions are dropped, so that each layer sees one long row of
+real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must
 know where an example ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same
 object with the same weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
 
@@ -14,6 +14,7 @@ Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et
 arXiv:2412.13663).
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -26,15 +27,14 @@ NAME = "ftlib_unpadded"
 
 # Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
 _ENCODER = {
-    "albert": "encoder", "bert": "encoder", "bert-generation": "encoder", "camembert": "encoder",
-    "data2vec-text": "encoder", "distilbert": "transformer", "electra": "encoder", "ernie": "encoder",
-    "mobilebert": "encoder", "roberta": "encoder", "roberta-prelayernorm": "encoder", "roc_bert": "encoder",
-    "xlm-roberta": "encoder", "xlm-roberta-xl": "encoder",
+    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "data2vec-text": "encoder",
+    "distilbert": "transformer", "electra": "encoder", "ernie": "encoder", "mobilebert": "encoder",
+    "roberta": "encoder", "roberta-prelayernorm": "encoder", "roc_bert": "encoder", "xlm-roberta": "encoder",
+    "xlm-roberta-xl": "encoder",
 }  # fmt: skip
 # With rotary positions, which the base model itself computes: its inputs are packed, and keyword arguments it doesn't
 # know go through its layers to the attention function.
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
-_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 
 
 class Packing(NamedTuple):
@@ -180,23 +180,30 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _keep_padding_mask)
 
 
-def _before_base(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Check the inputs of the base model; pack them if it has rotary positions."""
+def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an unpadded base model: no hook, because sentence-transformers calls `forward` past the hooks."""
     for module in _hooked(base):
         vars(module).pop("_packing", None)  # left over when the last forward pass failed half-way
     if base.config._attn_implementation != NAME:  # switched back by hand
-        return None
-    kwargs = {**dict(zip(inspect.signature(base.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        return type(base).forward(base, *args, **kwargs)
+    if args:
+        kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
+    output = type(base).forward(base, **_checked(base, kwargs))
+    packing = vars(_encoder_of(base)).pop("_packing", None)
+    return output if packing is None else _padded(output, packing)
+
+
+def _checked(base: nn.Module, kwargs: dict) -> dict:
+    """The inputs of the base model; packed if it has rotary positions."""
     kind = base.config.model_type
-    wants_attentions = kwargs.get("output_attentions")
-    if base.config.output_attentions if wants_attentions is None else wants_attentions:
+    if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and base.config.output_attentions):
         raise ValueError(
             f"output_attentions=True: an unpadded {kind} keeps no attention weights; call repad(model) and "
             'model.set_attn_implementation("eager") first'
         )
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if inputs is None:
-        return None  # the model itself says what is wrong
+        return kwargs  # the model itself says what is wrong
     shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
     if mask is not None and getattr(mask, "shape", None) != shape:
         raise ValueError(
@@ -205,19 +212,19 @@ def _before_base(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             "a cache or prefix tuning call repad(model) first"
         )
     if kind not in _ROTARY:
-        return (), kwargs
+        return kwargs
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device)
     packing = Packing.of(mask.to(inputs.device, torch.bool))
     for module in _hooked(base):
-        module._packing = packing  # the pooler, and this hook's counterpart
+        module._packing = packing
     kwargs = {**kwargs, "attention_mask": None, "packing": packing}
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = torch.arange(shape[1], device=inputs.device)[None]
-    for name in _PER_TOKEN:
+    for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if kwargs.get(name) is not None:
             kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing)
-    return (), kwargs
+    return kwargs
 
 
 def _before_pooler(pooler: nn.Module, args: tuple) -> tuple | None:
@@ -225,45 +232,33 @@ def _before_pooler(pooler: nn.Module, args: tuple) -> tuple | None:
     return None if packing is None else (pad_input(args[0], packing), *args[1:])
 
 
-def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2:  # no mask, or a model switched back to eager attention
-        return None
-    packing = Packing.of(mask)
-    if packing.is_full:
-        packing = None
-    else:
-        hidden = _pack(hidden, packing)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")}
-    return (hidden, packing, *args[2:]), kwargs
+def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    hidden = args[0] if args else kwargs.pop("hidden_states")  # (batch, tokens, hidden)
+    mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
+    if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
+        packing = Packing.of(mask)
+        hidden, mask = (hidden, None) if packing.is_full else (_pack(hidden, packing), packing)
+    return (hidden, mask, *args[2:]), kwargs
 
 
 def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
-    packing = args[1] if len(args) > 1 else None
-    if isinstance(packing, Packing):
-        output.last_hidden_state = pad_input(output.last_hidden_state, packing)
-        encoder._packing = packing  # for the hidden states of the layers, which the base model returns
+    if isinstance(args[1], Packing):
+        output.last_hidden_state = pad_input(output.last_hidden_state, args[1])
+        encoder._packing = args[1]  # for the hidden states of the layers, which the base model returns
     return output
 
 
-def _after_base(base: nn.Module, args: tuple, output: Any) -> Any:
-    packing = vars(_encoder_of(base)).pop("_packing", None)
-    if packing is None:
+def _padded(output: Any, packing: Packing) -> Any:
+    """The base model's output, with every (1, N_tokens, hidden) in it put back into (batch, tokens, hidden)."""
+    if isinstance(output, tuple):
+        return tuple(_padded(part, packing) for part in output)
+    if isinstance(output, dict):  # a ModelOutput
+        for name, part in output.items():
+            output[name] = _padded(part, packing)
         return output
-
-    def padded(part: Any) -> Any:
-        if isinstance(part, tuple):
-            return tuple(padded(state) for state in part)
-        if not isinstance(part, torch.Tensor) or part.ndim != 3 or part.shape[:2] == (packing.batch, packing.tokens):
-            return part
-        return pad_input(part, packing)
-
-    if isinstance(output, tuple):  # return_dict=False
-        return padded(output)
-    for name, part in output.items():
-        output[name] = padded(part)
-    return output
+    if not isinstance(output, torch.Tensor) or output.ndim != 3:
+        return output
+    return output if output.shape[:2] == (packing.batch, packing.tokens) else pad_input(output, packing)
 
 
 def _encoder_of(base: nn.Module) -> nn.Module:
@@ -291,7 +286,8 @@ def unpad(model: nn.Module) -> nn.Module:
     """Make a Transformers encoder skip padding, in place; returns the model.
 
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
-    positions the hidden states are zero, where the stock model leaves numbers that nothing should read.
+    positions the hidden states are zero, where the stock model leaves numbers that nothing should read; a stock
+    question-answering head does read them, as it ranks padding with the tokens, so its loss differs.
     `output_attentions` needs eager attention, so it needs `repad(model)` first.
 
     Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
@@ -319,13 +315,13 @@ def unpad(model: nn.Module) -> nn.Module:
     encoder._before_unpad = config._attn_implementation
     base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
-    base.register_forward_pre_hook(_before_base, with_kwargs=True)
+    base.forward = functools.partial(_forward, base)
+    base.forward.__signature__ = inspect.signature(type(base).forward.__get__(base))
     if encoder is not base:
         encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
         encoder.register_forward_hook(_after_encoder)
     for pooler in poolers:
         pooler.register_forward_pre_hook(_before_pooler)
-    base.register_forward_hook(_after_base)
     return model
 
 
@@ -339,8 +335,9 @@ def repad(model: nn.Module) -> nn.Module:
 
 
 def _remove_hooks(base: nn.Module) -> None:
-    ours = (_before_base, _before_encoder, _before_pooler, _after_encoder, _after_base)
-    for module in (base, *_hooked(base)):
+    vars(base).pop("forward", None)
+    ours = (_before_encoder, _before_pooler, _after_encoder)
+    for module in _hooked(base):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
