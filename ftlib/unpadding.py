@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "ftlib_unpadded"
@@ -40,15 +40,15 @@ _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
 class Packing(NamedTuple):
     """Where the kept tokens of a padded batch come from; made once a forward pass, with one wait for the GPU."""
 
-    indices: torch.Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
-    mask: torch.Tensor  # (batch, tokens) bool, True at real tokens
+    indices: Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
+    mask: Tensor  # (batch, tokens) bool, True at real tokens
     batch: int
     tokens: int
-    cu_seqlens: torch.Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
+    cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
     longest: int  # kept tokens of the longest row
 
     @classmethod
-    def of(cls, mask: torch.Tensor) -> "Packing":
+    def of(cls, mask: Tensor) -> "Packing":
         """From a bool mask (batch, tokens), True at real tokens."""
         kept = mask.clone()
         kept[:, 0] = True
@@ -65,13 +65,13 @@ class Packing(NamedTuple):
         return self.cu_seqlens is not None and len(self.indices) == self.batch * self.tokens
 
 
-def _pack(padded: torch.Tensor, packing: Packing) -> torch.Tensor:
+def _pack(padded: Tensor, packing: Packing) -> Tensor:
     """(batch, tokens, ...) to (1, N_tokens, ...)."""
     flat = padded.flatten(0, 1)
     return (flat if len(flat) == len(packing.indices) else flat[packing.indices]).unsqueeze(0)
 
 
-def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Packing]:
+def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
     """Keep the real tokens of (batch, tokens, hidden): returns (1, N_tokens, hidden) and where they came from.
 
     mask: bool (batch, tokens), True at real tokens.  Position 0 is always kept, because the stock heads read it,
@@ -86,7 +86,7 @@ def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
     return _pack(hidden, packing), packing
 
 
-def pad_input(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+def pad_input(packed: Tensor, packing: Packing) -> Tensor:
     """Put (1, N_tokens, ...) back into (batch, tokens, ...); zeros where there was padding.
 
     >>> packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
@@ -100,14 +100,15 @@ def pad_input(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 def _attend_packed(
-    query: torch.Tensor,  # (1, heads, N_tokens, head_dim)
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     packing: Packing,
     dropout: float,
     scaling: float | None,
-    window: int | None = None,
-) -> torch.Tensor:
+    window: int | None,
+) -> Tensor:
+    """(1, heads, N_tokens, head_dim) to (1, N_tokens, heads, head_dim); window: how far a token sees to each side."""
     query, key, value = (
         pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
     )  # (batch, heads, tokens, head_dim)
@@ -120,13 +121,8 @@ def _attend_packed(
 
 
 def _attend_varlen(
-    query: torch.Tensor,  # (1, heads, N_tokens, head_dim)
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packing: Packing,
-    scaling: float | None,
-    window: int | None = None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
@@ -135,27 +131,26 @@ def _attend_varlen(
     return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, **options).unsqueeze(0)
 
 
-def _can_varlen(query: torch.Tensor, packing: Packing, dropout: float) -> bool:
+def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
     """What `varlen_attn`, which is FlashAttention 2, asks for."""
-    if packing.cu_seqlens is None or dropout or not query.is_cuda:
+    if packing.cu_seqlens is None or dropout or query.shape[-1] % 8 or query.shape[-1] > 256:
         return False
-    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attention(
     module: nn.Module,
-    query: torch.Tensor,  # (1, heads, N_tokens, head_dim) when packed
-    key: torch.Tensor,  # (1, heads or fewer, N_tokens, head_dim)
-    value: torch.Tensor,
-    attention_mask: Packing | torch.Tensor | None,
+    query: Tensor,  # (1, heads, N_tokens, head_dim) when packed
+    key: Tensor,  # (1, heads or fewer, N_tokens, head_dim)
+    value: Tensor,
+    attention_mask: Packing | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     packing: Packing | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     if key.shape[1] != query.shape[1]:  # grouped heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if isinstance(attention_mask, Packing):
@@ -163,15 +158,14 @@ def _attention(
     if packing is None:
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
-    window = None  # how far a token sees to each side; a window that holds every row is none
-    if sliding_window is not None and sliding_window < packing.tokens:
-        window = sliding_window - 1
+    local = sliding_window is not None and sliding_window < packing.tokens  # a window that holds every row is none
+    window = sliding_window - 1 if local else None
     if _can_varlen(query, packing, dropout):
         return _attend_varlen(query, key, value, packing, scaling, window), None
     return _attend_packed(query, key, value, packing, dropout, scaling, window), None
 
 
-def _keep_padding_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _keep_padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """What Transformers calls to build the (batch, 1, tokens, tokens) mask; we hand the (batch, tokens) one on."""
     return attention_mask
 
@@ -208,7 +202,7 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
     if mask is not None and getattr(mask, "shape", None) != shape:
         raise ValueError(
             f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got "
-            f"{tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__}; for a mask of your own, "
+            f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}; for a mask of your own, "
             "a cache or prefix tuning call repad(model) first"
         )
     if kind not in _ROTARY:
@@ -256,7 +250,7 @@ def _padded(output: Any, packing: Packing) -> Any:
         for name, part in output.items():
             output[name] = _padded(part, packing)
         return output
-    if not isinstance(output, torch.Tensor) or output.ndim != 3:
+    if not isinstance(output, Tensor) or output.ndim != 3:
         return output
     return output if output.shape[:2] == (packing.batch, packing.tokens) else pad_input(output, packing)
 

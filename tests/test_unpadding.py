@@ -600,7 +600,7 @@ def test_on_the_gpu_in_half_precision(tiny_model, model_type, dtype, monkeypatch
     for logits in (theirs, mine.float()):
         logits.logsumexp((0, 1)).backward()
     for name, gradient in gradients(stock).items():
-        assert (gradients(ours)[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-4, name
+        assert (gradients(ours)[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-3, name
 
 
 @needs_gpu
