@@ -305,17 +305,17 @@ def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) ->
         with file:
             header(file)
             for chunk in chunks:
-                try:
-                    file.write(chunk.astype("<f4", copy=False).data)
-                except OSError as error:
-                    raise OSError(error.errno, f"{error.strerror} (after {count} vectors)", path) from error
+                file.write(chunk.astype("<f4", copy=False).data)
+                file.flush()
                 count += len(chunk)
             file.seek(0)
             header(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(error.errno, f"{error.strerror} (after {count} vectors)", path) from error
         raise
     return np.load(path, mmap_mode="r")
