@@ -360,6 +360,22 @@ def test_texts_are_read_as_they_are_needed(tiny_model, tiny_tokenizer, monkeypat
     assert len(most) == 20 and max(most) <= 4
 
 
+def test_texts_are_read_while_a_batch_is_computed(tiny_model, tiny_tokenizer, monkeypatch):
+    small(monkeypatch, 2, 2)
+    model, moved_on = tiny_model("encoder"), threading.Event()
+
+    def texts():
+        yield from ("good", "bad")
+        moved_on.set()
+        yield "film"
+
+    def hook(module, args):
+        assert moved_on.wait(60)  # in a loop that reads between batches it would never come
+
+    model.register_forward_pre_hook(hook)
+    assert extract_features(model, texts(), tokenizer=tiny_tokenizer).shape == (3, 16)
+
+
 def test_columns_and_arrays_of_texts(tiny_model, tiny_tokenizer):
     datasets = pytest.importorskip("datasets")
     model = tiny_model("encoder")
