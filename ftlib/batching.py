@@ -154,7 +154,7 @@ def encode_texts(
     first, second = checked_texts(texts, indices)
     if not first:
         return []
-    encoded = _encode(first, second, tokenizer, max_length, truncation, indices)
+    encoded = _encode(first, second, tokenizer, max_length, truncation, indices, mask=False)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     rows: list[Row] = [{key: encoded[key][i] for key in keys} for i in range(len(first))]
     if not isinstance(first[0], str):
@@ -195,8 +195,9 @@ def _checked_text(value: Any, row: int, column: str, inside: bool = False) -> An
 
 
 def _encode(
-    first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: Sequence[int]
-) -> Any:
+    first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: Sequence[int],
+    mask: bool = True,
+) -> Any:  # fmt: skip
     if not callable(tokenizer):
         raise TypeError(f"tokenizer is {_short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
     words = not isinstance(first[0], str)
@@ -211,7 +212,7 @@ def _encode(
         limit = None
     encoded = tokenizer(
         first, second, truncation=bool(truncation and limit), max_length=limit if truncation else None, padding=False,
-        is_split_into_words=words, verbose=False,
+        is_split_into_words=words, return_attention_mask=mask, verbose=False,
     )  # fmt: skip
     if not truncation and limit is not None:
         for row, ids in zip(indices, encoded["input_ids"], strict=True):
