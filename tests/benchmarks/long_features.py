@@ -1,6 +1,6 @@
 """Vectors of a million sentences in bounded memory: tokenizing, extract_features, a memory-mapped file.
 
-    python tests/benchmarks/long_features.py [rows]    # writes tests/benchmarks/results/long_features.json
+    python tests/benchmarks/long_features.py [rows]    # adds a row to tests/benchmarks/results/long_features.json
 
 What is measured is everything around the encoder, so the encoder is tiny: a BERT of 1 layer, hidden size 32, with
 random weights and MiniLM's tokenizer.  The rows are the sentences of rotten-tomatoes again and again, each time with
@@ -74,8 +74,7 @@ def measure(count: int) -> dict[str, float]:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     about = "extract_features on many short rows, tiny random BERT (1 layer, hidden 32), into a memory-mapped file"
-    command = "python tests/benchmarks/long_features.py" + (f" {count}" if len(sys.argv) > 1 else "")
-    Table("long_features", command, about).row({"rows": count}, lambda: measure(count))
+    Table("long_features", "python tests/benchmarks/long_features.py [rows]", about).row({"rows": count}, lambda: measure(count))
 
 
 if __name__ == "__main__":
