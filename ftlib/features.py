@@ -11,7 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def extract_features(
             A list of layers costs one pass.
         batch_size: most texts a batch; default: no limit but `max_tokens`.
         max_tokens: most tokens a batch, padding counted; a text longer than that is a batch of its own.  Default:
-            2,048 on a CPU, which fit its caches, and 32,768 on a GPU, which keep it busy.
+            1,024 on a CPU, where more only adds padding, and 32,768 on a GPU.
         max_length: cut longer texts, in tokens; default: what the model takes.
         truncation: False refuses longer texts instead of cutting them.
         normalize: divide each vector by its length, so that a dot product is a cosine.
@@ -133,10 +133,10 @@ def extract_features(
     device = next(base.parameters()).device
     base = _in_precision(base, precision, device)
     if max_tokens is None:
-        max_tokens = 2_048 if device.type == "cpu" else 32_768
+        max_tokens = 1_024 if device.type == "cpu" else 32_768
     limit = token_limit(max_length, tokenizer, base.config)
     work = _batches(iterator, tokenizer, batch_size, max_tokens, device, max_length=limit, truncation=truncation)
-    with evaluating(base), closing(_ahead(work)) as batches:
+    with evaluating(base), _linears_by_onednn(base), closing(_ahead(work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling, normalize, size, progress)
         if isinstance(out, (str, os.PathLike)):
             return _written(chunks, os.fspath(out), shape)
@@ -185,6 +185,28 @@ def _in_precision(base: nn.Module, precision: str | None, device: torch.device) 
     if {p.dtype for p in base.parameters() if p.is_floating_point()} == {names[precision]}:
         return base
     return copy.deepcopy(base).to(names[precision])
+
+
+@contextmanager
+def _linears_by_onednn(base: nn.Module) -> Iterator[None]:
+    """Linear layers in float32 on a CPU with AVX-512 run by oneDNN inside, without gradients.
+
+    PyTorch gives float32 products to MKL, which leaves AVX-512 unused on AMD's CPUs: on one core of an EPYC 1,024
+    tokens times (384, 1536) ran at 94 GFLOP/s by MKL and 203 by oneDNN.  The weights stay where they are.
+    """
+    patched: list[nn.Module] = []
+    usable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if usable and not torch.is_autocast_enabled("cpu"):
+        kinds = {(p.dtype, p.device.type) for p in base.parameters()}
+        if kinds == {(torch.float32, "cpu")}:
+            patched = [m for m in base.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    try:
+        for module in patched:
+            module.forward = lambda x, m=module: torch.ops.mkldnn._linear_pointwise(x, m.weight, m.bias, "none", [], "")
+        yield
+    finally:
+        for module in patched:
+            vars(module).pop("forward", None)
 
 
 def _batches(

@@ -376,6 +376,18 @@ def test_texts_are_read_while_a_batch_is_computed(tiny_model, tiny_tokenizer, mo
     assert extract_features(model, texts(), tokenizer=tiny_tokenizer).shape == (3, 16)
 
 
+def test_linear_layers_are_as_before_afterwards(tiny_model, tiny_tokenizer):
+    model, inside = tiny_model("encoder"), []
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    model.register_forward_hook(lambda *args: inside.append(sum("forward" in vars(module) for module in linears)))
+    extract_features(model, TEXTS, tokenizer=tiny_tokenizer)
+    assert inside == [len(linears) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 0]
+    assert not any("forward" in vars(module) for module in linears)
+    model.double()
+    extract_features(model, TEXTS, tokenizer=tiny_tokenizer)
+    assert inside[1] == 0
+
+
 def test_columns_and_arrays_of_texts(tiny_model, tiny_tokenizer):
     datasets = pytest.importorskip("datasets")
     model = tiny_model("encoder")

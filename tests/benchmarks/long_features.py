@@ -74,7 +74,9 @@ def measure(count: int) -> dict[str, float]:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     about = "extract_features on many short rows, tiny random BERT (1 layer, hidden 32), into a memory-mapped file"
-    Table("long_features", "python tests/benchmarks/long_features.py [rows]", about).row({"rows": count}, lambda: measure(count))
+    Table("long_features", "python tests/benchmarks/long_features.py [rows]", about).row(
+        {"rows": count}, lambda: measure(count)
+    )
 
 
 if __name__ == "__main__":
