@@ -70,7 +70,7 @@ def _tokenizer() -> Any:
     return ftlib.load_tokenizer("minilm")
 
 
-def encode(texts: list[str], *, max_length: int = 128, batch_size: int = 32, threads: int = 2) -> np.ndarray:
+def encode(texts: list[str], *, max_length: int = 128, batch_size: int = 16, threads: int = 2) -> np.ndarray:
     """Mean-pooled vectors of MiniLM's last layer: float32 (texts, 384), in the order given."""
     rows = _tokenizer()(list(texts), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
