@@ -17,8 +17,8 @@ from torch import nn
 
 from ftlib.rows import IGNORE, Row, checked_rows, to_rows
 
-__all__ = ["IGNORE", "Row", "checked_rows", "collate", "encode_texts", "evaluating", "restore_modes", "split_by_size",
-           "to_device", "to_rows", "tokenize"]  # fmt: skip
+__all__ = ["IGNORE", "Row", "checked_rows", "checked_texts", "collate", "encode_texts", "evaluating", "restore_modes",
+           "split_by_size", "text_iterator", "to_device", "to_rows", "tokenize"]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- tokenizing
@@ -115,23 +115,15 @@ def _bar_if(wanted: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
-def encode_texts(
-    texts: Iterable[Any], tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, offset: int = 0
-) -> list[Row]:
-    """Token rows for strings, (text, text_pair) tuples, or lists of words.
-
-    Lists of words also give `word_starts`: the position of each word's first piece, None for a word that was cut off.
-    Raises ValueError or TypeError naming the row (counted from `offset`), as `tokenize` does.
-
-    >>> encode_texts(["", "b"], None)
-    Traceback (most recent call last):
-    ...
-    ValueError: row 0, column 'text': the text is empty; drop the row or give it text
-    """
+def text_iterator(texts: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over texts; TypeError for one text alone, and for what is no collection."""
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts is {_short(texts)}; pass a list of texts, even for one: [text]")
-    texts = list(texts)
-    indices = list(range(offset, offset + len(texts)))
+    return iter(texts)
+
+
+def checked_texts(texts: Sequence[Any], indices: Sequence[int]) -> tuple[list, list | None]:
+    """First and second texts (None where there are no pairs); ValueError or TypeError naming the row: `indices`."""
     pairs = len(texts) > 0 and isinstance(texts[0], tuple)
     for row, value in zip(indices, texts, strict=True):
         if pairs != isinstance(value, tuple) or (pairs and len(value) != 2):
@@ -140,9 +132,29 @@ def encode_texts(
     second = None
     if pairs:
         second = [_checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)]
+    return first, second
+
+
+def encode_texts(
+    texts: Iterable[Any], tokenizer: Any, *, max_length: int | None = None, truncation: bool = True,
+    indices: Sequence[int] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Token rows for strings, (text, text_pair) tuples, or lists of words.
+
+    Lists of words also give `word_starts`: the position of each word's first piece, None for a word that was cut off.
+    Raises ValueError or TypeError naming the row (its number in `indices`, else its place), as `tokenize` does.
+
+    >>> encode_texts(["", "b"], None)
+    Traceback (most recent call last):
+    ...
+    ValueError: row 0, column 'text': the text is empty; drop the row or give it text
+    """
+    texts = list(text_iterator(texts))
+    indices = range(len(texts)) if indices is None else indices
+    first, second = checked_texts(texts, indices)
     if not first:
         return []
-    encoded = _encode(first, second, tokenizer, max_length, truncation, indices)
+    encoded = _encode(first, second, tokenizer, max_length, truncation, indices, mask=False)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     rows: list[Row] = [{key: encoded[key][i] for key in keys} for i in range(len(first))]
     if not isinstance(first[0], str):
@@ -183,8 +195,9 @@ def _checked_text(value: Any, row: int, column: str, inside: bool = False) -> An
 
 
 def _encode(
-    first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: list[int]
-) -> Any:
+    first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: Sequence[int],
+    mask: bool = True,
+) -> Any:  # fmt: skip
     if not callable(tokenizer):
         raise TypeError(f"tokenizer is {_short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
     words = not isinstance(first[0], str)
@@ -199,7 +212,7 @@ def _encode(
         limit = None
     encoded = tokenizer(
         first, second, truncation=bool(truncation and limit), max_length=limit if truncation else None, padding=False,
-        is_split_into_words=words, verbose=False,
+        is_split_into_words=words, return_attention_mask=mask, verbose=False,
     )  # fmt: skip
     if not truncation and limit is not None:
         for row, ids in zip(indices, encoded["input_ids"], strict=True):

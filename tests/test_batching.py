@@ -181,9 +181,9 @@ def test_texts_without_a_tokenizer():
         encode_texts(["good"], None)
 
 
-def test_encode_texts_counts_rows_from_the_offset(tiny_tokenizer):
+def test_encode_texts_names_rows_as_told(tiny_tokenizer):
     with pytest.raises(ValueError, match="row 101"):
-        encode_texts(["good", ""], tiny_tokenizer, offset=100)
+        encode_texts(["good", ""], tiny_tokenizer, indices=[7, 101])
 
 
 def test_encode_texts_says_where_words_begin(tiny_tokenizer):
