@@ -1,7 +1,7 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-To copy this module you need: features.py, batching.py, rows.py, torch and transformers (pretrained.py and assets.py
-only to load by name).
+To copy this module you need: features.py, speedups.py, batching.py, rows.py, torch and transformers (pretrained.py and
+assets.py only to load by name).
 """
 
 import copy
@@ -30,6 +30,7 @@ from ftlib.batching import (
     to_device,
 )
 from ftlib.rows import token_limit
+from ftlib.speedups import shortcuts
 
 POOLINGS = ("mean", "cls", "max")
 CHUNK = 16_384  # texts read, sorted and written at a time: what bounds the memory
@@ -136,7 +137,7 @@ def extract_features(
         max_tokens = 1_024 if device.type == "cpu" else 32_768
     limit = token_limit(max_length, tokenizer, base.config)
     work = _batches(iterator, tokenizer, batch_size, max_tokens, device, max_length=limit, truncation=truncation)
-    with evaluating(base), _linears_by_onednn(base), closing(_ahead(work)) as batches:
+    with evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling, normalize, size, progress)
         if isinstance(out, (str, os.PathLike)):
             return _written(chunks, os.fspath(out), shape)
@@ -185,28 +186,6 @@ def _in_precision(base: nn.Module, precision: str | None, device: torch.device) 
     if {p.dtype for p in base.parameters() if p.is_floating_point()} == {names[precision]}:
         return base
     return copy.deepcopy(base).to(names[precision])
-
-
-@contextmanager
-def _linears_by_onednn(base: nn.Module) -> Iterator[None]:
-    """Linear layers in float32 on a CPU with AVX-512 run by oneDNN inside, without gradients.
-
-    PyTorch gives float32 products to MKL, which leaves AVX-512 unused on AMD's CPUs: on one core of an EPYC 1,024
-    tokens times (384, 1536) ran at 94 GFLOP/s by MKL and 203 by oneDNN.  The weights stay where they are.
-    """
-    patched: list[nn.Module] = []
-    usable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    if usable and not torch.is_autocast_enabled("cpu"):
-        kinds = {(p.dtype, p.device.type) for p in base.parameters()}
-        if kinds == {(torch.float32, "cpu")}:
-            patched = [m for m in base.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    try:
-        for module in patched:
-            module.forward = lambda x, m=module: torch.ops.mkldnn._linear_pointwise(x, m.weight, m.bias, "none", [], "")
-        yield
-    finally:
-        for module in patched:
-            vars(module).pop("forward", None)
 
 
 def _batches(

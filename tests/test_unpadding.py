@@ -227,6 +227,7 @@ def test_packed_inputs_by_position_and_by_name(tiny_model, model_type):
 def test_layers_see_real_tokens_only(tiny_model, model_type, monkeypatch):
     model = unpad(tiny_model("encoder", model_type=model_type, **OPTIONS[model_type]))
     packings, attended, packing_of, attend = [], [], Packing.of, unpadding._attend_packed
+    monkeypatch.setattr(unpadding.speedups, "usable", lambda x: False)
     monkeypatch.setattr(Packing, "of", lambda mask: packings.append(packing_of(mask)) or packings[-1])
     monkeypatch.setattr(
         unpadding, "_attend_packed", lambda q, *args: attended.append((q.shape[2], args[2])) or attend(q, *args)
@@ -235,6 +236,39 @@ def test_layers_see_real_tokens_only(tiny_model, model_type, monkeypatch):
         model(**inputs_of(model_type, "right"))
     assert len(packings) == 1  # once a forward pass, not once a layer
     assert [(tokens, packing is packings[0]) for tokens, packing in attended] == [(9, True)] * 2
+
+
+@pytest.mark.parametrize("masks", ["right", "left", "an empty row"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_attention_on_a_cpu_runs_on_packed_tokens_where_padding_is_on_the_right(
+    tiny_model, model_type, masks, monkeypatch
+):
+    model = unpad(tiny_model("encoder", model_type=model_type, **OPTIONS[model_type]))
+    lengths, attend = [], unpadding.speedups.attend
+    monkeypatch.setattr(unpadding.speedups, "attend", lambda *args: lengths.append(args[3]) or attend(*args))
+    with torch.no_grad():
+        model(**inputs_of(model_type, masks))
+    expected = [int(n) for n in torch.tensor(MASKS["right"]).sum(1)]
+    assert all(found == expected for found in lengths)
+    assert len(lengths) == (0 if masks != "right" else 1 if model_type == "modernbert" else 2)  # one layer has a window
+
+
+def test_tokens_are_rounded_up_for_onednn_and_what_is_added_changes_nothing(tiny_model, monkeypatch):
+    stock, ours = twins(tiny_model, max_position_embeddings=64)
+    mask = (torch.arange(50) < torch.arange(31, 51)[:, None]).long()  # 20 rows of 31 to 50 tokens, 810 in all
+    inputs = {"input_ids": torch.randint(5, 60, mask.shape), "attention_mask": mask}
+    for onednn, tokens in ((True, 816), (False, 810)):
+        monkeypatch.setattr(unpadding.speedups, "ONEDNN", onednn)
+        seen = []
+        hook = ours.bert.encoder.layer[0].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape))
+        theirs, mine = stock(**inputs).logits, ours(**inputs).logits
+        hook.remove()
+        assert seen == [(1, tokens, 16)]
+        assert_close(mine, theirs, atol=1e-5, rtol=0)
+        for model, logits in ((stock, theirs), (ours, mine)):
+            model.zero_grad()
+            logits.logsumexp((0, 1)).backward()
+        assert_gradients_equal(ours, stock)
 
 
 def test_no_mask_and_a_mask_of_ones(tiny_model):
@@ -544,6 +578,7 @@ def varlen(monkeypatch):
 
     monkeypatch.setattr(module, "varlen_attn", counted)
     monkeypatch.setattr(unpadding, "_can_varlen", lambda q, packing, p: packing.cu_seqlens is not None and not p)
+    monkeypatch.setattr(unpadding.speedups, "usable", lambda x: False)
     return windows
 
 
@@ -555,8 +590,7 @@ def test_attention_on_packed_tokens(tiny_model, varlen, model_type, masks):
     real = inputs["attention_mask"].bool()
     theirs, mine = stock(**inputs).logits[real], ours(**inputs).logits[real]
     assert_close(mine, theirs, atol=1e-5, rtol=0)
-    on_the_right = masks in ("right", "an empty row")
-    assert varlen == ([None, (1, 1) if model_type == "modernbert" else None] if on_the_right else [])
+    assert varlen == ([None, (1, 1) if model_type == "modernbert" else None] if masks == "right" else [])
     for logits in (theirs, mine):
         logits.logsumexp((0, 1)).backward()
     assert_gradients_equal(ours, stock)
