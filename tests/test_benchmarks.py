@@ -105,6 +105,37 @@ def test_encode_loop_is_the_mean_over_real_tokens(program, tiny_model, tiny_toke
             np.testing.assert_allclose(vector, alone.numpy(), atol=1e-5)
 
 
+def test_report_picks_the_best_method_against_the_fastest_rival(program, monkeypatch):
+    report = program("report")
+    stamp = {"device": "GPU X", "threads": 4, "command": "c", "date": "2026-01-01", "versions": {"torch": "2"}}
+
+    def row(method: str, against: dict, utilisation: float) -> dict:
+        ratios = {base: {"median": m, "min": m - 1, "max": m + 1} for base, m in against.items()}
+        share = {"median": utilisation, "min": utilisation, "max": utilisation}
+        return {"work": "w", "method": method, "against": ratios, "utilisation": share, "per_second": 7.0, **stamp}
+
+    encodes = ("sentence-transformers encode, a", "sentence-transformers encode, b")
+    rows = [
+        row("sentence-transformers encode, a", dict.fromkeys(encodes, 1.0), 0.9),
+        row("ftlib.x", dict(zip(encodes, (3.0, 2.0), strict=True)), 0.3),
+        row("ftlib.y", dict(zip(encodes, (9.0, 1.5), strict=True)), 0.4),
+    ]
+    monkeypatch.setattr(report, "speed_rows", lambda part: rows if part == "features" else [])
+    value, best = report.reached("features", "", report.ENCODE)
+    assert (value["median"], best["method"]) == (2.0, "ftlib.x")
+    value, best = report.reached("features", "w", None)
+    assert (value["median"], best["method"]) == (0.4, "ftlib.y")
+    assert report.reached("features", "v", None) is None and report.reached("features", "", "ONNX") is None
+    lines = report.goals().splitlines()
+    [encode] = [line for line in lines if "CPU" in line and "`encode`" in line]
+    assert "2.00 × (1.00 × to 3.00 ×)" in encode and "GPU X" in encode
+    [missing] = [line for line in lines if "ONNX" in line]
+    assert "not measured yet" in missing
+    search = {"work": "w", "tried": [{"change": {"a": 1}, "faster": {"median": 1.2}, "kept": True}], "best": {"a": 1}}
+    shown = report.measured([search | stamp, *rows])
+    assert "a=1: 1.20 ×" in shown and "`c`; GPU X, 4 threads; torch 2; 2026-01-01" in shown
+
+
 def toy(folder: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(PROGRAMS / arguments[0]), "--toy", "--results", str(folder), *arguments[1:]]
     subprocess.run(command, check=True, capture_output=True)

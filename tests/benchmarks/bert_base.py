@@ -78,7 +78,7 @@ def word_tokenizer(words: int = 20000) -> Any:
 
 @torch.inference_mode()
 def encode_loop(model: torch.nn.Module, tokenizer: Any, texts: list[str], batch_size: int = 32) -> np.ndarray:
-    """What sentence-transformers' `encode` does: longest text first, tokenize and pad batch by batch, mean, copy back."""
+    """What sentence-transformers' `encode` does: longest text first; tokenize, pad and average batch by batch."""
     model.eval()
     order = np.argsort([-len(text) for text in texts])
     vectors = []

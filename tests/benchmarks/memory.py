@@ -10,6 +10,7 @@ median step after the first.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -82,8 +83,7 @@ def one(name: str, steps: int, toy: bool) -> dict[str, Any]:
     pick = random.Random(0)
     ids = range(1000, model.config.vocab_size)
     rows = [
-        {"input_ids": pick.choices(ids, k=length), "labels": pick.randrange(2)}
-        for length in stretched(batch, longest)
+        {"input_ids": pick.choices(ids, k=length), "labels": pick.randrange(2)} for length in stretched(batch, longest)
     ]
     base = {"max_steps": steps, "batch_size": batch, "precision": "fp32", "progress": False}
     with ftlib.measure() as cost:
@@ -92,7 +92,7 @@ def one(name: str, steps: int, toy: bool) -> dict[str, Any]:
     return {
         "peak_mb": cost.peak_mb,
         "peak_gpu_mb": cost.peak_gpu_mb,
-        "seconds_a_step": statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)),
+        "seconds_a_step": statistics.median(b - a for a, b in itertools.pairwise(marks)),
         "steps": steps,
         "loss": run.history[-1]["loss"],
     }
@@ -113,8 +113,8 @@ def main() -> None:
     table = SpeedTable("python tests/benchmarks/memory.py", args.results)
     given = ["--steps", str(args.steps), *(["--toy"] if args.toy else [])]
     names = list(REMEDIES)[:2] if args.toy else list(REMEDIES)
-    rows = [{"method": name} | alone(__file__, "--one", name, *given) for name in names]
-    table.replace({"part": "memory", "work": sizes(args.toy)[-1]}, rows)
+    rows = [{"work": sizes(args.toy)[-1], "method": name} | alone(__file__, "--one", name, *given) for name in names]
+    table.replace({"part": "memory"}, rows)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -
     candidates = methods.CANDIDATES[:1] if args.toy else methods.CANDIDATES
     small = fine_tuning(args.count if args.toy else args.count // 2)
     found = methods.search(small, candidates, rounds=1 if args.toy else 2)
-    table.replace({"part": "Trainer search", "work": work_name}, [{"sentences": len(small.rows), **found}])
+    table.replace({"part": "Trainer search"}, [{"work": work_name, "sentences": len(small.rows), **found}])
     rivals = methods.stock_methods(work, found["best"]) | methods.our_methods(work, compiled=not args.toy)
     lengths = [len(ids) for ids in work.rows["input_ids"]]
     tokens = sum(lengths) // work.steps
@@ -100,7 +100,7 @@ def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -
         settings = found["best"] if row["method"] == methods.BEST else {}
         row |= alone(__file__, "--one", row["method"], "--settings", repr(settings), "--count", str(args.count))
         row |= {"settings": settings, "steps": work.steps}
-    table.replace({"part": "fine-tune", "work": work_name}, rows)
+    table.replace({"part": "fine-tune"}, [{"work": work_name, **row} for row in rows])
 
 
 def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
@@ -117,7 +117,7 @@ def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) ->
     for row in rows:
         row["difference"] = float(np.abs(np.asarray(row.pop("vectors")) - first).max())
         row |= alone(__file__, "--one", row["method"], "--count", str(args.count))
-    table.replace({"part": "features", "work": work_name}, rows)
+    table.replace({"part": "features"}, [{"work": work_name, **row} for row in rows])
 
 
 def one(args: argparse.Namespace) -> dict[str, float]:

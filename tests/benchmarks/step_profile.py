@@ -75,6 +75,8 @@ def main() -> None:
         batch=batch,
         precision="bf16" if gpu else "fp32",
     )
+    size = "toy" if args.toy else "BERT-base-sized" if gpu else "MiniLM-sized"
+    what = f"{size}, batch {batch}, {work.precision}, {sum(lengths) // args.steps} real tokens a step"
     rows = []
     stock = {} if args.toy else methods.stock_methods(work, None)
     for name, run in (stock | methods.our_methods(work, compiled=False)).items():
@@ -86,12 +88,11 @@ def main() -> None:
         groups = seconds_by_group(profiler, gpu)
         groups["rest"] = max(profiled - sum(groups.values()), 0.0)
         rows.append({
-            "method": name, "seconds_a_step": plain / args.steps, "profiled_seconds_a_step": profiled / args.steps,
+            "work": what, "method": name, "seconds_a_step": plain / args.steps,
+            "profiled_seconds_a_step": profiled / args.steps,
             "groups": {group: seconds / args.steps for group, seconds in groups.items()},
         })  # fmt: skip
-    size = "toy" if args.toy else "BERT-base-sized" if gpu else "MiniLM-sized"
-    what = f"{size}, batch {batch}, {work.precision}, {sum(lengths) // args.steps} real tokens a step"
-    SpeedTable("python tests/benchmarks/step_profile.py", args.results).replace({"part": "profile", "work": what}, rows)
+    SpeedTable("python tests/benchmarks/step_profile.py", args.results).replace({"part": "profile"}, rows)
 
 
 if __name__ == "__main__":
