@@ -5,7 +5,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,7 @@ def our_methods(work: Work, *, compiled: bool = True) -> dict[str, Method]:
     return methods
 
 
-def search(work: Work, candidates: tuple[dict[str, Any], ...] = CANDIDATES, rounds: int = 2) -> dict[str, Any]:
+def search(work: Work, candidates: Sequence[dict[str, Any]] = CANDIDATES, rounds: int = 2) -> dict[str, Any]:
     """The Trainer's best settings found: {"best": settings, "tried": what each change gave}.
 
     Greedy: each change is measured against what was kept so far, and kept if it is faster by 1 % or more.

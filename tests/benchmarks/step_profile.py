@@ -28,9 +28,19 @@ GROUPS = {
     "attention": ("scaled_dot_product", "bmm", "softmax", "flash", "efficient_attention", "varlen"),
     "matrix products": ("aten::mm", "aten::addmm", "AddmmBackward", "MmBackward", "mkldnn_linear"),
     "normalization and GELU": ("layer_norm", "gelu"),
-    "optimizer and clipping": ("Optimizer.", "adamw", "_foreach_", "vector_norm", "AccumulateGrad"),
+    "optimizer and clipping": ("Optimizer.", "adamw", "_foreach_", "vector_norm"),
     "embeddings": ("embedding",),
-    "copies and indexing": ("copy_", "clone", "index", "aten::cat", "aten::zero", "aten::fill", "scatter", "gather"),
+    "copies and indexing": (
+        "copy_",
+        "clone",
+        "index",
+        "aten::cat",
+        "aten::zero",
+        "aten::fill",
+        "scatter",
+        "gather",
+        "AccumulateGrad",
+    ),
 }
 
 
