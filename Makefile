@@ -17,7 +17,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install data notebooks lab refresh test lint unit gate nbval url clean
+.PHONY: help install data notebooks lab refresh test lint unit gate nbval bench url clean
 
 help:  ## this list
 	@echo "make TARGET [ONLY=NN] [PYTHON=python3.12] [FTLIB_SIZE=full]"
@@ -70,6 +70,13 @@ nbval: data  ## every notebook and every solution, outputs compared where tagged
 	$(PY) -m pytest -o addopts= -p $(subst /,.,$(NB)).nbval_strict -p no:cacheprovider -n 2 --dist loadfile \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
 	  --durations 10 --durations-min 5 $(CHOSEN)
+
+BENCH := fine_tuning multitask speed memory step_profile bert_base
+
+# bert_base needs a GPU; without one it leaves what was last measured. fine_tuning and multitask measure what is missing.
+bench: data  ## programs of tests/benchmarks, then the tables of the README (ONLY="speed memory": these)
+	for p in $(or $(ONLY),$(BENCH)); do $(PY) tests/benchmarks/$$p.py || exit 1; done
+	$(PY) tests/benchmarks/report.py
 
 url: install  ## URL=https://github.com/NAME/ftlib into every badge and set-up cell; no URL: repeat the present one
 	$(PY) $(NB)/url.py $(URL)

@@ -1,31 +1,56 @@
-"""A resumable table: every finished row is written at once, and a row that is there is not measured again."""
+"""Results files: what was measured, on what, when, with which versions and by which command."""
 
 import datetime
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "accelerate", "sentence-transformers", "onnxruntime")
+
+
+def device_name() -> str:
+    """The GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def device_slug() -> str:
+    """cpu-2-cores or nvidia-h200: the device as part of a file name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {os.cpu_count()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 class Table:
-    """Rows of one results file, results/<name>.json, keyed by what was varied."""
+    """Rows of one results file, <folder>/<name>.json, keyed by what was varied."""
 
-    def __init__(self, name: str, command: str, about: str):
-        self.path = RESULTS / f"{name}.json"
+    def __init__(
+        self, name: str, command: str, about: str, *, packages: tuple[str, ...] = PACKAGES[:4], folder: Path = RESULTS
+    ):
+        self.path = folder / f"{name}.json"
         self.content = json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
-        gpu = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
         self.stamp = {
-            "device": device,
+            "device": device_name(),
             "date": datetime.date.today().isoformat(),
-            "versions": {p: version(p).split("+")[0] for p in ("torch", "transformers", "datasets", "scikit-learn")},
+            "versions": installed(packages),
         }
         self.content |= {"about": about, "command": command}
 
@@ -35,16 +60,34 @@ class Table:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
         row = {**key, **measure(), **self.stamp}
-        self.content["rows"].append(row)
-        self.path.parent.mkdir(exist_ok=True)
+        self._write([*self.content["rows"], row])
+        self._show(row)
+        return row
+
+    def replace(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Put `rows` in place of all rows of `key`: numbers of one comparison are measured together or not at all."""
+        others = [r for r in self.content["rows"] if any(r.get(name) != value for name, value in key.items())]
+        new = [{**key, **row, **self.stamp} for row in rows]
+        self._write([*others, *new])
+        for row in new:
+            self._show(row)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.content["rows"] = rows
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".new")
         aside.write_text(json.dumps(self.content, indent=1) + "\n")
         aside.replace(self.path)
-        print(
-            {
-                **key,
-                **{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in self.stamp},
-            },
-            flush=True,
-        )
-        return row
+
+    def _show(self, row: dict[str, Any]) -> None:
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in self.stamp}
+        print(shown, flush=True)
+
+
+class SpeedTable(Table):
+    """results/speed-<device>.json: rows of all speed programs on one device; every row names its own command."""
+
+    def __init__(self, command: str, folder: Path = RESULTS):
+        about = "ftlib against the stock tools, same work, paired rounds"
+        super().__init__(f"speed-{device_slug()}", "make bench", about, packages=PACKAGES, folder=folder)
+        self.stamp |= {"command": command, "threads": torch.get_num_threads()}

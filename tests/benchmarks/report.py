@@ -11,6 +11,7 @@ from ftlib.environment import mean_std, results_table, stored_results
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- results: python tests/benchmarks/report.py -->", "<!-- end of results -->"
+MEMORY_START, MEMORY_END = "<!-- memory: python tests/benchmarks/report.py -->", "<!-- end of memory -->"
 
 
 def rows_of(name: str, **wanted) -> list[dict]:
@@ -111,21 +112,139 @@ def multitask() -> str:
     )
 
 
-def speed() -> str:
-    table = [
-        {
-            "work": row["work"],
-            "method": row["method"],
-            "per second": row["per_second"],
-            "against the first": row["ratio"],
-        }
-        for row in rows_of("speed")
-    ]
+TRAINER, BEST = "Trainer, as it comes", "Trainer, best settings found"
+ENCODE = ("sentence-transformers encode", "a loop like sentence-transformers")
+BERT = "BERT-base, bf16"
+# What is aimed at: (words, part, the work's name or "" for any, measured against, goal); no rival: utilisation.
+GOALS = (
+    ("fine-tune MiniLM, CPU", "fine-tune", "", TRAINER, 2.0),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", BEST, 1.3),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", None, 0.6),
+    ("features of MiniLM, CPU", "features", "", ENCODE, 1.4),
+    ("features of MiniLM, CPU", "features", "", "ONNX Runtime", 1.0),
+    ("features of MiniLM, CPU", "features", "", None, 0.8),
+    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", TRAINER, 3.0),
+    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", BEST, 1.5),
+    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", TRAINER, 3.0),
+    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", BEST, 1.5),
+    ("fine-tune BERT-base, GPU, 512 tokens", BERT, "train, 512 tokens, batch 64", None, 0.5),
+    ("same, no attention dropout", BERT, "train, 512 tokens, batch 64, no attention dropout", None, 0.5),
+    ("features of BERT-base, GPU", BERT, "features, batch 32", ENCODE, 2.0),
+)
+RIVALS = {
+    TRAINER: "`Trainer` as it comes",
+    BEST: "`Trainer`, best settings",
+    ENCODE: "`encode`",
+    None: "matrix products",
+}
+
+
+def speed_rows(part: str) -> list[dict]:
+    """Rows of one part from the files of all devices."""
+    files = sorted((ROOT / "tests/benchmarks/results").glob("speed-*.json"))
+    return [row for file in files for row in rows_of(file.stem, part=part)]
+
+
+def reached(part: str, work: str, rival: str | tuple[str, ...] | None) -> tuple[dict, dict] | None:
+    """The ftlib method that does best: (median, min, max) and its row; among several rivals the fastest counts."""
+    found = []
+    for row in speed_rows(part):
+        if work in ("", row["work"]) and row.get("method", "").startswith("ftlib"):
+            if rival is None:
+                values = [row["utilisation"]] if row.get("utilisation") else []
+            else:
+                values = [value for base, value in row["against"].items() if base.startswith(rival)]
+            if values:
+                found.append((min(values, key=lambda value: value["median"]), row))
+    return max(found, key=lambda pair: pair[0]["median"], default=None)
+
+
+def goals() -> str:
+    table = []
+    for words, part, work, rival, goal in GOALS:
+        found = reached(part, work, rival)
+
+        def shown(value: float, share: bool = rival is None) -> str:
+            return f"{100 * value:.0f} %" if share else f"{value:.2f} ×"
+
+        row = {"work": words, "against": RIVALS.get(rival, rival), "goal": f"≥ {shown(goal)}"}
+        value, best = found or (None, {"method": "", "device": ""})
+        row["measured"] = value and f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
+        table.append(row | {"by": best["method"], "on": best["device"]})
     return (
-        "**Speed**, the same work side by side. The last column is the median over rounds of the ratio within a "
-        "round, so it is not the quotient of the median rates; ratios carry over to other machines better than rates "
-        f"do.\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n*{source('speed')}*"
+        "**Speed: the goals.** The same work side by side: same model, sentences, precision and number of steps. A "
+        "ratio is the median over rounds of the ratio within a round, with the smallest and largest, and carries over "
+        "to other machines better than a rate does. `Trainer`'s best settings are searched on each device; of "
+        "several ways to call `encode` the fastest counts. Matrix products: the work on real tokens alone against "
+        "the rate at which this machine multiplies large matrices, taken in the same rounds.\n\n"
+        f"{results_table(table)._repr_markdown_()}"
     )
+
+
+def measured(rows: list[dict]) -> str:
+    """One comparison: a row a method, what was found by search, and where the numbers come from."""
+    searched = [row for row in rows if "tried" in row]
+    missing = [f"{row['method']}: {row['missing']}." for row in rows if "missing" in row]
+    rows = [row for row in rows if "per_second" in row]
+    bases = list(dict.fromkeys(base for row in rows for base in row["against"]))
+    table = []
+    for row in rows:
+        line = {"method": row["method"], "per second": row["per_second"]}
+        line |= {f"× {base}": row["against"][base]["median"] for base in bases}
+        if any("utilisation" in r for r in rows):
+            line["of matrix products, %"] = 100 * row["utilisation"]["median"]
+        if any("loss" in r for r in rows):
+            line["mean loss"] = f"{row['loss']:.4f}"
+        if any("peak_gpu_mb" in r or "peak_mb" in r for r in rows):
+            line["peak MB"] = round(row["peak_gpu_mb" if row.get("peak_gpu_mb") else "peak_mb"])
+        table.append(line)
+    text = f"**{rows[0]['work']}**\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n"
+    for row in searched:
+        tried = "; ".join(
+            f"{', '.join(f'{k}={v}' for k, v in step['change'].items())}: {step['faster']['median']:.2f} ×"
+            f"{'' if step['kept'] else ', dropped'}"
+            for step in row["tried"]
+        )
+        text += f"*Settings of the `Trainer` tried, one on top of the other: {tried}.*\n\n"
+    text += "".join(f"*{line}*\n\n" for line in missing)
+    return text + stamp(rows[0])
+
+
+def stamp(row: dict) -> str:
+    versions = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
+    return f"*`{row['command']}`; {row['device']}, {row['threads']} threads; {versions}; {row['date']}.*"
+
+
+def speed() -> str:
+    searches = speed_rows("Trainer search")
+    parts = []
+    for part in ("fine-tune", "features", BERT):
+        rows = speed_rows(part)
+        for device, work in dict.fromkeys((row["device"], row["work"]) for row in rows):
+            same = [r for r in [*searches, *rows] if (r["device"], r["work"]) == (device, work)]
+            if any("per_second" in row for row in same):
+                parts.append(measured(same))
+    return "\n\n".join([goals(), *parts])
+
+
+def memory() -> str:
+    """The measured remedies of every device, or the words that there are none."""
+    rows = speed_rows("memory")
+    parts = []
+    for device, work in dict.fromkeys((row["device"], row["work"]) for row in rows):
+        same = [row for row in rows if (row["device"], row["work"]) == (device, work)]
+        table = [
+            {
+                "what": row["method"],
+                "peak MB": round(row["peak_gpu_mb"] or row["peak_mb"]),
+                "of the first": row["peak_gpu_mb" if row["peak_gpu_mb"] else "peak_mb"]
+                / same[0]["peak_gpu_mb" if row["peak_gpu_mb"] else "peak_mb"],
+                "seconds a step": row["seconds_a_step"],
+            }
+            for row in same
+        ]
+        parts.append(f"{work}:\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n{stamp(same[0])}")
+    return "\n\n".join(parts or ["Peak memory of each: not measured yet (`python tests/benchmarks/memory.py`)."])
 
 
 def picture() -> None:
@@ -158,11 +277,17 @@ def section() -> str:
     return f"{START}\n\n{fine_tuning()}\n\n{multitask()}\n\n{speed()}\n\n{END}"
 
 
+def memory_section() -> str:
+    return f"{MEMORY_START}\n\n{memory()}\n\n{MEMORY_END}"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    new = re.sub(f"{re.escape(START)}.*{re.escape(END)}", lambda _: section(), text, flags=re.DOTALL)
-    readme.write_text(new, encoding="utf-8")
+    for new in (section(), memory_section()):
+        first, *_, last = new.splitlines()
+        text = re.sub(f"{re.escape(first)}.*{re.escape(last)}", lambda _, new=new: new, text, flags=re.DOTALL)
+    readme.write_text(text, encoding="utf-8")
     picture()
 
 

@@ -1,127 +1,161 @@
-"""ftlib against the stock tools on the same work: fine-tuning and feature extraction with MiniLM.
+"""MiniLM on the CPU against the stock tools: fine-tuning, feature extraction, and the matrix-product rate.
 
-    python tests/benchmarks/speed.py    # writes tests/benchmarks/results/speed.json
+    python tests/benchmarks/speed.py                     # writes results/speed-cpu-<n>-cores.json
+    python tests/benchmarks/speed.py --part features     # that part alone; the other rows stay
 
-Every round runs all methods one after the other, so that a machine whose speed drifts treats them alike; what is
-kept is the median rate and the median of the ratios within a round.  Fine-tuning: 320 sentences of
-rotten-tomatoes in batches of 32, the same sentences in the same order, dropout on, float32; the mean loss of each
-method is stored beside its rate.
+Real weights, real sentences (the first 640 of rotten-tomatoes), float32, on a CPU even where there is a GPU
+(bert_base.py is for GPUs).  Fine-tuning: one pass in batches of 32, dropout on; every method sees the same sentences
+and makes the same number of steps, in its own order; the mean loss of all steps is stored.  The Trainer's best
+settings are searched first, and the search is stored.  Features: every method returns the mean over the tokens of
+the last layer; the largest difference from the first method's numbers is stored.  Peak memory is measured in a
+process of its own for each method.
 """
 
-import statistics
-import tempfile
-import time
+import argparse
+import functools
+import os
+from pathlib import Path
+from typing import Any
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts
+
+import methods
+import numpy as np
 import torch
-from record import Table
+from paired import Method, alone, run_rounds, summary, timed
+from record import RESULTS, SpeedTable
+from roofline import best_rate, encoder_flops, shapes
 
 import ftlib
 
-ROUNDS = 3
-COUNT = 320
+MAX_LENGTH = 128
+PARTS = ("fine-tune", "features")
+ENCODE = "sentence-transformers encode, batch 32 (default)"
+FEATURE_METHODS = (
+    ENCODE,
+    "sentence-transformers encode, batch 64",
+    "ONNX Runtime",
+    "ftlib.extract_features",
+    "ftlib.extract_features, unpad",
+)
 
 
-def trainer_run(data, tokenizer) -> float:
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-    model = ftlib.load_model("minilm", task="sequence-classification", num_labels=2)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=32,
-            learning_rate=1.5e-4,
-            warmup_steps=1,
-            train_sampling_strategy="sequential",
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer)
-        )
-        return trainer.train().training_loss
+def sentences(count: int) -> Any:
+    return ftlib.load_corpus("rotten-tomatoes")["train"].select(range(count))
 
 
-def fit_run(data, tokenizer, unpad: bool) -> float:
-    model = ftlib.load_model("minilm", task="sequence-classification", num_labels=2)
-    if unpad:
-        ftlib.unpad(model)
-    config = ftlib.TrainConfig(epochs=1, learning_rate=1.5e-4, warmup_fraction=0.1, shuffle=False, progress=False)
-    run = ftlib.fit(model, data, tokenizer=tokenizer, config=config)
-    return statistics.fmean(record["loss"] for record in run.history)
+def fine_tuning(count: int) -> methods.Work:
+    from transformers import DataCollatorWithPadding
+
+    tokenizer = ftlib.load_tokenizer("minilm")
+    return methods.Work(
+        make_model=lambda: ftlib.load_model("minilm", task="sequence-classification", num_labels=2),
+        rows=ftlib.tokenize(sentences(count), tokenizer, max_length=MAX_LENGTH),
+        collator=DataCollatorWithPadding(tokenizer),
+    )
 
 
-def compare(table: Table, work: str, count: int, methods: dict) -> None:
-    """Rounds of all methods in turn; rows with the median rate and the median ratio to the first method."""
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    results: dict[str, float] = {}
-    for round_ in range(ROUNDS + 1):  # the first warms up
-        for name, run in methods.items():
-            start = time.perf_counter()
-            results[name] = run()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    first = times[next(iter(methods))]
-    for name in methods:
-        ratios = [a / b for a, b in zip(first, times[name], strict=True)]
-        table.row(
-            {"work": work, "method": name},
-            lambda n=name, r=ratios: {
-                "per_second": count / statistics.median(times[n]),
-                "ratio": statistics.median(r),
-                "ratio_min": min(r),
-                "ratio_max": max(r),
-                "rounds": ROUNDS,
-                "result": results[n],
-                "threads": torch.get_num_threads(),
-            },
-        )
+def feature_method(name: str, texts: list[str]) -> Method | None:
+    """The method, loaded; None where what it needs is not installed."""
+    if name.startswith("ftlib"):
+        model, tokenizer = ftlib.load_model("minilm"), ftlib.load_tokenizer("minilm")
+        if "unpad" in name:
+            ftlib.unpad(model)
+        encode = functools.partial(ftlib.extract_features, model, tokenizer=tokenizer, max_length=MAX_LENGTH)
+    elif name == "ONNX Runtime":
+        try:
+            from onnx_twin import encode
+        except ImportError as error:
+            print(f"ONNX Runtime: not measured, {error}", flush=True)
+            return None
+    else:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        transformer = Transformer(str(ftlib.assets.path("minilm")), max_seq_length=MAX_LENGTH)
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        encode = functools.partial(model.encode, batch_size=64 if "64" in name else 32)
+    return lambda: timed(lambda: encode(texts), "vectors")
+
+
+def rate(tokens: int) -> dict[str, Any]:
+    """Float32 products of MiniLM's feed-forward block on so many tokens, and a large square one."""
+    return best_rate(shapes(tokens, 384, 1536, 2048), device="cpu", dtype=torch.float32)
+
+
+def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
+    work = fine_tuning(args.count)
+    candidates = methods.CANDIDATES[:1] if args.toy else methods.CANDIDATES
+    small = fine_tuning(args.count if args.toy else args.count // 2)
+    found = methods.search(small, candidates, rounds=1 if args.toy else 2)
+    table.replace({"part": "Trainer search"}, [{"work": work_name, "sentences": len(small.rows), **found}])
+    rivals = methods.stock_methods(work, found["best"]) | methods.our_methods(work, compiled=not args.toy)
+    lengths = [len(ids) for ids in work.rows["input_ids"]]
+    tokens = sum(lengths) // work.steps
+    results = run_rounds(rivals, args.rounds, functools.partial(rate, tokens))
+    flops = encoder_flops(work.make_model(), lengths, training=True)
+    rows = summary(results, count=args.count, against=[methods.DEFAULT, methods.BEST], flops=flops)
+    for row in rows:
+        settings = found["best"] if row["method"] == methods.BEST else {}
+        row |= alone(__file__, "--one", row["method"], "--settings", repr(settings), "--count", str(args.count))
+        row |= {"settings": settings, "steps": work.steps}
+    table.replace({"part": "fine-tune"}, [{"work": work_name, **row} for row in rows])
+
+
+def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
+    texts = list(sentences(args.count)["text"])
+    rivals = {name: feature_method(name, texts) for name in FEATURE_METHODS}
+    rivals = {name: method for name, method in rivals.items() if method}
+    tokenizer = ftlib.load_tokenizer("minilm")
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+    tokens = round(64 * sum(lengths) / len(lengths))
+    results = run_rounds(rivals, args.rounds, functools.partial(rate, tokens))
+    flops = encoder_flops(ftlib.load_model("minilm"), lengths, training=False)
+    rows = summary(results, count=args.count, against=[n for n in FEATURE_METHODS if "ftlib" not in n], flops=flops)
+    first = np.asarray(rows[0]["vectors"])
+    for row in rows:
+        row["difference"] = float(np.abs(np.asarray(row.pop("vectors")) - first).max())
+        row |= alone(__file__, "--one", row["method"], "--count", str(args.count))
+    table.replace({"part": "features"}, [{"work": work_name, **row} for row in rows])
+
+
+def one(args: argparse.Namespace) -> dict[str, float]:
+    """One method once, in this process alone: its peak memory and the memory before it, in MB."""
+    if args.one in FEATURE_METHODS:
+        method = feature_method(args.one, list(sentences(args.count)["text"]))
+    else:
+        work = fine_tuning(args.count)
+        method = (methods.stock_methods(work, args.settings) | methods.our_methods(work))[args.one]
+    with ftlib.measure() as cost:
+        method()
+    return {"peak_mb": cost.peak_mb}
 
 
 def main() -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    import ast
+    import json
 
-    table = Table(
-        "speed", "python tests/benchmarks/speed.py", "ftlib against the stock tools, same work, paired rounds"
-    )
-    table.content["rows"] = []  # paired numbers are measured together or not at all
-    tokenizer = ftlib.load_tokenizer("minilm")
-    data = ftlib.load_corpus("rotten-tomatoes")["train"].select(range(COUNT))
-    tokens = ftlib.tokenize(data, tokenizer, max_length=128)
-    compare(
-        table,
-        f"fine-tune, {COUNT} sentences, batch 32",
-        COUNT,
-        {
-            "Trainer, as it comes": lambda: trainer_run(tokens, tokenizer),
-            "ftlib.fit": lambda: fit_run(tokens, tokenizer, unpad=False),
-            "ftlib.fit, ftlib.unpad": lambda: fit_run(tokens, tokenizer, unpad=True),
-        },
-    )
-    place = str(ftlib.assets.path("minilm"))
-    transformer = Transformer(place, max_seq_length=128)
-    encoder = SentenceTransformer(
-        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
-    )
-    plain, unpadded = ftlib.load_model("minilm"), ftlib.unpad(ftlib.load_model("minilm"))
-    texts = data["text"]
-    compare(
-        table,
-        f"features, {COUNT} sentences, batch 64",
-        COUNT,
-        {
-            "sentence-transformers encode": lambda: float(encoder.encode(list(texts), batch_size=64).mean()),
-            "ftlib.extract_features": lambda: float(
-                ftlib.extract_features(plain, texts, tokenizer=tokenizer, max_length=128).mean()
-            ),
-            "ftlib.extract_features, ftlib.unpad": lambda: float(
-                ftlib.extract_features(unpadded, texts, tokenizer=tokenizer, max_length=128).mean()
-            ),
-        },
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=640, help="sentences")
+    parser.add_argument("--toy", action="store_true", help="64 sentences, one round, no compile: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--one", help="run this method once and print its peak memory")
+    parser.add_argument("--settings", type=ast.literal_eval, default={}, help="of the Trainer, with --one")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args)))
+        return
+    if args.toy:
+        args.count, args.rounds = 64, 1
+        if args.results == RESULTS:
+            parser.error("--toy needs --results FOLDER: toy numbers are no results")
+    for part, run in zip(PARTS, (run_fine_tune, run_features), strict=True):
+        if args.part in (None, part):
+            table = SpeedTable(f"python tests/benchmarks/speed.py --part {part}", args.results)
+            run(args, table, f"{part}: MiniLM, {args.count} sentences of rotten-tomatoes, float32")
 
 
 if __name__ == "__main__":

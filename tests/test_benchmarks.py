@@ -1,0 +1,189 @@
+"""The speed programs run, at toy size; their FLOPs, ratios and grouping agree with counts by hand and by torch."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "tests/benchmarks"
+
+
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    return importlib.import_module
+
+
+def test_flops_are_torchs_own_count(program, tiny_model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_model("encoder", hidden_size=32, intermediate_size=64)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(5, 60, (3, 20))
+    with FlopCounterMode(display=False) as forward:
+        hidden = model.encoder(model.embeddings(ids)).last_hidden_state
+    encoder_flops = program("roofline").encoder_flops
+    assert encoder_flops(model, [20] * 3, training=False) == forward.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    assert encoder_flops(model, [20] * 3, training=True) == forward.get_total_flops() + backward.get_total_flops()
+
+
+def test_matrix_product_rate_counts_two_flops_a_multiply_add(program, monkeypatch):
+    roofline = program("roofline")
+    clock = iter(range(1000))
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: float(next(clock)))  # every burst takes one second
+    rate = roofline.product_rate(3, 4, 5, device="cpu", dtype=torch.float32, seconds=7.0)
+    assert rate == 2 * 3 * 4 * 5 * 21  # 3 products took a second, so 7 seconds hold 21
+    found = roofline.best_rate({"a": (2, 2, 2), "b": (3, 4, 5)}, device="cpu", dtype=torch.float32, seconds=7.0)
+    assert found["shape"] == "b (3, 4, 5)" and found["rate"] == rate
+
+
+def test_summary_by_hand(program):
+    slow = [{"seconds": s, "rate": 10.0, "shape": "a"} for s in (9.0, 4.0, 6.0, 5.0)]  # the first warms up
+    fast = [{"seconds": s, "rate": 20.0, "shape": "a", "loss": 0.5} for s in (9.0, 2.0, 2.0, 1.0)]
+    first, second = program("paired").summary({"slow": slow, "fast": fast}, count=10, against=["slow", "no"], flops=8)
+    assert first["per_second"] == 2.0 and second["per_second"] == 5.0 and second["loss"] == 0.5
+    assert second["against"] == {"slow": {"median": 3.0, "min": 2.0, "max": 5.0}}  # not 5 / 2
+    assert second["utilisation"] == {"median": 8 / 40, "min": 8 / 40, "max": 8 / 20}
+    assert second["first_seconds"] == 9.0 and second["rounds"] == 3
+
+
+def test_rows_of_one_comparison_replace_each_other(program, tmp_path):
+    table = program("record").Table("x", "a command", "about", folder=tmp_path)
+    table.replace({"part": "a"}, [{"method": "old"}, {"method": "older"}])
+    table.replace({"part": "b"}, [{"method": "other"}])
+    table.replace({"part": "a"}, [{"method": "new"}])
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["part"], row["method"]) for row in rows] == [("b", "other"), ("a", "new")]
+    assert all(row["versions"]["torch"] and row["date"] and row["device"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "names, group",
+    [
+        (["aten::mm", "AddmmBackward0"], "matrix products"),
+        (["aten::mul", "aten::native_dropout"], "dropout"),
+        (["aten::bmm", "aten::matmul", "aten::scaled_dot_product_attention"], "attention"),
+        (["aten::add_", "Optimizer.step#AdamW.step"], "optimizer and clipping"),
+        (["aten::add", "aten::linear_thing"], None),
+    ],
+)
+def test_operator_groups(program, names, group):
+    event = None
+    for name in reversed(names):
+        event = SimpleNamespace(name=name, cpu_parent=event)
+    assert program("step_profile").group_of(event) == group
+
+
+def test_stored_lengths_are_whole(program):
+    lengths = program("lengths").measured_lengths()
+    [row] = json.loads((PROGRAMS / "results/lengths.json").read_text())["rows"]
+    assert len(lengths) == row["sentences"] and 3 <= min(lengths) and max(lengths) <= 128
+    assert lengths != sorted(lengths)
+
+
+def test_word_tokenizer_keeps_the_lengths(program):
+    ids = program("bert_base").word_tokenizer(words=9)(["w0 w8 w3", "w1"])["input_ids"]
+    assert ids == [[2, 5, 13, 8, 3], [2, 6, 3]]
+
+
+def test_encode_loop_is_the_mean_over_real_tokens(program, tiny_model, tiny_tokenizer):
+    model = tiny_model("encoder")
+    texts = ["a film", "the plot is not very good", "dull"]
+    vectors = program("bert_base").encode_loop(model, tiny_tokenizer, texts, batch_size=2)
+    with torch.no_grad():
+        for text, vector in zip(texts, vectors, strict=True):
+            alone = model(**tiny_tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)
+            np.testing.assert_allclose(vector, alone.numpy(), atol=1e-5)
+
+
+def test_report_picks_the_best_method_against_the_fastest_rival(program, monkeypatch):
+    report = program("report")
+    stamp = {"device": "GPU X", "threads": 4, "command": "c", "date": "2026-01-01", "versions": {"torch": "2"}}
+
+    def row(method: str, against: dict, utilisation: float) -> dict:
+        ratios = {base: {"median": m, "min": m - 1, "max": m + 1} for base, m in against.items()}
+        share = {"median": utilisation, "min": utilisation, "max": utilisation}
+        return {"work": "w", "method": method, "against": ratios, "utilisation": share, "per_second": 7.0, **stamp}
+
+    encodes = ("sentence-transformers encode, a", "sentence-transformers encode, b")
+    rows = [
+        row("sentence-transformers encode, a", dict.fromkeys(encodes, 1.0), 0.9),
+        row("ftlib.x", dict(zip(encodes, (3.0, 2.0), strict=True)), 0.3),
+        row("ftlib.y", dict(zip(encodes, (9.0, 1.5), strict=True)), 0.4),
+    ]
+    monkeypatch.setattr(report, "speed_rows", lambda part: rows if part == "features" else [])
+    value, best = report.reached("features", "", report.ENCODE)
+    assert (value["median"], best["method"]) == (2.0, "ftlib.x")
+    value, best = report.reached("features", "w", None)
+    assert (value["median"], best["method"]) == (0.4, "ftlib.y")
+    assert report.reached("features", "v", None) is None and report.reached("features", "", "ONNX") is None
+    lines = report.goals().splitlines()
+    [encode] = [line for line in lines if "CPU" in line and "`encode`" in line]
+    assert "2.00 × (1.00 × to 3.00 ×)" in encode and "GPU X" in encode
+    [missing] = [line for line in lines if "ONNX" in line]
+    assert "not measured yet" in missing
+    search = {"work": "w", "tried": [{"change": {"a": 1}, "faster": {"median": 1.2}, "kept": True}], "best": {"a": 1}}
+    shown = report.measured([search | stamp, *rows])
+    assert "a=1: 1.20 ×" in shown and "`c`; GPU X, 4 threads; torch 2; 2026-01-01" in shown
+
+
+def toy(folder: Path, *arguments: str) -> list[dict]:
+    command = [sys.executable, str(PROGRAMS / arguments[0]), "--toy", "--results", str(folder), *arguments[1:]]
+    subprocess.run(command, check=True, capture_output=True)
+    [path] = folder.glob("speed-*.json")
+    return json.loads(path.read_text())["rows"]
+
+
+def test_gpu_program_trains_at_toy_size(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    search, *rows = toy(tmp_path, "bert_base.py", "--work", "train, batch 32")
+    assert search["best"] in ({}, search["tried"][0]["change"])
+    assert [r["method"] for r in rows[:2]] == ["Trainer, as it comes", "Trainer, best settings found"]
+    assert {"ftlib.fit", "ftlib.fit, unpad"} <= {row["method"] for row in rows}
+    for row in rows:
+        assert row["steps"] == 3 and 0.5 < row["loss"] < 0.9
+        assert 0 < row["utilisation"]["median"] < 1 and row["against"]["Trainer, as it comes"]["median"] > 0
+
+
+def test_gpu_program_extracts_features_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "bert_base.py", "--work", "features, batch 32")
+    assert len(rows) == 5 and all(row["difference"] < 0.05 for row in rows)  # bfloat16
+
+
+def test_gpu_program_leaves_stored_rows_alone_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, str(PROGRAMS / "bert_base.py")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("no GPU: the GPU rows stay")
+
+
+def test_memory_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "memory.py", "--steps", "2")
+    assert [row["method"] for row in rows] == ["unpad, micro-batches of 8, SGD"]
+    assert rows[0]["peak_mb"] > 100 and rows[0]["seconds_a_step"] > 0 and 0.5 < rows[0]["loss"] < 0.9
+
+
+def test_every_remedy_trains(program):
+    memory = program("memory")
+    losses = {name: memory.one(name, steps=2, toy=True)["loss"] for name in memory.REMEDIES}
+    full = losses["full fine-tuning, float32"]
+    assert losses["gradient checkpointing"] == pytest.approx(full, abs=1e-5)  # the same step, dropout included
+    assert all(abs(loss - full) < 0.1 for loss in losses.values()), losses
+
+
+def test_profile_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "step_profile.py", "--steps", "2")
+    assert [row["method"] for row in rows] == ["ftlib.fit", "ftlib.fit, unpad"]
+    for row in rows:
+        assert row["groups"]["matrix products"] > 0 and row["groups"]["optimizer and clipping"] > 0
+        assert sum(row["groups"].values()) == pytest.approx(row["profiled_seconds_a_step"], rel=0.3)
