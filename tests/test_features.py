@@ -381,11 +381,8 @@ def test_linear_layers_are_as_before_afterwards(tiny_model, tiny_tokenizer):
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     model.register_forward_hook(lambda *args: inside.append(sum("forward" in vars(module) for module in linears)))
     extract_features(model, TEXTS, tokenizer=tiny_tokenizer)
-    assert inside == [len(linears) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 0]
+    assert inside == [len(linears)]
     assert not any("forward" in vars(module) for module in linears)
-    model.double()
-    extract_features(model, TEXTS, tokenizer=tiny_tokenizer)
-    assert inside[1] == 0
 
 
 def test_columns_and_arrays_of_texts(tiny_model, tiny_tokenizer):

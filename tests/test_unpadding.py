@@ -259,8 +259,8 @@ def test_tokens_are_rounded_up_for_onednn_and_what_is_added_changes_nothing(tiny
     inputs = {"input_ids": torch.randint(5, 60, mask.shape), "attention_mask": mask}
     for onednn, tokens in ((True, 816), (False, 810)):
         monkeypatch.setattr(unpadding.speedups, "ONEDNN", onednn)
-        seen = []
-        hook = ours.bert.encoder.layer[0].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape))
+        seen, layer = [], ours.bert.encoder.layer[0]
+        hook = layer.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape))
         theirs, mine = stock(**inputs).logits, ours(**inputs).logits
         hook.remove()
         assert seen == [(1, tokens, 16)]
@@ -542,8 +542,11 @@ def test_packing_tells_where_tokens_are():
     packing = Packing.of(mask)  # the empty row keeps one token
     assert packing.indices.tolist() == [0, 1, 2, 4, 8, 9] and packing.mask is mask
     assert (packing.batch, packing.tokens, packing.longest, packing.is_full) == (3, 4, 3, False)
-    assert packing.cu_seqlens.tolist() == [0, 3, 4, 6] and packing.cu_seqlens.dtype == torch.int32
-    assert Packing.of(mask.flip(1)).cu_seqlens is None  # padding on the left
+    assert packing.cu_seqlens is None and packing.lengths is None  # the token kept is not to be attended to
+    packing = Packing.of(mask[::2])
+    assert packing.cu_seqlens.tolist() == [0, 3, 5] and packing.cu_seqlens.dtype == torch.int32
+    assert packing.lengths == [3, 2] and packing.spare == 0
+    assert Packing.of(mask[::2].flip(1)).cu_seqlens is None  # padding on the left
     assert Packing.of(torch.tensor([[1, 0, 1]]).bool()).cu_seqlens is None
     assert Packing.of(torch.ones(2, 3).bool()).is_full
     left = Packing.of(torch.tensor([[0, 1], [1, 1]]).bool())  # every position is kept, but one is padding
