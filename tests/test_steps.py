@@ -164,11 +164,11 @@ def test_batches_made_for_another_size_are_made_again():
     ahead = Ahead(run, 0, CPU)
     ahead.make(rows)
     run.micro_batch_size = 3
-    assert [len(batch["input_ids"]) for batch in ahead.take(rows)] == [3, 3, 2]
+    assert [(len(batch["input_ids"]), weight) for batch, weight in ahead.take(rows)] == [(3, 1.0), (3, 1.0), (2, 1.0)]
     ahead.make(rows)
     other = make_rows(4, seed=5)
     ids = [row["input_ids"] for row in other]
-    found = [ids_[mask.bool()].tolist() for batch in ahead.take(other)
+    found = [ids_[mask.bool()].tolist() for batch, _ in ahead.take(other)
              for ids_, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
     assert sorted(found) == sorted(ids) and ahead.ready is None
 
@@ -181,10 +181,10 @@ def test_cut_gives_every_process_its_rows_once(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts = cut(rows, run)
-        assert max(map(len, parts)) <= 2
-        seen += [id(row) for part in parts for row in part]
+        assert len(parts) == 2 and max(len(part) for part, _ in parts) <= 2  # all as many: the first has 3 rows
+        seen += [id(row) for part, weight in parts for row in part if weight]
     assert sorted(seen) == sorted(map(id, rows))
-    assert cut(rows[:1], run) == [rows[:1]]  # rank 2 has none of its own: it takes part, and counts nothing
+    assert cut(rows[:1], run) == [(rows[:1], 0.0)]  # rank 2 has none of its own: it takes part, and counts nothing
 
 
 def test_collate_to_a_width():
