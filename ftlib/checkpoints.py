@@ -278,7 +278,7 @@ def _resume(loop: Any) -> int | None:
     for folder in reversed(_folders(loop.config.checkpoint_dir)):
         problem = damage(folder)
         if problem:
-            warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=2)
+            warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=3)
             continue
         state = _read_json(folder / "state.json")
         _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)

@@ -129,7 +129,7 @@ def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
 def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """The model to train: with "fsdp" and several processes a sharded copy, whose weights come back at the end.
 
-    The model is then on `device`.  After an error it is as it was: the weights are still spread.
+    The model is then on `device`.  After an error it is as it came: the weights of a lost run are its checkpoints'.
     """
     if how != "fsdp" or world_size() == 1:
         yield model
@@ -158,7 +158,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
     the weights themselves stay as they are, and gradients are summed up in float32.
     All processes start from the weights of process 0.  Raises ValueError for a model with several heads.
     """
-    if hasattr(model, "heads"):
+    if hasattr(model, "tasks"):  # MultiTaskModel
         raise ValueError(
             "distributed='fsdp' trains models with one head: here the heads in use differ between processes, and "
             "their weights would be summed up out of step; use distributed='ddp'"

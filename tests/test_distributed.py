@@ -165,6 +165,10 @@ cut_short(3, f"begun-by-{world}")
 if world == 2:
     distributed.barrier()
     out["begun by 1"] = [record["loss"] for record in resumed("begun-by-1")[1].history if "loss" in record]
+    try:  # two machines with a folder each
+        resumed("begun-by-1" if rank == 0 else "empty")
+    except ValueError as error:
+        out["not shared"] = str(error)
 
 out["world"] = world
 (folder / f"{world}-{rank}.json").write_text(json.dumps(out))
@@ -321,6 +325,12 @@ def test_resuming_with_another_number_of_processes(runs, folder, tiny_model):
     assert [record["loss"] for record in found.history] == pytest.approx(expected, abs=1e-6)
     for rank in (0, 1):
         assert runs[2, rank]["begun by 1"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_checkpoints_that_not_all_processes_see(runs):
+    for rank in (0, 1):
+        assert "checkpoints of the steps [8, 0]" in runs[2, rank]["not shared"]
+        assert "one folder that all machines share" in runs[2, rank]["not shared"]
 
 
 # ------------------------------------------------------------------------------------------------ the program

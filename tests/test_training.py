@@ -76,7 +76,7 @@ def test_fit_is_the_stock_trainer(tiny_model, tmp_path, task, schedule, unpadded
     stock, ours = (tiny_model(task, LABELS[task]) for _ in range(2))
     arguments = transformers.TrainingArguments(
         str(tmp_path), num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1,
-        warmup_steps=3, max_grad_norm=0.5, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True,
+        warmup_steps=0.1, max_grad_norm=0.5, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True,
         lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule, disable_tqdm=True,
         train_sampling_strategy="sequential",
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_fit_is_the_stock_trainer(tiny_model, tmp_path, task, schedule, unpadded
     if unpadded:
         unpad(ours)
     config = quick(
-        epochs=3, schedule=schedule, weight_decay=0.1, warmup_fraction=0.25, max_grad_norm=0.5, shuffle=False
+        epochs=3, schedule=schedule, weight_decay=0.1, warmup_fraction=0.1, max_grad_norm=0.5, shuffle=False
     )  # fmt: skip
     run = fit(ours, rows, config=config)
     assert len(theirs) == run.steps == 12
@@ -181,7 +181,9 @@ def test_records_of_a_run(tiny_model):
     evaluated = [record for record in run.history if "eval_loss" in record]
     assert [record["step"] for record in evaluated] == [2, 4, 6]
     assert {f"eval_{name}": value for name, value in run.metrics.items()}.items() <= evaluated[-1].items()
-    assert run.stopped == "finished" and run.precision == "fp32"
+    assert run.stopped == "finished" and run.precision == "fp32" and run.reason == choose_precision(CPU)[1]
+    assert steps(run, "micro_batches") == [1] * 6 and (run.micro_batch_size, run.max_tokens) == (None, None)
+    assert 50 < run.peak_memory_mb < 50_000  # torch alone takes some hundred
     assert steps(run, "learning_rate") == pytest.approx([1e-2 * schedule_factor(s, 6, warmup=1) for s in range(6)])
 
 
@@ -190,7 +192,7 @@ def test_evaluation_comes_after_every_epoch_and_at_the_end(tiny_model):
     assert [record["step"] for record in run.history if "eval_loss" in record] == [3, 6]
     cut = fit(tiny_model(), make_rows(10), eval_dataset=make_rows(4), config=quick(max_steps=4))
     assert [record["step"] for record in cut.history if "eval_loss" in record] == [3, 4]
-    assert cut.steps == 4 and steps(cut, "learning_rate")[-1] == pytest.approx(1e-2 / 4)
+    assert cut.steps == 4 and steps(cut, "learning_rate")[-1] == pytest.approx(1e-2 / 3)
     longer = fit(tiny_model(), make_rows(10), config=quick(epochs=1, max_steps=7))
     assert longer.steps == 7
 
@@ -559,7 +561,8 @@ def test_clipping(tiny_model):
 def test_bfloat16(tiny_model):
     model = unpad(tiny_model())
     run = fit(model, make_rows(8), eval_dataset=make_rows(4), config=quick(precision="bf16"))
-    assert run.precision == "bf16" and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (run.precision, run.reason) == ("bf16", "as asked")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     plain = fit(tiny_model(), make_rows(8), config=quick())
     assert steps(run) == pytest.approx(steps(plain), abs=0.05) and steps(run) != steps(plain)
 
@@ -569,7 +572,9 @@ def test_precision_and_its_reason():
     assert choose_precision(CPU, "bf16") == ("bf16", "as asked")
     with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
         choose_precision(CPU, "fp16")
-    with pytest.raises(ValueError, match="precision='int8': choose one of auto, fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match=r"precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or more"):
+        choose_precision(CPU, "tf32")
+    with pytest.raises(ValueError, match="precision='int8': choose one of auto, fp32, tf32, bf16, fp16"):
         choose_precision(CPU, "int8")
     assert choose_device().type in ("cpu", "cuda", "mps")
 
@@ -601,6 +606,10 @@ def test_precision_and_its_reason():
         (dict(checkpoint_dir=""), "checkpoint_dir='': need the path of a folder"),
         (dict(checkpoint_dir=5), "checkpoint_dir=5"),
         (dict(micro_batch_size=4, max_tokens=100), "set micro_batch_size or max_tokens, not both"),
+        (dict(gradient_checkpointing=1), "gradient_checkpointing=1: need True or False"),
+        (dict(compile=1), "compile=1: need True, False or 'reduce-overhead'"),
+        (dict(compile="fast"), "compile='fast': need True"),
+        (dict(compile="reduce-overhead", max_tokens=99), "micro_batch_size, not max_tokens"),
         (dict(shuffle="no"), "shuffle='no': need True or False"),
         (dict(metric=None), "metric=None: need the name"),
         (dict(seed=1.5), "seed=1.5: need a whole number"),
