@@ -4,7 +4,7 @@ To copy this module you need: modes.py, batching.py, rows.py and torch (unpaddin
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,9 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             compile_layers(model)
         if config.precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        yield
+        # graphs of all models in this process count as variants of one layer; with the usual 8 a later model stays slow
+        with torch._dynamo.config.patch(recompile_limit=64) if config.compile else nullcontext():
+            yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         for module, before in attributes:
@@ -56,7 +58,8 @@ def compile_layers(model: nn.Module) -> None:
     """Compile the layers one by one: all run the same code, so one compiled graph serves all of them.
 
     Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
-    dimension of exactly 1, for evaluation and for a batch without padding.  What decides by looking at the data, such
+    dimension of exactly 1, for evaluation and for a batch without padding.  Dropout draws other numbers than
+    uncompiled, the same for the same seed.  What decides by looking at the data, such
     as dropping padding, happens between the embeddings and the first layer and stays as it is, and so do hooks on
     layers.  A model without a list of layers is compiled whole.
     """
