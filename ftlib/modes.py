@@ -58,10 +58,10 @@ def compile_layers(model: nn.Module) -> None:
     """Compile the layers one by one: all run the same code, so one compiled graph serves all of them.
 
     Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
-    dimension of exactly 1, for evaluation and for a batch without padding.  Dropout draws other numbers than
-    uncompiled, the same for the same seed.  What decides by looking at the data, such
-    as dropping padding, happens between the embeddings and the first layer and stays as it is, and so do hooks on
-    layers.  A model without a list of layers is compiled whole.
+    dimension of exactly 1, for evaluation and for a batch without padding.  What decides by looking at the data, such
+    as dropping padding, happens between the embeddings and the first layer and stays as it is; so do hooks on layers.
+    Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of layers is
+    compiled whole.
     """
     for layer in list(dict.fromkeys(_layers(model))) or [model]:
         layer.forward = torch.compile(layer.forward, dynamic=True)
