@@ -30,7 +30,12 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             compile_layers(model)
         if config.precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        with shortcuts(model) if config.shortcuts and not config.compile else nullcontext():
+        if config.compile:
+            # graphs of all models in this process count as variants of one layer; with the usual 8 a later one stays slow
+            quicker = torch._dynamo.config.patch(recompile_limit=64)
+        else:
+            quicker = shortcuts(model) if config.shortcuts else nullcontext()
+        with quicker:
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
@@ -60,8 +65,9 @@ def compile_layers(model: nn.Module) -> None:
 
     Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
     dimension of exactly 1, for evaluation and for a batch without padding.  What decides by looking at the data, such
-    as dropping padding, happens between the embeddings and the first layer and stays as it is, and so do hooks on
-    layers.  A model without a list of layers is compiled whole.
+    as dropping padding, happens between the embeddings and the first layer and stays as it is; so do hooks on layers.
+    Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of layers is
+    compiled whole.
     """
     for layer in list(dict.fromkeys(_layers(model))) or [model]:
         layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -164,6 +164,16 @@ def test_a_model_without_layers_is_compiled_whole(eager_backend):
     assert "forward" not in vars(model)
 
 
+def test_many_models_in_one_process_are_all_compiled(eager_backend):
+    for width in range(2, 14):  # the usual limit is 8 variants of the same code
+        model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(width, width)]))
+        (layer,) = model[0]
+        with training_modes(model, quick(compile=True)):
+            layer(torch.ones(3, width))
+    assert counters["stats"]["unique_graphs"] == 12
+    assert torch._dynamo.config.recompile_limit < 64
+
+
 def test_an_error_leaves_an_uncompiled_model(tiny_model, eager_backend):
     model = tiny_model()
     model.bert.encoder.layer[0].forward = mine = model.bert.encoder.layer[0].forward
