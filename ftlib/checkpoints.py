@@ -233,11 +233,15 @@ def save_training(loop: Any) -> Path:
     folder = Path(loop.config.checkpoint_dir) / f"step-{loop.run_.steps:08d}"
     states = {kind: distributed.gather(state, loop.device) for kind, state in loop.random_state.items()}
     tensors = {f"model.{k}": v for k, v in loop.model.state_dict().items()}
+    moved = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
     for index, state in loop.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
+        values = {k: loop.seen.spread(torch.as_tensor(v), moved[index]) for k, v in state.items() if v is not None}
+        tensors |= {f"optimizer.{index}.{k}": value for k, value in values.items()}
     tensors |= {f"rng.{kind}.{i}": part for kind, parts in states.items() for i, part in enumerate(parts)}
     if loop.best:
         tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
+    if loop.seen.own is not None:
+        tensors["seen"] = loop.seen.seen
     tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
         with _aside(folder) as temporary:
@@ -246,7 +250,7 @@ def save_training(loop: Any) -> Path:
                 "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
                 "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
                 "best": loop.best["metrics"] if loop.best else None, "since_best": loop.evaluations_since_best,
-                "decay": loop.seen.pending,
+                "decay": loop.seen.pending, "embedding": loop.seen.name,
                 "micro_batch_size": loop.run_.micro_batch_size, "max_tokens": loop.run_.max_tokens,
             }  # fmt: skip
             (temporary / "state.json").write_text(json.dumps(state))
@@ -283,6 +287,10 @@ def _resume(loop: Any) -> int | None:
         state = _read_json(folder / "state.json")
         _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
         tensors = _read_tensors(folder / "state.safetensors")
+        if loop.seen.own is None and "seen" in tensors:  # the rows not seen still wait for their weight decay
+            late = torch.ones(len(tensors[f"model.{state['embedding']}"]), 1)
+            late[tensors["seen"]] = 0
+            tensors[f"model.{state['embedding']}"] *= 1 + late * (state["decay"] - 1)
         weights = loop.model.state_dict()
         loop.model.load_state_dict({k: distributed.cut(tensors[f"model.{k}"], like) for k, like in weights.items()})
         optimizer = loop.optimizer.state_dict()
@@ -292,6 +300,7 @@ def _resume(loop: Any) -> int | None:
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 parameter = moved[int(index)]
+                tensor = loop.seen.gathered(tensor, parameter)
                 if tensor.shape == parameter.shape:  # not so the number of steps
                     tensor = distributed.cut(tensor, parameter)
                 slots.setdefault(int(index), {})[key] = tensor
@@ -305,7 +314,9 @@ def _resume(loop: Any) -> int | None:
         run.steps = state["step"]
         for key in ("history", "metrics", "seconds", "micro_batch_size", "max_tokens"):
             setattr(run, key, state[key])
-        loop.evaluations_since_best, loop.seen.pending = state["since_best"], state["decay"]
+        loop.evaluations_since_best = state["since_best"]
+        if loop.seen.own is not None:
+            loop.seen.pending = state["decay"]
         if state["best"] is not None:
             best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
             loop.best = {"metrics": state["best"], "weights": best}

@@ -31,7 +31,7 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
         if config.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         if config.compile:
-            # graphs of all models in this process count as variants of one layer; with the usual 8 a later one stays slow
+            # the graphs of all models in this process count as variants of one layer; 8, the default, are soon used up
             quicker = torch._dynamo.config.patch(recompile_limit=64)
         else:
             quicker = shortcuts(model) if config.shortcuts else nullcontext()

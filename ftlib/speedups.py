@@ -229,7 +229,7 @@ class SeenRows:
     """
 
     def __init__(self, model: nn.Module, ids: Iterable[int] | None):
-        self.embedding, self.own, self.hook, self.pending = None, None, None, 1.0
+        self.embedding, self.own, self.hook, self.pending, self.name = None, None, None, 1.0, None
         get = getattr(
             getattr(model, "encoder", None) if hasattr(model, "heads") else model, "get_input_embeddings", None
         )
@@ -241,7 +241,7 @@ class SeenRows:
         seen = torch.tensor(sorted({*ids, embedding.padding_idx or 0}), device=full.device)
         if not full.requires_grad or len(users) != 1 or len(seen) > 0.75 * len(full):
             return
-        self.embedding, self.full, self.seen = embedding, full, seen
+        self.embedding, self.full, self.seen, self.name = embedding, full, seen, users[0]
         self.padding = embedding.padding_idx
         self.lookup = torch.full((len(full),), -1, device=full.device)
         self.lookup[seen] = torch.arange(len(seen), device=full.device)
@@ -278,13 +278,35 @@ class SeenRows:
             if any(p is self.own for p in group["params"]):
                 self.pending *= 1 - group["lr"] * group["weight_decay"]
 
+    def spread(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """Optimizer state of `parameter` as for the whole embedding: zeros for the rows that were not seen."""
+        if parameter is not self.own or tensor.shape != parameter.shape:
+            return tensor
+        return tensor.new_zeros(self.full.shape).index_copy_(0, self.seen, tensor)
+
+    def gathered(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """The other way round: the seen rows of a whole embedding's optimizer state."""
+        if parameter is not self.own or tensor.shape != self.full.shape:
+            return tensor
+        return tensor[self.seen.to(tensor.device)]
+
     @contextmanager
     def whole(self, decay: bool = True) -> Iterator[None]:
-        """Inside, the embedding is whole: to evaluate, save or load."""
-        active = self.hook is not None
+        """Inside, the embedding is whole, for a look at it: to evaluate or save.
+
+        Afterwards the account of the decay is as before, so that nothing depends, in the last bit, on who looked when.
+        """
+        if self.hook is None:
+            yield
+            return
+        pending = self.pending
+        before = self.full.detach().clone() if decay and pending != 1 else None
         self.off(decay)
         try:
             yield
         finally:
-            if active:
-                self.on()
+            if before is not None:
+                self.full.data.copy_(before)
+                self.full.data[self.seen] = self.own.data
+            self.pending = pending
+            self.on()

@@ -119,7 +119,7 @@ class _Loop:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
-        self.trainable = self._trainable()
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.wrapped = distributed.wrap(model)
         self.graphs = config.compile == "reduce-overhead"
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
@@ -153,8 +153,9 @@ class _Loop:
 
     def _run(self) -> Run:
         run, config = self.run_, self.config
-        with self.seen.whole():
-            first = (checkpoints.resume_training(self) or 0) if config.resume else 0
+        self.seen.off()
+        first = (checkpoints.resume_training(self) or 0) if config.resume else 0
+        self.seen.on()
         plan = steps.plan(self.parts, config)
         for _ in range(first):  # the order is a function of the seed: walk to where the run stopped
             next(plan)
@@ -187,8 +188,9 @@ class _Loop:
             bar.close()
         if config.patience and self.best:  # early stopping keeps the best weights
             run.metrics = self.best["metrics"]
-            with torch.no_grad(), self.seen.whole():
-                for parameter, best in zip(self._trainable(), self.best["weights"], strict=True):
+            self.seen.off()
+            with torch.no_grad():
+                for parameter, best in zip(self._kept(), self.best["weights"], strict=True):
                     parameter.copy_(best)
         run.seconds = time.perf_counter() - self.begin
         return run
@@ -285,11 +287,12 @@ class _Loop:
         return out
 
     def _save(self) -> None:
-        with self.seen.whole(decay=False):  # a checkpoint changes nothing, not even by rounding
+        with self.seen.whole(decay=False):  # what has decayed stands beside it
             checkpoints.save_training(self)
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def _kept(self) -> list[nn.Parameter]:
+        """The trainable parameters, with the whole word embedding in the place of its seen rows."""
+        return [self.seen.full if p is self.seen.own else p for p in self.trainable]
 
     def evaluate(self) -> bool:
         """Record the metrics of the evaluation rows; True when patience has run out."""
@@ -305,7 +308,7 @@ class _Loop:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
             if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
-                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self._trainable()]}
+                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self._kept()]}
                 self.evaluations_since_best = 0
             else:
                 self.evaluations_since_best += 1
