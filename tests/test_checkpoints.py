@@ -74,7 +74,7 @@ def test_resuming_several_tasks_and_early_stopping_is_exact(tiny_model, tmp_path
     data = {"a": make_rows(9), "b": make_rows(5, "token-classification")}
     heads = {"a": Head(), "b": Head("token-classification", 3)}
     build = lambda: MultiTaskModel(tiny_model("encoder", hidden_dropout_prob=0.3), heads)  # noqa: E731
-    options = dict(epochs=20, patience=2, metric="a/loss", temperature=2.0, eval_every=1, learning_rate=0.1)
+    options = dict(epochs=20, patience=3, metric="a/loss", temperature=2.0, eval_every=1, learning_rate=0.1)
     whole = build()
     expected = fit(whole, data, eval_dataset=data, config=quick(**options))
     assert expected.stopped == "early stopping" and expected.steps > 4

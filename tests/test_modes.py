@@ -127,12 +127,15 @@ def test_ragged_batches_compile_nothing_new(tiny_model, eager_backend, unpadded)
 
     model.register_forward_hook(note, with_kwargs=True)
     run = fit(model, rows, config=quick(epochs=1, compile=True))
-    plain = fit(twin, rows, config=quick(epochs=1))
+    plain = fit(twin, rows, config=quick(epochs=1, shortcuts=False))
     assert len(seen) == 30 and len(shapes) > 10
     assert seen == [seen[0]] * 30 and 1 <= seen[0] <= 2  # five layers: one graph, and one for the first where packed
     assert sum(counters["graph_break"].values()) == 0
     assert steps(run) == pytest.approx(steps(plain), abs=1e-6) and len(eager_backend) == 5
-    assert attributes(model) == before and same(weights(model), weights(twin))
+    assert attributes(model) == before
+    for name, value in weights(model).items():
+        if not name.endswith("key.bias"):  # its gradient is zero but for rounding, of which AdamW makes steps
+            assert_close(value, weights(twin)[name], atol=1e-5, rtol=0, msg=name)
     pickle.loads(pickle.dumps(copy.deepcopy(model.bert)))
 
 

@@ -365,6 +365,33 @@ def test_an_interrupted_run_with_patience_keeps_the_best_weights(tiny_model):
     assert run.stopped == "interrupted" and run.steps == 3 and run.metrics["loss"] == run.history[2]["eval_loss"]
 
 
+def test_a_failed_run_leaves_a_whole_embedding_with_what_was_learnt(tiny_model):
+    model, twin = tiny_model(), tiny_model()
+    config = dict(warmup_fraction=0.0, schedule="constant", weight_decay=0.1)
+    with pytest.raises(KeyError):
+        fit(model, make_rows(16), config=quick(**config), loss=raising(KeyError(), at=3))
+    fit(twin, make_rows(16), config=quick(**config, max_steps=2))
+    assert same(weights(model), weights(twin))
+    with pytest.raises(KeyError):  # nothing has decayed, nothing is to be put back
+        fit(model, make_rows(16), config=quick(**config), loss=raising(KeyError(), at=1))
+    assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_shortcuts_train_the_same_weights(tiny_model, optimizer):
+    models, runs = [], []
+    for shortcuts in (False, True):
+        model = unpad(tiny_model())
+        config = quick(optimizer=optimizer, shortcuts=shortcuts, weight_decay=0.1, learning_rate=1e-3)
+        runs.append(fit(model, make_rows(40), eval_dataset=make_rows(8, seed=1), config=config))
+        models.append(model)
+    assert steps(runs[1]) == pytest.approx(steps(runs[0]), abs=1e-5)
+    assert runs[1].metrics == pytest.approx(runs[0].metrics, abs=1e-5)
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if optimizer == "sgd" or not name.endswith("key.bias"):  # AdamW makes steps of the rounding of a zero gradient
+            torch.testing.assert_close(b, a, atol=2e-5, rtol=0, msg=name)
+
+
 def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny_model):
     seen = []
 
@@ -375,7 +402,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny_mo
 
     model = tiny_model()
     with pytest.raises(ValueError, match=r"step 3: loss nan.* on 4 rows, .*learning_rate \(0.01\)"):
-        fit(model, make_rows(16), config=quick(warmup_fraction=0.0), loss=breaking)
+        fit(model, make_rows(16), config=quick(warmup_fraction=0.0, shortcuts=False), loss=breaking)
     assert same(weights(model), seen[2]) and not same(seen[2], seen[0])
     assert all(value.isfinite().all() for value in weights(model).values())
 
