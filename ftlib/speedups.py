@@ -14,6 +14,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -74,18 +75,16 @@ class _Linear(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, lengths, p):
-        heads = len(query)
-        mask = keep_mask(query.new_empty(heads * sum(n * n for n in lengths)), p).div_(1 - p) if p else None
+        mask = keep_mask(query.new_empty(len(query) * sum(n * n for n in lengths)), p).div_(1 - p) if p else None
         outs, saved, used = [], [], 0
-        with _threads_for(heads, lengths):
-            for own in _slices(lengths):
-                weights = torch.bmm(query[:, own], key[:, own].transpose(1, 2)).softmax(-1)  # (heads, n, n)
+        for q, k, v in _groups(lengths, query, key, value):
+            weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)  # (heads * rows, n, n)
+            saved.append(weights)
+            if p:
+                weights = weights * mask[used : used + weights.numel()].view(weights.shape)
+                used += weights.numel()
                 saved.append(weights)
-                if p:
-                    weights = weights * mask[used : used + weights.numel()].view(weights.shape)
-                    used += weights.numel()
-                    saved.append(weights)
-                outs.append(torch.bmm(weights, value[:, own]))
+            outs.append(torch.bmm(weights, v))
         ctx.save_for_backward(query, key, value, mask, *saved)
         ctx.lengths = lengths
         return _joined(outs, query)
@@ -95,48 +94,43 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, mask, *saved = ctx.saved_tensors
         saved, used = iter(saved), 0
-        queries, keys, values = [], [], []
-        with _threads_for(len(query), ctx.lengths):
-            for own in _slices(ctx.lengths):
-                weights = next(saved)
-                dropped = weights if mask is None else next(saved)
-                own_gradient = gradient[:, own]
-                values.append(torch.bmm(dropped.transpose(1, 2), own_gradient))
-                d_weights = torch.bmm(own_gradient, value[:, own].transpose(1, 2))
-                if mask is not None:
-                    d_weights.mul_(mask[used : used + weights.numel()].view(weights.shape))
-                    used += weights.numel()
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                queries.append(torch.bmm(d_scores, key[:, own]))
-                keys.append(torch.bmm(d_scores.transpose(1, 2), query[:, own]))
-        return *(_joined(parts, query) for parts in (queries, keys, values)), None, None
+        d_query, d_key, d_value = [], [], []
+        for q, k, v, g in _groups(ctx.lengths, query, key, value, gradient):
+            weights = next(saved)
+            dropped = weights if mask is None else next(saved)
+            d_value.append(torch.bmm(dropped.transpose(1, 2), g))
+            d_weights = torch.bmm(g, v.transpose(1, 2))
+            if mask is not None:
+                d_weights.mul_(mask[used : used + weights.numel()].view(weights.shape))
+                used += weights.numel()
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_query.append(torch.bmm(d_scores, k))
+            d_key.append(torch.bmm(d_scores.transpose(1, 2), q))
+        return *(_joined(parts, query) for parts in (d_query, d_key, d_value)), None, None
+
+
+def _groups(lengths: list[int], *packed: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Neighbouring examples of one length together: every (heads, N_tokens, width) as (heads * rows, n, width).
+
+    While a group's products are so small that waking a second thread costs more than it computes, one thread works.
+    """
+    threads, begin = torch.get_num_threads(), 0
+    try:
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            own = slice(begin, begin + count * length)
+            begin = own.stop
+            torch.set_num_threads(1 if len(packed[0]) * count * length**2 < 65536 else threads)
+            yield [x[:, own].reshape(-1, length, x.shape[2]) for x in packed]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The examples side by side, with zeros up to the number of tokens there are."""
+    """The groups side by side, (heads, N_tokens, width), with zeros up to the number of tokens there are."""
+    parts = [part.view(len(like), -1, like.shape[2]) for part in parts]
     spare = like.shape[1] - sum(part.shape[1] for part in parts)
     return torch.cat([*parts, like.new_zeros(len(like), spare, like.shape[2])] if spare else parts, dim=1)
-
-
-def _slices(lengths: list[int]) -> Iterator[slice]:
-    begin = 0
-    for length in lengths:
-        yield slice(begin, begin + length)
-        begin += length
-
-
-@contextmanager
-def _threads_for(heads: int, lengths: list[int]) -> Iterator[None]:
-    """One thread while the products are so small that waking a second one costs more than it computes."""
-    threads = torch.get_num_threads()
-    if threads == 1 or heads * max(lengths) ** 2 > 65536:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -187,13 +181,15 @@ def attend(
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
+    query = query * scale
     if torch.is_grad_enabled() or p:
-        return _Attend.apply(query * scale, key, value, lengths, p)
-    with _threads_for(len(query), lengths):
-        outs = [
-            F.scaled_dot_product_attention(*(x[None, :, own] for x in (query, key, value)), scale=scale)[0]
-            for own in _slices(lengths)
-        ]
+        return _Attend.apply(query, key, value, lengths, p)
+    outs = []
+    for q, k, v in _groups(lengths, query, key, value):
+        if q.shape[1] > 128:  # without gradients nothing asks for the scores, so they need not be kept
+            outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0])
+        else:
+            outs.append(torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v))
     return _joined(outs, query)
 
 

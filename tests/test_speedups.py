@@ -113,7 +113,7 @@ def test_linear_without_onednn_is_the_ordinary_one(monkeypatch):
     assert torch.equal(speedups.linear(x, weight), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [2, 2, 2], [90, 4]])
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [2, 2, 2], [3, 3, 1, 1, 3], [90, 90, 4], [150, 2]])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attend_is_scaled_dot_product_attention_of_each_example(lengths, threads):
     before = torch.get_num_threads()
