@@ -245,7 +245,10 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
     if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
         packing = Packing.of(mask)
-        hidden, mask = (hidden, None) if packing.is_full and packing.lengths is None else (_pack(hidden, packing, packing.spare), packing)
+        if packing.is_full and packing.lengths is None:
+            mask = None
+        else:
+            hidden, mask = _pack(hidden, packing, packing.spare), packing
     return (hidden, mask, *args[2:]), kwargs
 
 

@@ -140,6 +140,12 @@ def stock_methods(work: Work, best: dict[str, Any] | None) -> dict[str, Method]:
 
 def our_methods(work: Work, *, compiled: bool = True) -> dict[str, Method]:
     methods = {"ftlib.fit": fit(work), "ftlib.fit, unpad": fit(work, unpad=True)}
+    if not torch.cuda.is_available():  # what each part gives
+        methods = {
+            "ftlib.fit without shortcuts": fit(work, shortcuts=False),
+            "ftlib.fit without shortcuts, unpad": fit(work, unpad=True, shortcuts=False),
+            **methods,
+        }
     if compiled:
         methods["ftlib.fit, unpad, compile"] = fit(work, unpad=True, compile=True)
     return methods

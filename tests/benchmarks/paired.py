@@ -45,7 +45,7 @@ def run_rounds(methods: dict[str, Method], rounds: int, rate: Method | None = No
             own = result.pop("own_bytes", 0)
             if torch.cuda.is_available():
                 result["peak_gpu_mb"] = (torch.cuda.max_memory_allocated() - before + own) / 2**20
-            results[name].append({**result, **{key: now[key] for key in ("rate", "shape") if key in now}})
+            results[name].append({**result, **{key: now[key] for key in ("rate", "shape", "rate_mm") if key in now}})
     return results
 
 
@@ -71,9 +71,12 @@ def summary(
         }
         if flops:
             row["utilisation"] = spread([flops / (r["seconds"] * r["rate"]) for r in measured])
+            if "rate_mm" in first:
+                row["utilisation_mm"] = spread([flops / (r["seconds"] * r["rate_mm"]) for r in measured])
+                row["gflops_mm"] = statistics.median(r["rate_mm"] for r in measured) / 1e9
             row["gflops_peak"] = statistics.median(r["rate"] for r in measured) / 1e9
             row["peak_shape"] = statistics.mode(r["shape"] for r in measured)
-        skip = ("seconds", "rate", "shape")
+        skip = ("seconds", "rate", "shape", "rate_mm")
         rows.append({**row, "seconds": seconds, "first_seconds": first["seconds"],
                      **{key: value for key, value in measured[-1].items() if key not in skip}})  # fmt: skip
     return rows

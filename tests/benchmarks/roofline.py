@@ -6,6 +6,8 @@ The speed programs take the rate inside their own rounds.  Utilisation = FLOPs o
 padding, dropout, GELU, normalization, the embeddings, the optimizer and Python count as time but not as work.
 The rate is the fastest of the shapes below, so utilisation is rather too low than too high: the two products of the
 model's feed-forward block, where most of its FLOPs are, and a large square product, which is what a device does best.
+In float32 on a CPU there are two libraries to ask, MKL, which torch.mm calls, and oneDNN, which ftlib.speedups calls:
+the faster one is the machine's rate, and torch.mm's own is kept beside it.
 """
 
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftlib import speedups
 from ftlib.tuning import base_model_of, encoder_layers
 
 
@@ -31,16 +34,19 @@ def shapes(tokens: int, hidden: int, inner: int, square: int) -> dict[str, tuple
     }
 
 
-def product_rate(m: int, k: int, n: int, *, device: Any, dtype: torch.dtype, seconds: float = 0.1) -> float:
+def product_rate(
+    m: int, k: int, n: int, *, device: Any, dtype: torch.dtype, seconds: float = 0.05, onednn: bool = False
+) -> float:
     """FLOPs a second of (m, k) x (k, n): the best of 3 bursts of about `seconds`."""
     a, b = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
-    out = a @ b
+    out, weight = a @ b, b.T.contiguous()
+    product = (lambda: speedups.linear(a, weight)) if onednn else (lambda: torch.mm(a, b, out=out))
 
     def burst(count: int) -> float:
         synchronize()
         start = time.perf_counter()
         for _ in range(count):
-            torch.mm(a, b, out=out)
+            product()
         synchronize()
         return time.perf_counter() - start
 
@@ -50,10 +56,16 @@ def product_rate(m: int, k: int, n: int, *, device: Any, dtype: torch.dtype, sec
 
 
 def best_rate(products: dict[str, tuple[int, int, int]], **options: Any) -> dict[str, Any]:
-    """The fastest of the shapes: {"rate": FLOPs a second, "shape": which, "rates": of all}; options: product_rate."""
+    """The fastest of the shapes: {"rate": FLOPs a second, "shape": which, "rate_mm": by torch.mm, "rates": of all}."""
     rates = {name: product_rate(*sizes, **options) for name, sizes in products.items()}
+    by_mm = max(rates.values())
+    if speedups.ONEDNN and str(options["device"]) == "cpu" and options["dtype"] == torch.float32:
+        rates |= {f"{name}, oneDNN": product_rate(*sizes, onednn=True, **options) for name, sizes in products.items()}
     name = max(rates, key=rates.__getitem__)
-    return {"rate": rates[name], "shape": f"{name} {products[name]}", "rates": rates}
+    return {
+        "rate": rates[name], "shape": f"{name} {products[name.removesuffix(', oneDNN')]}", "rate_mm": by_mm,
+        "rates": rates,
+    }  # fmt: skip
 
 
 def encoder_flops(model: nn.Module, lengths: list[int], *, training: bool) -> float:

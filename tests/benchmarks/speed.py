@@ -88,7 +88,7 @@ def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -
     work = fine_tuning(args.count)
     candidates = methods.CANDIDATES[:1] if args.toy else methods.CANDIDATES
     small = fine_tuning(args.count if args.toy else args.count // 2)
-    found = methods.search(small, candidates, rounds=1 if args.toy else 2)
+    found = methods.search(small, candidates, rounds=1 if args.toy or args.rounds < 5 else 2)
     table.replace({"part": "Trainer search"}, [{"work": work_name, "sentences": len(small.rows), **found}])
     rivals = methods.stock_methods(work, found["best"]) | methods.our_methods(work, compiled=not args.toy)
     lengths = [len(ids) for ids in work.rows["input_ids"]]
