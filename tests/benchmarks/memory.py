@@ -27,12 +27,6 @@ from torch import nn
 import ftlib
 
 
-def checkpointing(model: nn.Module) -> None:
-    """Keep each layer's input only, and compute the layer again in the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # the name in newer transformers
-    (enable or model.gradient_checkpointing_enable)()
-
-
 def head_only(model: nn.Module) -> None:
     ftlib.tune(model, "head-only")
 
@@ -42,7 +36,7 @@ REMEDIES: dict[str, tuple[list[Callable[[nn.Module], Any]], dict[str, Any]]] = {
     "full fine-tuning, float32": ([], {}),
     "unpad": ([ftlib.unpad], {}),
     "micro-batches of 8": ([], {"micro_batch_size": 8}),
-    "gradient checkpointing": ([checkpointing], {}),
+    "gradient checkpointing": ([], {"gradient_checkpointing": True}),
     "bf16": ([], {"precision": "bf16"}),
     "SGD in place of AdamW": ([], {"optimizer": "sgd", "learning_rate": 1e-3}),
     "head-only": ([head_only], {}),
