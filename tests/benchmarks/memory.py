@@ -55,7 +55,7 @@ def sizes(toy: bool) -> tuple[dict[str, Any], int, int, str]:
         return small, 16, 64, "toy"
     if torch.cuda.is_available():
         return {}, 64, 512, "BERT-base-sized, 64 rows of up to 512 tokens a step"
-    minilm = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
+    minilm = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     return minilm, 32, 256, "MiniLM-sized, 32 rows of up to 256 tokens a step"
 
 
