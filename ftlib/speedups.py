@@ -1,7 +1,7 @@
 """What a training step on a CPU need not pay for: shortcuts with the same mathematics.
 
-- `linear`: matrix products by oneDNN, which PyTorch brings along but uses for half precision only.  On CPUs with
-  AVX-512 that are not Intel's, it is about twice as fast as the MKL that `torch.nn.functional.linear` calls.
+- `linear`: matrix products by oneDNN, which PyTorch brings along but does not use for float32 layers.  On AMD's CPUs
+  with AVX-512 it is about twice as fast as MKL, which `torch.nn.functional.linear` calls.
 - `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
 - `attend`: attention over packed rows, one example at a time, so that no score of a padded position is computed and
   attention dropout does not push PyTorch off its quick path.
@@ -38,7 +38,8 @@ def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     count = like.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     bits = draws.view(torch.int16)[:count].view(like.shape)  # uniform in [-32768, 32767]
-    return torch.ge(bits, round(p * 65536) - 32768, out=torch.empty_like(like, memory_format=torch.contiguous_format))
+    threshold = min(round(p * 65536), 65535) - 32768
+    return torch.ge(bits, threshold, out=torch.empty_like(like, memory_format=torch.contiguous_format))
 
 
 class _Dropout(torch.autograd.Function):
@@ -226,9 +227,8 @@ class SeenRows:
 
     def __init__(self, model: nn.Module, ids: Iterable[int] | None):
         self.embedding, self.own, self.hook, self.pending, self.name = None, None, None, 1.0, None
-        get = getattr(
-            getattr(model, "encoder", None) if hasattr(model, "heads") else model, "get_input_embeddings", None
-        )
+        owner = model.encoder if hasattr(model, "heads") and hasattr(model, "encoder") else model  # a MultiTaskModel
+        get = getattr(owner, "get_input_embeddings", None)
         embedding = get() if get and ids is not None else None
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.sparse:
             return

@@ -35,6 +35,10 @@ def test_keep_mask_has_the_asked_share(p, count):
         assert abs(mask.mean() - (1 - p)) < 5 * (p * (1 - p) / count) ** 0.5
 
 
+def test_keep_mask_of_almost_one():
+    assert speedups.keep_mask(torch.empty(1000), 0.999999).sum() <= 5
+
+
 def test_keep_mask_draws_are_independent_between_neighbours():
     """The four 16-bit pieces of one draw: pairs of elements are dropped together as often as chance says."""
     mask = speedups.keep_mask(torch.empty(400_000), 0.5).view(-1, 4)
