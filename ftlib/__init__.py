@@ -36,7 +36,7 @@ _HOME = {  # public name -> module that defines it
 _MODULES = (
     "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment", "features",
     "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
-    "pretrained", "rows", "settings", "steps", "training", "tuning", "unpadding",
+    "pretrained", "rows", "settings", "speedups", "steps", "training", "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

@@ -156,3 +156,7 @@ def test_wheel_carries_the_manifest_and_the_measured_results(tmp_path):
     assert {"ftlib/__init__.py", "ftlib/_shipped/sources.toml"} | results <= set(members)
     assert all(name.startswith(("ftlib/", "ftlib-")) for name in members)
     assert any(name.endswith("licenses/LICENSE") for name in members)
+
+
+def test_every_module_is_an_attribute_of_the_package():
+    assert sorted({*ftlib._MODULES, "__main__"}) == MODULES
