@@ -196,16 +196,33 @@ def attend(
 
 @contextmanager
 def shortcuts(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's nn.Linear and nn.Dropout modules run by `linear` and `dropout` where these serve."""
+    """Inside, the model's nn.Linear and nn.Dropout modules run by `linear` and `dropout` where these serve.
+
+    Without gradients a BERT layer's GELU is computed inside the product before it.
+    """
     ours = {nn.Linear: _linear_forward, nn.Dropout: _dropout_forward}
-    changed = [module for module in model.modules() if type(module) in ours and "forward" not in vars(module)]
+    changed = {m: ours[type(m)] for m in model.modules() if type(m) in ours and "forward" not in vars(m)}
+    changed |= {m: _gelu_forward for m in model.modules() if _makes_gelu(m) and "forward" not in vars(m)}
     try:
-        for module in changed:
-            module.forward = partial(ours[type(module)], module)
+        for module, forward in changed.items():
+            module.forward = partial(forward, module)
         yield
     finally:
         for module in changed:
             vars(module).pop("forward", None)
+
+
+def _makes_gelu(module: nn.Module) -> bool:
+    """Whether this is the first half of a stock BERT-like feed-forward block: a linear layer, then GELU."""
+    activation = getattr(module, "intermediate_act_fn", None)
+    return type(activation).__name__ == "GELUActivation" and type(getattr(module, "dense", None)) is nn.Linear
+
+
+def _gelu_forward(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    weight, bias = module.dense.weight, module.dense.bias
+    if torch.is_grad_enabled() or not (ONEDNN and usable(hidden) and weight.dtype == torch.float32):
+        return type(module).forward(module, hidden)
+    return _product(hidden, weight, bias, "gelu", [], "none")  # "none": not the tanh approximation
 
 
 def _linear_forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:

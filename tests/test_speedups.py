@@ -183,6 +183,18 @@ def test_shortcuts_change_nothing_but_the_time_and_leave_no_trace():
     copy.deepcopy(model), pickle.loads(pickle.dumps(model))
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
+def test_shortcuts_of_stock_encoders(tiny_model, model_type):
+    model = tiny_model("encoder", model_type=model_type).eval()
+    inputs = {"input_ids": torch.randint(5, 60, (5, 12)), "attention_mask": torch.ones(5, 12, dtype=torch.long)}
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            plain = model(**inputs).last_hidden_state
+            with speedups.shortcuts(model):
+                quick = model(**inputs).last_hidden_state
+        torch.testing.assert_close(quick, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_shortcuts_end_with_an_error_too():
     model = Small()
     with pytest.raises(IndexError), speedups.shortcuts(model):
