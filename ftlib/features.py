@@ -88,7 +88,7 @@ def extract_features(
             A list of layers costs one pass.
         batch_size: most texts a batch; default: no limit but `max_tokens`.
         max_tokens: most tokens a batch, padding counted; a text longer than that is a batch of its own.  Default:
-            1,024 on a CPU, where more only adds padding, and 32,768 on a GPU.
+            4,096 on a CPU, where more was no faster, and 32,768 on a GPU.
         max_length: cut longer texts, in tokens; default: what the model takes.
         truncation: False refuses longer texts instead of cutting them.
         normalize: divide each vector by its length, so that a dot product is a cosine.
@@ -134,7 +134,7 @@ def extract_features(
     device = next(base.parameters()).device
     base = _in_precision(base, precision, device)
     if max_tokens is None:
-        max_tokens = 1_024 if device.type == "cpu" else 32_768
+        max_tokens = 4_096 if device.type == "cpu" else 32_768
     limit = token_limit(max_length, tokenizer, base.config)
     work = _batches(iterator, tokenizer, batch_size, max_tokens, device, max_length=limit, truncation=truncation)
     with evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
