@@ -251,8 +251,10 @@ class SeenRows:
             return
         full = embedding.weight
         users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is full]
+        if not full.requires_grad or len(users) != 1:
+            return
         seen = torch.tensor(sorted({*ids, embedding.padding_idx or 0}), device=full.device)
-        if not full.requires_grad or len(users) != 1 or len(seen) > 0.75 * len(full):
+        if len(seen) > 0.75 * len(full):
             return
         self.embedding, self.full, self.seen, self.name = embedding, full, seen, users[0]
         self.padding = embedding.padding_idx

@@ -12,9 +12,10 @@ rows.py, batching.py, losses.py, tuning.py, multitask.py, distributed.py, checkp
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,13 +138,14 @@ class _Loop:
         self.random_state = checkpoints.random_state(device)
         self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
 
-    def _words(self) -> set[int] | None:
-        """The token ids that occur in training; None where every embedding row is to be trained as it is."""
+    def _words(self) -> Iterator[int] | None:
+        """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
         config = self.config
         decay_is_a_factor = config.optimizer == "adamw" or not config.weight_decay
         if not config.shortcuts or config.compile or not decay_is_a_factor or distributed.world_size() > 1:
             return None
-        return {token for rows in self.parts.values() for row in rows for token in row["input_ids"]} | {self.pad}
+        rows = chain.from_iterable(self.parts.values())
+        return chain([self.pad], chain.from_iterable(row["input_ids"] for row in rows))
 
     def run(self) -> Run:
         try:

@@ -214,14 +214,17 @@ def measured(rows: list[dict]) -> str:
             f"{'' if step['kept'] else ', dropped'}"
             for step in row["tried"]
         )
-        text += f"*Settings of the `Trainer` tried, one on top of the other: {tried}.*\n\n"
+        once = all(step["faster"].get("min") == step["faster"].get("max") for step in row["tried"])
+        how = ", compared once each" if once else ""
+        text += f"*Settings of the `Trainer` tried, one on top of the other{how}: {tried}.*\n\n"
     text += "".join(f"*{line}*\n\n" for line in missing)
     return text + stamp(rows[0])
 
 
 def stamp(row: dict) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
-    return f"*`{row['command']}`; {row['device']}, {row['threads']} threads; {versions}; {row['date']}.*"
+    beside = f"; {row['remark']}" if "remark" in row else ""
+    return f"*`{row['command']}`; {row['device']}, {row['threads']} threads; {versions}; {row['date']}{beside}.*"
 
 
 def speed() -> str:

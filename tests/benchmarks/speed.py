@@ -154,7 +154,7 @@ def main() -> None:
             parser.error("--toy needs --results FOLDER: toy numbers are no results")
     for part, run in zip(PARTS, (run_fine_tune, run_features), strict=True):
         if args.part in (None, part):
-            table = SpeedTable(f"python tests/benchmarks/speed.py --part {part}", args.results)
+            table = SpeedTable(f"python tests/benchmarks/speed.py --part {part} --rounds {args.rounds}", args.results)
             run(args, table, f"{part}: MiniLM, {args.count} sentences of rotten-tomatoes, float32")
 
 
