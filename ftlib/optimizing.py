@@ -26,11 +26,11 @@ class Tuning:
     strategy: str
     options: dict[str, Any]
     names: tuple[str, ...] = ()  # of the parameters that train
-    scales: dict[nn.Parameter, float] = field(default_factory=dict)  # share of the learning rate, 1 for all others
-    stages: list[list[nn.Parameter]] = field(default_factory=list)  # gradual unfreezing: frozen at first, top first
+    scales: dict[str, float] = field(default_factory=dict)  # parameter -> share of the learning rate, 1 for all others
+    stages: list[list[str]] = field(default_factory=list)  # gradual unfreezing: parameters frozen at first, top first
     until: float = 0.0  # share of the steps after which all stages are free
     strength: float = 0.0  # of L2-SP
-    start: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
+    start: dict[str, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
     peft: Any = None  # the PeftModel around the model's modules
 
 
@@ -66,8 +66,8 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = name not in spared and parameter not in tuning.start
-            found.setdefault((tuning.scales.get(parameter, 1.0), decayed), []).append(parameter)
+            decayed = name not in spared and name not in tuning.start
+            found.setdefault((tuning.scales.get(name, 1.0), decayed), []).append(parameter)
     if not found:
         raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
     return [
@@ -86,12 +86,13 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.
     """
     tuning = tuning_of(model)
     if tuning is not None and tuning.strength:
+        starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
 
         def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter in tuning.start and parameter.grad is not None:
-                        regularization.pull_(parameter, tuning.start[parameter], group["lr"] * tuning.strength)
+                    if parameter in starts and parameter.grad is not None:
+                        regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
 
         optimizer.register_step_pre_hook(towards_the_start)
     if l1:
@@ -111,15 +112,16 @@ def begin_step(model: nn.Module, step: int, total: int) -> None:
         return
     end = tuning.until * total
     free = int(len(tuning.stages) * step / end) if step < end else len(tuning.stages)
+    parameters = dict(model.named_parameters())
     for place, stage in enumerate(tuning.stages):
-        for parameter in stage:
-            parameter.requires_grad_(place < free)
+        for name in stage:
+            parameters[name].requires_grad_(place < free)
 
 
 def follows_steps(model: nn.Module) -> bool:
     """Whether the strategy looks at single steps or weights: then the optimizer must hold the parameters themselves."""
     tuning = tuning_of(model)
-    return tuning is not None and bool(tuning.stages or tuning.start or tuning.scales)
+    return tuning is not None and bool(tuning.stages or tuning.start)
 
 
 def check_distributed(model: nn.Module, how: str) -> None:

@@ -201,9 +201,9 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
     if strategy == "layer-norm":
         return [module for module in base.modules() if normalizes(module)]
     if strategy in ("gradual-unfreezing", "layer-decay"):
-        below = _depths(model)[1]
+        below = _downwards(model)
         decay = _share("decay", options.get("decay", 0.9 if strategy == "layer-decay" else 1.0))
-        tuning.scales = {p: decay**depth for depth, layer in enumerate(below) for p in layer if decay != 1}
+        tuning.scales = {name: decay**depth for depth, layer in enumerate(below) for name in layer if decay != 1}
         if strategy == "gradual-unfreezing":
             tuning.until, tuning.stages = _share("until", options.get("until", 0.5)), below
         return [model]
@@ -212,7 +212,8 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
             raise ValueError(f"strength={strength!r}: need a number of at least 0")
         tuning.strength = strength
-        tuning.start = {p: p.detach().clone() for p in base.parameters()}
+        inside = {id(p) for p in base.parameters()}
+        tuning.start = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in inside}
         return [model]
     if strategy == "lora":
         adapters.add_lora(base, **options)
@@ -230,19 +231,24 @@ def _share(name: str, value: Any, *, below: bool = False) -> float:
     return float(value)
 
 
-def _depths(model: nn.Module) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
-    """The parameters above the layers (head, pooler, a last norm), and a list each for the layers from the top down,
-    the last one for the embeddings and whatever else lies below the first layer."""
-    base, layers = base_model_of(model), encoder_layers(model)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    before, above, reached = [], [], False
-    for name, parameter in base.named_parameters():  # in the order of the modules: embeddings, layers, the rest
-        reached = reached or id(parameter) in inside
-        if id(parameter) not in inside:
-            (above if reached and "embed" not in name.split(".")[0] else before).append(parameter)
-    encoder_ids = {id(p) for p in base.parameters()}
-    head = [p for p in model.parameters() if id(p) not in encoder_ids]
-    return [*head, *above], [*(list(layer.parameters()) for layer in reversed(layers)), before]
+def _downwards(model: nn.Module) -> list[list[str]]:
+    """The names of the encoder's parameters, a list a layer from the top down, the last one of the embeddings.
+
+    What stands above the layers (head, pooler, a last normalization) is not among them.
+    """
+    layers = encoder_layers(model)
+    place = {id(p): depth for depth, layer in enumerate(reversed(layers)) for p in layer.parameters()}
+    first = next(iter(layers[0].parameters()))
+    lists: list[list[str]] = [[] for _ in range(len(layers) + 1)]
+    below = True  # parameters come in the order of the modules: embeddings, layers, the rest
+    inside = {id(p) for p in base_model_of(model).parameters()}
+    for name, parameter in model.named_parameters():
+        below = below and parameter is not first
+        if id(parameter) in place:
+            lists[place[id(parameter)]].append(name)
+        elif id(parameter) in inside and (below or "embed" in name):
+            lists[-1].append(name)
+    return lists
 
 
 def report(model: nn.Module, strategy: str = "as set") -> TuneReport:

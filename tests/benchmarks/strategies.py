@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -104,8 +105,10 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
         wanted = {start - 1, start, start + 1}
         while wanted:
             for place in sorted(wanted):
-                key = {"part": "search", "strategy": strategy, "rate": LADDER[place], "count": small}
-                found = table.row(key, lambda s=strategy, r=LADDER[place]: train(s, r, small, SEARCH_SEED, "validation"))
+                key = {"part": "search", "strategy": strategy, "count": small}
+                rate = LADDER[place]
+                run = partial(train, strategy, rate, small, SEARCH_SEED, "validation")
+                found = table.row(key | {"rate": rate}, run)
                 tried[place] = found["validation"]
             best = max(tried, key=lambda place: (tried[place], place))
             wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
@@ -116,7 +119,7 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
             rate = search(strategy)
             for count in SIZES[corpus]:
                 key = {"part": "accuracy", "strategy": strategy, "rate": rate, "count": count, "seed": seed}
-                table.row(key, lambda s=strategy, r=rate, c=count, k=seed: train(s, r, c, k, "test"))
+                table.row(key, partial(train, strategy, rate, count, seed, "test"))
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
