@@ -16,7 +16,7 @@ from torch import nn
 
 from ftlib import regularization
 
-SCHEDULES = ("constant", "linear", "cosine", "exponential", "range")
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass
@@ -165,7 +165,7 @@ def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: 
     >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
     [0.0, 1.0, 0.67, 0.33, 0.0]
     """
-    if schedule not in SCHEDULES:
+    if schedule not in (*SCHEDULES, "range"):
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if step < warmup:
         return step / warmup
