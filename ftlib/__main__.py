@@ -94,11 +94,16 @@ def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
     """The run's TrainConfig; errors come before anything is loaded and name the file."""
     from ftlib.multitask import KINDS
     from ftlib.settings import TrainConfig
-    from ftlib.tuning import STRATEGIES
+    from ftlib.tuning import OPTIONS
 
-    for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy_of(run)[0], STRATEGIES)):
+    strategy, options = strategy_of(run)
+    for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):
         if value not in choices:
             raise ValueError(f"{path}: unknown {key} {value!r}; choose one of {', '.join(choices)}")
+    for key in options:
+        if key not in OPTIONS[strategy]:
+            takes = ", ".join(OPTIONS[strategy]) or "no options"
+            raise ValueError(f"{path}: unknown key {key!r} in [tune]; {strategy!r} takes {takes}")
     known = sorted(field.name for field in dataclasses.fields(TrainConfig))
     for key in run.get("train", {}):
         if key not in known:

@@ -18,7 +18,7 @@ from torch import nn
 from ftlib import adapters, regularization
 from ftlib.optimizing import Tuning, normalizes, tuning_of
 
-_OPTIONS = {  # strategy -> its options
+OPTIONS = {  # strategy -> its options
     "full": (),
     "head-only": (),
     "last-layers": ("layers",),
@@ -33,7 +33,7 @@ _OPTIONS = {  # strategy -> its options
     "houlsby": ("reduction", "seed"),
     "pfeiffer": ("reduction", "seed"),
 }
-STRATEGIES = tuple(_OPTIONS)
+STRATEGIES = tuple(OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
                 the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
             "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;
                 head and last layer have the full one (same source; Sun et al. 2019, arXiv:1905.05583).
-            "l2-sp" (strength=0.01): everything, with decay towards the pretrained weights and not towards zero.
+            "l2-sp" (strength=10.0): everything, drawn by learning rate * strength a step towards the pretrained weights.
             "mixout" (p=0.7): everything, with dropout towards the pretrained weights; both: `regularization`.
             "lora" (rank=8, alpha=16, targets=None, dropout=0.0, rslora=False, base_bits=None): targets are endings of
                 layer names, "all-linear", or None, the query and value projections; base_bits=8 or 4 keeps the
@@ -122,9 +122,9 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     6
     """
     named = isinstance(strategy, str)
-    if named and strategy not in _OPTIONS:
+    if named and strategy not in OPTIONS:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    known = _OPTIONS[strategy] if named else ("seed",)
+    known = OPTIONS[strategy] if named else ("seed",)
     for name in options:
         if name not in known:
             what = f"takes {', '.join(known)}" if known else "takes no options"
@@ -208,7 +208,7 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
             tuning.until, tuning.stages = _share("until", options.get("until", 0.5)), below
         return [model]
     if strategy == "l2-sp":
-        strength = options.get("strength", 0.01)
+        strength = options.get("strength", 10.0)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
             raise ValueError(f"strength={strength!r}: need a number of at least 0")
         tuning.strength = strength
