@@ -103,7 +103,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
                 the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
             "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;
                 head and last layer have the full one (same source; Sun et al. 2019, arXiv:1905.05583).
-            "l2-sp" (strength=10.0): everything, drawn by learning rate * strength a step towards the pretrained weights.
+            "l2-sp" (strength=10.0): everything, pulled by learning rate * strength a step to the pretrained weights.
             "mixout" (p=0.7): everything, with dropout towards the pretrained weights; both: `regularization`.
             "lora" (rank=8, alpha=16, targets=None, dropout=0.0, rslora=False, base_bits=None): targets are endings of
                 layer names, "all-linear", or None, the query and value projections; base_bits=8 or 4 keeps the
