@@ -83,7 +83,8 @@ def strategies() -> str:
         "smaller size, by validation accuracy). **Bold: the best of the column and all that tie with it**, that is, "
         "whose mean ± deviation overlaps the best's. The step is one of 32 film reviews with `unpad`, as a ratio to "
         "full fine-tuning's in the same round; peak memory is of the whole process; moments are what AdamW keeps; "
-        "saved is what `ftlib.save` writes (adapters with their head).\n\n"
+        "saved is what `ftlib.save` writes (adapters with their head). On a GPU, with 5 seeds: not measured yet "
+        "(`python tests/benchmarks/strategies.py --seeds 5`).\n\n"
         f"{results_table(rows, digits=digits)._repr_markdown_()}\n\n"
         f"{drawn}\n\n{stamps}"
     )
