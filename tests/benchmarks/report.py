@@ -321,7 +321,8 @@ def strategies_picture() -> None:
         for ax, key, label in zip(
             line, ("trainable", "of_full"), ("trainable parameters", "time of a step, × full fine-tuning"), strict=True
         ):  # fmt: skip
-            for name, (mean, std) in points.items():
+            for name in costs:  # one order, so one colour, in all four
+                mean, std = points[name]
                 where = [costs[name][key]], [mean], [std]
                 plots.points_with_errors(*where, name, ax, xlabel=label, ylabel="test accuracy")
             ax.set_xscale("log" if key == "trainable" else "linear")
