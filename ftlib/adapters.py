@@ -98,17 +98,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / 127).to(linear.weight.dtype)  # (out, 1)
-        codes = (weight / scale.float()).round().clamp(-127, 127)  # a scale in half precision is itself rounded
-        self.register_buffer("codes", codes.to(torch.int8))  # (out, in)
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        weight = linear.weight.detach().float()  # in half precision scales would round, and codes go above 127
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
+        self.register_buffer("codes", (weight / scale).round().to(torch.int8))  # (out, in)
         self.register_buffer("scale", scale)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.codes * self.scale
+        return (self.codes * self.scale).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -135,6 +134,7 @@ def _four_bits(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, linear.bias is not None,
         compute_dtype=linear.weight.dtype, quant_type="nf4",
     )  # fmt: skip
+    new.support_avx512bf16_for_cpu = False  # its layout for this, once made by evaluating, has no gradients
     new.load_state_dict({name: p.detach() for name, p in linear.named_parameters()})
     return new.requires_grad_(False).to(linear.weight.device)  # quantizes on the way to the device
 
@@ -284,6 +284,8 @@ def _fill(model: nn.Module, config: Any) -> None:
         config.token_dim = wide if words else model.config.hidden_size
         config.num_layers = config.num_layers or model.config.num_hidden_layers
         config.num_attention_heads = config.num_attention_heads or model.config.num_attention_heads
+    if getattr(config, "target_modules", None) == "all-linear":  # PEFT would take a linear layer of the head too
+        config.target_modules = _matching(linears(model), "all-linear")
     unset = hasattr(config, "target_modules") and not config.target_modules
     if unset and config.peft_type == "LN_TUNING":
         config.target_modules = [n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
@@ -313,9 +315,15 @@ def merge_peft(wrapper: Any) -> None:
     """Fold PEFT's adapter into the layers and take it out, in place.  Raises ValueError for what has no such form."""
     if wrapper.active_peft_config.is_prompt_learning or not hasattr(wrapper.base_model, "merge_and_unload"):
         raise ValueError(f"{wrapper.active_peft_config.peft_type.value} can't be merged into weights; save it as it is")
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = wrapper.get_base_model()  # its heads are taken out here: PEFT can't for a pooler, nor after LN tuning
+    heads = {name: m for name, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    _replace(inner, {name: head.modules_to_save[wrapper.active_adapter] for name, head in heads.items()})
     try:
         wrapper.merge_and_unload()
     except NotImplementedError as error:
+        _replace(inner, heads)
         raise ValueError(f"PEFT can't merge {wrapper.active_peft_config.peft_type.value}: {error}") from error
 
 
