@@ -260,7 +260,7 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
             f"{config.peft_type.value} goes into past_key_values, which {model.config.model_type} models do not take; "
             "use peft.PromptTuningConfig, or a BERT, RoBERTa or ELECTRA model"
         )
-    _fill(model, config)
+    _fill(model, config, head)
     inner = copy.copy(model)
     try:
         wrapper = peft.get_peft_model(inner, config)
@@ -274,7 +274,7 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     return wrapper
 
 
-def _fill(model: nn.Module, config: Any) -> None:
+def _fill(model: nn.Module, config: Any, head: list[str]) -> None:
     """What PEFT would ask for, because it does not know the model type or reads one name in its config only."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
@@ -288,7 +288,8 @@ def _fill(model: nn.Module, config: Any) -> None:
         config.target_modules = _matching(linears(model), "all-linear")
     unset = hasattr(config, "target_modules") and not config.target_modules
     if unset and config.peft_type == "LN_TUNING":
-        config.target_modules = [n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+        norms = [n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+        config.target_modules = [n for n in norms if not n.startswith(tuple(f"{name}." for name in head))]
     elif unset and config.peft_type != "IA3" and model.config.model_type not in known:
         config.target_modules = _matching(linears(model), None)
 
