@@ -87,7 +87,9 @@ def test_l1_in_fit_makes_zeros_of_weights_alone(tiny_model):
     first = dict(tiny_model().named_parameters())
     assert all(zeros[name] <= float((first[name] == 0).float().mean()) for name in spared)
     words = model.bert.embeddings.word_embeddings.weight[60:]  # that never occur: they shrink too
-    assert float(words.detach().abs().sum()) < float(first["bert.embeddings.word_embeddings.weight"].detach()[60:].abs().sum())
+    assert float(words.detach().abs().sum()) < float(
+        first["bert.embeddings.word_embeddings.weight"].detach()[60:].abs().sum()
+    )
 
 
 def test_nothing_happens_in_a_step_that_overflowed(tiny_model):
@@ -147,9 +149,7 @@ def test_r_drop_has_the_gradient_of_its_definition():
 
 def test_r_drop_in_fit(tiny_model):
     rows = make_rows(8)
-    runs = {
-        r: fit(tiny_model(), rows, config=quick(r_drop=r, optimizer="sgd", micro_batch_size=2)) for r in (0.0, 1.0)
-    }
+    runs = {r: fit(tiny_model(), rows, config=quick(r_drop=r, optimizer="sgd", micro_batch_size=2)) for r in (0.0, 1.0)}
     assert steps(runs[0.0]) == pytest.approx(steps(runs[1.0]), abs=1e-6)  # no dropout: both passes agree
     dropped = [
         fit(tiny_model(), rows, config=quick(r_drop=r, dropout=0.5, epochs=1, max_steps=1)).history[0]["loss"]
@@ -228,7 +228,10 @@ def test_mixout_keeps_a_trained_model_nearer(tiny_model):
         tune(model, "mixout", p=p)
         fit(model, make_rows(8), config=quick(optimizer="sgd", learning_rate=0.05, max_grad_norm=None))
         assert all("forward" in vars(m) for n, m in model.named_modules() if n.endswith("self.query"))
-        far.append(weights(model)["bert.encoder.layer.0.output.dense.weight"] - start["bert.encoder.layer.0.output.dense.weight"])
+        far.append(
+            weights(model)["bert.encoder.layer.0.output.dense.weight"]
+            - start["bert.encoder.layer.0.output.dense.weight"]
+        )
     assert all(float(x.norm()) > 0 for x in far) and not torch.equal(*far)
 
 

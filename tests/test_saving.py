@@ -100,7 +100,11 @@ def test_adapters_come_back_with_their_head(base, tmp_path, name, model_type):
     tune(model, name if name in STRATEGIES else "lora", **options)
     train(model, make_rows(8))
     folder = save(model, tmp_path / "m")
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "ftlib.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "ftlib.json",
+    }
     back = load(folder)
     assert type(back) is type(model) and not back.training and back.config.num_labels == 3
     assert_close(logits(back), logits(model), atol=1e-6, rtol=0)
@@ -317,7 +321,7 @@ def test_weights_that_the_model_lacks_are_said(base, tmp_path):
         folder = save(model, tmp_path / "m")
         path = folder / "adapter_model.safetensors"
         save_file(load_file(path) | {"base_model.model.bert.lora_C.weight": torch.ones(2)}, path)
-        with pytest.raises(ValueError, match="has weights that the model lacks: .*lora_C"):
+        with pytest.raises(ValueError, match=r"has weights that the model lacks: .*lora_C"):
             load(folder)
 
 

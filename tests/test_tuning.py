@@ -82,7 +82,7 @@ def test_calling_it_again_starts_anew(tiny_model):
         (dict(strategy="lora", dropout=1), "dropout=1: need a number from 0 to below 1"),
         (dict(strategy="lora", base_bits=2), "base_bits=2: choose None"),
         (dict(strategy="lora", seed=0.5), "seed=0.5: need a whole number"),
-        (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; the layers have dense, key"),
+        (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; .* dense, key"),
         (dict(strategy="lora", targets=["query", "q"]), r"targets=\['q'\] match no linear layer"),
         (dict(strategy="lora", targets="query"), "targets='query': pass 'all-linear' or a list of names"),
         (dict(strategy="houlsby", reduction=0.5), "reduction=0.5: need a number of at least 1"),
@@ -388,7 +388,7 @@ def test_what_peft_configurations_are_refused(tiny_model):
 @pytest.mark.parametrize(
     ("model_type", "config", "message"),
     [
-        ("distilbert", lambda p: p.IA3Config(), r"target_modules.*linear layers here: k_lin, lin1, lin2, out_lin, q_lin"),
+        ("distilbert", lambda p: p.IA3Config(), r"target_modules.*linear layers here: k_lin, lin1, lin2, out_lin"),
         ("bert", lambda p: p.LoraConfig(target_modules=["q_proj"]), r"linear layers here: dense, key, query, value"),
         ("bert", lambda p: p.PromptTuningConfig(num_virtual_tokens=40), "num_virtual_tokens=40: need 1 to 39"),
         ("bert", lambda p: p.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens=0: need 1 to 39"),
