@@ -1,7 +1,7 @@
 """Small trainable modules inside a frozen encoder: LoRA and bottleneck adapters; PEFT's methods through PEFT.
 
 An adapter takes the place of an `nn.Linear` and holds it: y = W x + b + (something small and trainable).  Both kinds
-start as exactly the pretrained model.  `pack` and `unpack` are PEFT's file format, with the task head in it.
+start as exactly the pretrained model.  `saving` writes them to disk in PEFT's format, with the task head.
 
 To copy this module you need: adapters.py, rows.py and torch (peft for its methods, bitsandbytes for base_bits=4).
 Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); Houlsby et al. 2019
