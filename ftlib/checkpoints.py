@@ -1,7 +1,7 @@
 """Training states on disk, so that a run can go on: safetensors and JSON, never pickle; written aside, then renamed.
 
-To copy this module you need: checkpoints.py, saving.py, tuning.py, adapters.py, optimizing.py, regularization.py,
-speedups.py, distributed.py, torch and safetensors.
+To copy this module you need: checkpoints.py, saving.py, tuning.py, adapters.py, rows.py, optimizing.py,
+regularization.py, speedups.py, distributed.py, torch and safetensors.
 """
 
 import hashlib

@@ -51,18 +51,21 @@ def _no_decay_names(model: nn.Module) -> Iterator[str]:
                 yield f"{module_name}.{name}" if module_name else name
 
 
-def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01, spare: bool = True
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
 
     Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
-    BERT's own optimizer and of the stock `Trainer`.  After `tune(model, "layer-decay")` there are two a layer, with
-    "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay towards zero.
+    BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After `tune(model, "layer-decay")`
+    there are two a layer, with "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay
+    towards zero.
     Raises ValueError when nothing is trainable.
 
     >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
     [1, 1]
     """
-    spared, tuning = set(_no_decay_names(model)), tuning_of(model) or Tuning("as set", {})
+    spared, tuning = set(_no_decay_names(model) if spare else ()), tuning_of(model) or Tuning("as set", {})
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -82,14 +85,18 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
     """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
 
-    The hooks run only when a step is taken, so not when fp16's gradients overflowed.
+    Nothing is done where fp16's gradients overflowed, so that no step is taken.
     """
     tuning = tuning_of(model)
+
+    def overflowed() -> bool:  # a fused optimizer is called then too, and told so
+        return bool(getattr(optimizer, "found_inf", None))
+
     if tuning is not None and tuning.strength:
         starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
 
         def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
+            for group in [] if overflowed() else optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter in starts and parameter.grad is not None:
                         regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
@@ -98,7 +105,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.
     if l1:
 
         def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
+            for group in [] if overflowed() else optimizer.param_groups:
                 for parameter in group["params"] if group["decayed"] else []:
                     regularization.shrink_(parameter, group["lr"] * l1)
 

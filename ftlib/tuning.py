@@ -5,7 +5,7 @@ subset by setting `requires_grad`, nothing else.  LoRA and the adapters freeze t
 inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
 stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
 
-To copy this module you need: tuning.py, adapters.py, optimizing.py, regularization.py, speedups.py and torch.
+To copy this module you need: tuning.py, adapters.py, rows.py, optimizing.py, regularization.py, speedups.py and torch.
 """
 
 import math
@@ -259,6 +259,8 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
     marks = adapters.peft_marks(getattr(tuning_of(model), "peft", None))
     for full_name, parameter in model.named_parameters():
+        if ".original_module." in full_name:  # PEFT keeps the head as it came beside the one that trains
+            continue
         name = in_encoder.get(id(parameter))
         if id(parameter) in own or any(mark in full_name for mark in marks):
             part = "adapters"
@@ -268,6 +270,7 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
             part = next((part for part in ("embeddings", "pooler") if part in name.split(".")), "layers")
         groups[part][1] += parameter.numel()
         groups[part][0] += parameter.numel() if parameter.requires_grad else 0
+    groups["layers"][1] += sum(m.codes.numel() for m in model.modules() if isinstance(m, adapters.Int8Linear))
     trainable, total = (sum(counts[i] for counts in groups.values()) for i in (0, 1))
     kept = {name: (t, n) for name, (t, n) in groups.items() if n}
     return TuneReport(strategy, trainable, total, kept, optimizer_bytes=2 * 4 * trainable)
