@@ -376,7 +376,8 @@ def test_gate_catches_a_file_name_without_a_number(project, capsys):
 
 def test_a_letter_belongs_to_the_number(project, capsys):
     for path in (project / "notebooks").rglob("01_counting.ipynb"):
-        path.write_text(path.read_text().replace("# 01 Counting", "# 01b Counting").replace("01_counting", "01b_counting"))
+        text = path.read_text().replace("# 01 Counting", "# 01b Counting").replace("01_counting", "01b_counting")
+        path.write_text(text)
         path.rename(path.with_name("01b_counting.ipynb"))
     assert findings(project, capsys) == []
 
