@@ -98,7 +98,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
             "last-layers" (layers=2): and the last Transformer layers.
             "frozen-embeddings": and all Transformer layers.
             "bitfit": and all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
-            "layer-norm": and all normalization layers (Qi et al. 2022, arXiv:2204.00862).
+            "layer-norm": and all normalization layers (Qi et al. 2022, arXiv:2211.08682).
             "gradual-unfreezing" (until=0.5, decay=1.0): the head first; the layers join from the top, one after
                 the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
             "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;

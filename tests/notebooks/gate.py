@@ -122,7 +122,7 @@ def check_compared(outputs: list[dict]) -> Iterator[tuple[str, str]]:
 def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution: bool) -> Iterator[Finding]:
     """The first cell: number and title, promise, what it needs, time and memory, badge."""
     first = notebook["cells"][0] if notebook["cells"] else {"cell_type": "", "source": ""}
-    text, number = cells.source(first), path.name[:2]
+    text, number = cells.source(first), path.name.split("_")[0]
     if not re.fullmatch(r"\d\d[a-z]?_[a-z0-9_]+\.ipynb", path.name):
         yield None, f"the name {path.name}", "name it NN_topic.ipynb"
     if first["cell_type"] != "markdown" or not re.match(rf"# {number} \S", text):

@@ -374,6 +374,14 @@ def test_gate_catches_a_file_name_without_a_number(project, capsys):
     assert any("the name Counting.ipynb" in line for line in findings(project, capsys))
 
 
+def test_a_letter_belongs_to_the_number(project, capsys):
+    for path in (project / "notebooks").rglob("01_counting.ipynb"):
+        text = path.read_text().replace("# 01 Counting", "# 01b Counting").replace("01_counting", "01b_counting")
+        path.write_text(text)
+        path.rename(path.with_name("01b_counting.ipynb"))
+    assert findings(project, capsys) == []
+
+
 def test_a_function_may_be_the_answer(project, capsys):
     first, second = lesson(), solutions()
     first["cells"][11]["source"] = "def answer_1(x):\n    return ..."
