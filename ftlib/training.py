@@ -122,6 +122,8 @@ class _Loop:
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
+        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
@@ -142,8 +144,6 @@ class _Loop:
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
         self.random_state = checkpoints.random_state(device)
         self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
-        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
 
     def _words(self) -> Iterator[int] | None:
         """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
