@@ -34,8 +34,8 @@ _HOME = {  # public name -> module that defines it
     "stored_results": "environment",
 }
 _MODULES = (
-    "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment", "features",
-    "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
+    "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed", "environment",
+    "features", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
     "pretrained", "rows", "settings", "speedups", "steps", "training", "tuning", "unpadding",
 )  # fmt: skip
 
