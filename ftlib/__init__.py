@@ -18,6 +18,7 @@ _HOME = {  # public name -> module that defines it
     "unpad": "unpadding",
     "repad": "unpadding",
     "tune": "tuning",
+    "merge": "tuning",
     "extract_features": "features",
     "MultiTaskModel": "multitask",
     "Head": "multitask",
@@ -25,18 +26,20 @@ _HOME = {  # public name -> module that defines it
     "TrainConfig": "training",
     "Run": "training",
     "fit": "training",
+    "find_learning_rate": "search",
     "evaluate": "training",
     "predict": "training",
-    "save": "checkpoints",
-    "load": "checkpoints",
+    "save": "saving",
+    "load": "saving",
     "setup": "environment",
     "measure": "memory",
     "stored_results": "environment",
 }
 _MODULES = (
-    "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed", "environment",
-    "features", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
-    "pretrained", "rows", "settings", "speedups", "steps", "training", "tuning", "unpadding",
+    "adapters", "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed", "environment",
+    "features", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
+    "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings", "speedups", "steps",
+    "training", "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

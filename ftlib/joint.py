@@ -15,6 +15,7 @@ What it costs: one forward and one backward pass, as for one task, except
 To copy this module you need: joint.py, balancing.py, distributed.py and torch.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,25 @@ from torch import nn
 
 from ftlib import distributed
 from ftlib.balancing import GRADIENTS, TaskWeights, Weighting, cosines
+
+
+def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int) -> "Joint | None":
+    """What keeps the tasks of a run, None for a model of one task; `epoch`: steps an epoch.
+
+    Raises ValueError for settings of tasks that have no meaning here, and for what `Joint` refuses.
+    """
+    if "" in parts and config.task_sampler != "temperature":
+        raise ValueError(f"task_sampler={config.task_sampler!r} needs several datasets: {{task: dataset}}")
+    if hasattr(model, "tasks"):
+        return Joint(model, config, precision, epoch)
+    if config.task_weighting != "fixed" or config.task_gradients or config.task_cosines:
+        raise ValueError("task_weighting, task_gradients and task_cosines need a MultiTaskModel")
+    return None
+
+
+def described(method: Any) -> str | None:
+    """A method of joining gradients in words that are the same in the next process."""
+    return method if method is None or isinstance(method, str) else re.sub(" at 0x[0-9a-f]+", "", repr(method))
 
 
 class Joint:
@@ -55,16 +75,15 @@ class Joint:
         self.every = config.task_cosines
         self.even = self.how != "fixed" or self.combine is not None
 
-    def attach(self, trainable: list[nn.Parameter]) -> None:
-        """Take the parameters that move: the encoder's are shared, the others the heads' own."""
-        inside = {id(p) for p in self.model.encoder.parameters()}
-        self.parameters = sorted(trainable, key=lambda p: id(p) not in inside)  # the shared ones first
-        self.shared = sum(p.numel() for p in trainable if id(p) in inside)
+    def _attach(self) -> None:
+        """Take the parameters that move in this step: the encoder's are shared, the others the heads' own."""
+        shared = [p for p in self.model.encoder.parameters() if p.requires_grad]
+        self.parameters = shared + [p for p in self.model.heads.parameters() if p.requires_grad]
+        self.shared = sum(p.numel() for p in shared)
         self.layer: list[nn.Parameter] = []
         if self.how == "gradnorm":
             lists = [module for module in self.model.encoder.modules() if isinstance(module, nn.ModuleList)]
             last = {id(p) for layers in lists[:1] for p in layers[-1].parameters()}
-            shared = [p for p in trainable if id(p) in inside]
             self.layer = [p for p in shared if id(p) in last] or shared
 
     def begin(self, step: int, shares: dict[str, float], look: Callable[[], torch.Tensor], cut: bool) -> None:
@@ -73,6 +92,7 @@ class Joint:
         shares: of the step's rows, for every task, 0 for one without labelled items.  look: gives this process's share
         of the mean losses, (tasks,), without gradients.  cut: whether there are several micro-batches.
         """
+        self._attach()
         device = next(self.model.parameters()).device
         self.there = torch.tensor([shares[task] > 0 for task in self.tasks])
         count = max(int(self.there.sum()), 1)
@@ -135,7 +155,7 @@ class Joint:
                 for j, second in enumerate(there[:i]):
                     if found[i, j].isfinite():
                         self.cosines[f"cosine/{self.tasks[second]}/{self.tasks[first]}"] = float(found[i, j])
-        joined = self._joined(rows) if self.combine and there and self.means.isfinite().all() else rows.sum(0)
+        joined = self._joined(rows) if self.combine and there and self.shared and self.means.isfinite().all() else rows.sum(0)
         flat = torch.cat([joined, self.jacobian[:, self.shared :].sum(0)])
         parts = flat.split([p.numel() for p in self.parameters])
         for parameter, gradient, used in zip(self.parameters, parts, self.used.tolist(), strict=True):
@@ -158,7 +178,8 @@ class Joint:
         losses = self._nan_where_absent(self.means)
         lengths = distributed.all_sum(self.last).norm(dim=1).cpu().double() if self.layer else None
         after = self._known(look()) if self.how == "famo" else None
-        self.weights.learn(losses, lengths=lengths, after=after)
+        if self.how != "gradnorm" or self.layer:  # not so while the whole encoder is frozen
+            self.weights.learn(losses, lengths=lengths, after=after)
         if (self.step + 1) % self.epoch == 0:
             self.weights.end_epoch()
         there = [place for place, here in enumerate(self.there.tolist()) if here]

@@ -75,6 +75,16 @@ def items(label: Any, kind: str) -> int:
     return len(values) if kind == "regression" else sum(value != IGNORE for value in values)
 
 
+def counts(rows: list[dict], tasks: dict[str, tuple[str, int]]) -> tuple[dict[str, int], dict[str, float]]:
+    """{task: labelled items of the step}, and {task: its share of the rows}, 0 without labelled items."""
+    found, shares = {}, {}
+    for task, (kind, _) in tasks.items():
+        own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
+        found[task] = sum(items(label, kind) for label in own)
+        shares[task] = len(own) / len(rows) if found[task] else 0.0
+    return found, shares
+
+
 # ------------------------------------------------------------------------------------------------ micro-batches
 
 

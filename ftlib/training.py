@@ -5,8 +5,8 @@ over labelled items and divided by the number of labelled items of the whole ste
 processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
 
 To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
-rows.py, batching.py, losses.py, tuning.py, multitask.py, joint.py, balancing.py, distributed.py, checkpoints.py,
-torch and transformers
+rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, joint.py, balancing.py, distributed.py,
+checkpoints.py, saving.py, tuning.py, adapters.py, torch and transformers
 (metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, losses, modes, steps
-from ftlib.joint import Joint
+from ftlib import checkpoints, distributed, joint, losses, modes, optimizing, regularization, steps
 from ftlib.memory import measure
+from ftlib.optimizing import parameter_groups, schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
 from ftlib.speedups import SeenRows
-from ftlib.tuning import parameter_groups, schedule_factor
 
 __all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
 
@@ -117,25 +116,23 @@ class _Loop:
         kinds = {kind for kind, _ in self.tasks.values()}
         if config.label_smoothing and loss is None and not any(kind in _SMOOTHED for kind in kinds):
             raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(kinds))}")
+        if config.r_drop and any(kind == "regression" for kind in kinds):
+            raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
+        optimizing.check_distributed(model, config.distributed)
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
         self.rows = sum(len(rows) for rows in parts.values())
         self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
-        self.joint = Joint(model, config, precision, self.steps_per_epoch) if "" not in self.tasks else None
-        if self.joint is None and (config.task_weighting != "fixed" or config.task_gradients or config.task_cosines):
-            raise ValueError("task_weighting, task_gradients and task_cosines need a MultiTaskModel")
-        if "" in parts and config.task_sampler != "temperature":
-            raise ValueError(f"task_sampler={config.task_sampler!r} needs several datasets: {{task: dataset}}")
+        self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
+        optimizing.attach(self.optimizer, model, l1=config.l1)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.wrapped = distributed.wrap(model)
         self.graphs = config.compile == "reduce-overhead"
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
         self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
-        if self.joint:
-            self.joint.attach(self.trainable)
         self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
         self.upcoming: list[dict] | None = None  # the rows of the step after this one
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
@@ -145,12 +142,15 @@ class _Loop:
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
         self.random_state = checkpoints.random_state(device)
         self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
+        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
 
     def _words(self) -> Iterator[int] | None:
         """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
         config = self.config
         decay_is_a_factor = config.optimizer == "adamw" or not config.weight_decay
-        if not config.shortcuts or config.compile or not decay_is_a_factor or distributed.world_size() > 1:
+        plain = decay_is_a_factor and not config.l1 and not optimizing.follows_steps(self.model)
+        if not config.shortcuts or config.compile or not plain or distributed.world_size() > 1:
             return None
         rows = chain.from_iterable(self.parts.values())
         return chain([self.pad], chain.from_iterable(row["input_ids"] for row in rows))
@@ -160,6 +160,7 @@ class _Loop:
             return self._run()
         finally:
             self.seen.off()
+            optimizing.begin_step(self.model, 1, 1)  # nothing stays frozen that was free
 
     def _run(self) -> Run:
         run, config = self.run_, self.config
@@ -210,7 +211,8 @@ class _Loop:
         config, run = self.config, self.run_
         factor = schedule_factor(step, self.total, schedule=config.schedule, warmup=self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = config.learning_rate * factor * group["scale"]
+        optimizing.begin_step(self.model, step, self.total)
         begun = checkpoints.random_state(self.device)
         while True:
             try:
@@ -253,7 +255,7 @@ class _Loop:
 
     def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
         """This process's share of the step's loss, its gradients added up; and the micro-batches."""
-        items, shares = self._counts(rows)
+        items, shares = steps.counts(rows, self.tasks)
         batches = self.ahead.take(rows)
         if self.joint:
             self.joint.begin(step, shares, lambda: self._look(rows, batches, begun), cut=len(batches) > 1)
@@ -280,34 +282,28 @@ class _Loop:
 
     def _losses(self, forward: Any, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
         """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
-        labels = batch["labels"]
-        logits = forward(**{name: value for name, value in batch.items() if name != "labels"})
+        inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        logits, again = forward(**inputs), forward(**inputs) if self.config.r_drop else None
         if not isinstance(labels, dict):
-            labels, logits = {"": labels}, {"": logits.logits}
+            labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
         parts = {}
         for task in labels:
             value = self.loss[task](logits[task], labels[task])
             if not isinstance(value, torch.Tensor) or value.dim():
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
+            if again is not None:
+                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
+                value = (value + self.loss[task](again[task], labels[task])) / 2 + self.config.r_drop * apart
             parts[task] = value * (weight / max(items[task], 1))
         if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
         return parts
 
-    def _counts(self, rows: list[dict]) -> tuple[dict[str, int], dict[str, float]]:
-        """{task: labelled items of the step}, and the tasks' shares of the rows, 0 without labelled items."""
-        items, shares = {}, {}
-        for task, (kind, _) in self.tasks.items():
-            own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
-            items[task] = sum(steps.items(label, kind) for label in own)
-            shares[task] = len(own) / len(rows) if items[task] else 0.0
-        return items, shares
-
     @torch.no_grad()
     def _look(self, rows: list[dict], batches: list, begun: dict) -> torch.Tensor:
         """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
-        items, _ = self._counts(rows)
+        items, _ = steps.counts(rows, self.tasks)
         now = checkpoints.random_state(self.device)
         means = dict.fromkeys(self.tasks, torch.zeros((), device=self.device))
         checkpoints.set_random_state(begun, self.device)
@@ -375,12 +371,10 @@ class _Loop:
         free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
         free += ("gradient_checkpointing",)  # the same numbers
         config = {name: value for name, value in asdict(self.config).items() if name not in free}
-        if callable(config["task_gradients"]):
-            config["task_gradients"] = getattr(config["task_gradients"], "__qualname__", repr(config["task_gradients"]))
-        parameters = [(name, list(p.shape), p.requires_grad) for name, p in self.model.named_parameters()]
+        config["task_gradients"] = joint.described(config["task_gradients"])
         return {
             "config": config, "steps": self.total, "rows": {name: len(rows) for name, rows in self.parts.items()},
-            "data": self.digest, "model": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+            "data": self.digest, "model": self.model_digest,
         }  # fmt: skip
 
 
@@ -390,7 +384,7 @@ _SMOOTHED = ("sequence-classification", "token-classification")
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     if not config.decay_groups:
-        groups = [group | {"weight_decay": config.weight_decay} for group in groups]
+        groups = [group | {"weight_decay": config.weight_decay, "decayed": True} for group in groups]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])

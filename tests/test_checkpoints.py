@@ -13,8 +13,9 @@ from test_training import LABELS, make_rows, quick, raising, same, weights
 import ftlib.checkpoints as checkpoints
 import ftlib.training as training
 from ftlib.batching import collate
-from ftlib.checkpoints import damage, load, save
+from ftlib.checkpoints import damage
 from ftlib.multitask import Head, MultiTaskModel
+from ftlib.saving import load, save
 from ftlib.training import fit
 from ftlib.tuning import tune
 from ftlib.unpadding import is_unpadded, unpad
@@ -479,11 +480,11 @@ def test_code_in_a_folder_does_not_run(tiny_model, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_adapters_are_saved_and_named(tiny_model, tmp_path):
+def test_adapters_that_peft_made_need_a_base_by_name(tiny_model, tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     folder = save(model, tmp_path / "m")
-    with pytest.raises(ValueError, match="holds a PEFT adapter, not a model"):
+    with pytest.raises(ValueError, match="names no base model; pass base="):
         load(folder)
     save(model, folder)  # over itself
 
