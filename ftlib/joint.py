@@ -5,9 +5,9 @@ items.  With a `task_weighting` or `task_gradients` every task of the step has t
 many of its rows were drawn (draw them alike: task_sampler="uniform").
 
 What it costs: one forward and one backward pass, as for one task, except
-- `task_gradients`: a backward pass and a row of the Jacobian (4 bytes a shared parameter) for each task.  Rows that
-  share no task go through the encoder apart, so no backward pass computes for rows of another task, and where every
-  row has one task the work is that of a plain step.  Each row's forward pass is done once.
+- `task_gradients`: a row of the Jacobian (4 bytes a shared parameter) for each task, and a backward pass for each task
+  a row has.  Only rows of the same tasks go through the encoder together, each once, so no backward pass computes for
+  rows of another task: where every row has one task, the work is that of a plain step, in smaller batches.
 - `task_cosines`: the same in the steps that record them, over all rows at once.
 - "gradnorm": a backward pass through the last layer for each task.
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
@@ -155,7 +155,8 @@ class Joint:
                 for j, second in enumerate(there[:i]):
                     if found[i, j].isfinite():
                         self.cosines[f"cosine/{self.tasks[second]}/{self.tasks[first]}"] = float(found[i, j])
-        joined = self._joined(rows) if self.combine and there and self.shared and self.means.isfinite().all() else rows.sum(0)
+        balance = self.combine and there and self.shared and self.means.isfinite().all()
+        joined = self._joined(rows) if balance else rows.sum(0)
         flat = torch.cat([joined, self.jacobian[:, self.shared :].sum(0)])
         parts = flat.split([p.numel() for p in self.parameters])
         for parameter, gradient, used in zip(self.parameters, parts, self.used.tolist(), strict=True):

@@ -87,7 +87,7 @@ class MultiTaskModel(nn.Module):
         if getattr(encoder, "base_model", encoder) is not encoder:
             raise ValueError(f"{type(encoder).__name__} has a head already; pass the bare encoder: load_model(name)")
         if not isinstance(heads, dict) or not heads:
-            raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}")
+            raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}, each name once")
         self.encoder = encoder
         self.config = encoder.config
         self.specs = dict(heads)

@@ -466,10 +466,37 @@ def test_a_sampler_needs_several_datasets(build):
 
 def test_torchjds_aggregators_plug_in(build):
     theirs = pytest.importorskip("torchjd.aggregation", reason="an extra: pip install torchjd")
-    pytest.importorskip("quadprog", reason="TorchJD projects with it: pip install 'torchjd[quadprog_projector]'")
+    pytest.importorskip("quadprog", reason="TorchJD projects with it: pip install 'torchjd[quadprog-projector]'")
     run = fit(build(), rows_with_all(8), config=quick(task_gradients=theirs.UPGrad(), epochs=10))
     assert steps(run)[-1] < steps(run)[0]
     losses = []
     for method in ("pcgrad", theirs.PCGrad()):
         losses.append(steps(fit(build(), rows_with_all(8), config=quick(task_gradients=method))))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"a": make_rows(3), "b": []}, r"train_dataset\['b'\] has zero examples"),
+        ({"a": make_rows(3), "x": make_rows(3)}, r"train_dataset\['x'\]: unknown task; the model has 'a', 'b', 'c'"),
+        ([{"input_ids": [5], "labels": {"x": 1}}], r"row 0, .*: labels for a task 'x'; the model has 'a', 'b', 'c'"),
+        ([{"input_ids": [5], "labels": {"a": 2}}], r"row 0, .* \(a\): label 2 is outside 0..1; .*num_labels=3"),
+        ({"b": [{"input_ids": [5, 6], "labels": [0, 3]}]}, r"\['b'\] row 0, .*\(b\): label 3 is outside 0..2"),
+        ({"c": [{"input_ids": [5], "labels": math.nan}]}, r"\['c'\] row 0, .*\(c\): the value is nan"),
+        ({"a": [{"input_ids": [5], "labels": 1.5}]}, r"\['a'\] row 0, .*\(a\): 1.5 is no class number"),
+        (make_rows(2), "a plain label, but the model has the tasks a, b, c"),
+        ({}, "train_dataset is empty"),
+    ],
+)  # fmt: skip
+def test_bad_rows_of_several_tasks_are_found_before_training(build, data, message):
+    model = build()
+    before = weights(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit(model, data, config=quick(task_gradients="pcgrad"))
+    assert same(weights(model), before)
+
+
+def test_two_tasks_of_one_name_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="each name once"):
+        MultiTaskModel(tiny_model("encoder"), [("a", Head()), ("a", Head("regression", 1))])

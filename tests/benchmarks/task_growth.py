@@ -82,7 +82,7 @@ def peak(name: str, toy: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help="the peak memory of this case, in this process")
+    parser.add_argument("--one", choices=cases(COUNTS), help="the peak memory of this case, in this process")
     parser.add_argument("--steps", type=int, default=4, help="steps a round, after one that warms up")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--toy", action="store_true", help="a tiny model, at most 2 tasks: does it run?")
@@ -107,7 +107,7 @@ def main() -> None:
                 row = {"tasks": tasks, "labels": labels, "method": method if tasks else STOCK}
                 row |= {"seconds_a_step": spread(measured), "rounds": args.rounds}
                 row["against_stock"] = spread([own / stock for own, stock in zip(measured, base, strict=True)])
-                rows.append(row | alone(__file__, "--one", name, *(["--toy"] if args.toy else [])))
+                rows.append(row | (peak(name, True) if args.toy else alone(__file__, "--one", name)))
     table.replace({"part": "growth", "device": device_name()}, rows)
 
 
