@@ -36,8 +36,8 @@ _HOME = {  # public name -> module that defines it
     "stored_results": "environment",
 }
 _MODULES = (
-    "adapters", "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment",
-    "features", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
+    "adapters", "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed", "environment",
+    "features", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
     "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings", "speedups", "steps",
     "training", "tuning", "unpadding",
 )  # fmt: skip

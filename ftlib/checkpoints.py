@@ -70,6 +70,8 @@ def save_training(loop: Any) -> Path:
         tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
     if loop.seen.own is not None:
         tensors["seen"] = loop.seen.seen
+    if loop.joint:
+        tensors |= {f"tasks.{name}": value for name, value in loop.joint.weights.state.items()}
     tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
         with aside(folder) as temporary:
@@ -145,6 +147,8 @@ def _resume(loop: Any) -> int | None:
         loop.evaluations_since_best = state["since_best"]
         if loop.seen.own is not None:
             loop.seen.pending = state["decay"]
+        if loop.joint:
+            loop.joint.weights.state = {name: tensors[f"tasks.{name}"] for name in loop.joint.weights.state}
         if state["best"] is not None:
             best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
             loop.best = {"metrics": state["best"], "weights": best}

@@ -5,8 +5,8 @@ over labelled items and divided by the number of labelled items of the whole ste
 processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
 
 To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
-rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, distributed.py, checkpoints.py,
-saving.py, tuning.py, adapters.py, torch and transformers
+rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, joint.py, balancing.py, distributed.py,
+checkpoints.py, saving.py, tuning.py, adapters.py, torch and transformers
 (metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, losses, modes, optimizing, regularization, steps
+from ftlib import checkpoints, distributed, joint, losses, modes, optimizing, regularization, steps
 from ftlib.memory import measure
 from ftlib.optimizing import parameter_groups, schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
@@ -45,7 +45,7 @@ def fit(
 
     Args:
         model: a Transformers model with a task head, or a MultiTaskModel.  Parameters with requires_grad move.
-        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler at `config.temperature`.
+        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler as `config.task_sampler` says.
         eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps).
         tokenizer: for the padding id; default: the model's config knows it.
         loss: (logits, labels) -> scalar, *summed* over the labelled items; default: the task's own,
@@ -122,6 +122,9 @@ class _Loop:
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
+        self.rows = sum(len(rows) for rows in parts.values())
+        self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
+        self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
@@ -130,11 +133,8 @@ class _Loop:
         self.graphs = config.compile == "reduce-overhead"
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
         self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
-        self.weight = {task: model.specs[task].weight if task else 1.0 for task in self.tasks}
         self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
         self.upcoming: list[dict] | None = None  # the rows of the step after this one
-        self.rows = sum(len(rows) for rows in parts.values())
-        self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
         self.warmup = math.ceil(config.warmup_fraction * self.total)
         self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
@@ -216,7 +216,7 @@ class _Loop:
         begun = checkpoints.random_state(self.device)
         while True:
             try:
-                total, micro = self._gradients(rows)
+                total, batches = self._gradients(step, rows, begun)
                 break
             except RuntimeError as error:
                 if not steps.out_of_memory(error):
@@ -243,42 +243,50 @@ class _Loop:
         if self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
             self.seen.decayed(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        tasks = self.joint.end(lambda: self._look(rows, batches, begun)) if self.joint else {}
         run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
         run.history.append({
             "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": value,
             "learning_rate": config.learning_rate * factor, "grad_norm": norm, "examples": len(rows),
-            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": micro, "seconds": run.seconds,
-        })  # fmt: skip
+            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": len(batches), "seconds": run.seconds,
+        } | tasks)  # fmt: skip
         self.random_state = checkpoints.random_state(self.device)
         self.whole = True
 
-    def _gradients(self, rows: list[dict]) -> tuple[torch.Tensor, int]:
-        """This process's share of the step's loss, its gradients added up; and in how many micro-batches."""
-        scale = self._scales(rows)
+    def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
+        """This process's share of the step's loss, its gradients added up; and the micro-batches."""
+        items, shares = steps.counts(rows, self.tasks)
         batches = self.ahead.take(rows)
+        if self.joint:
+            self.joint.begin(step, shares, lambda: self._look(rows, batches, begun), cut=len(batches) > 1)
         total = torch.zeros((), device=self.device)
         for place, (batch, weight) in enumerate(batches):
             last = place + 1 == len(batches)
             with nullcontext() if last else distributed.hold_gradients(self.wrapped):
+                # taken apart, gradients are exchanged by `joint`
+                forward = self.model if self.joint and self.joint.apart else self.forward
                 with self.autocast():
-                    part = self._loss(batch, scale) * weight
+                    parts = self._losses(forward, batch, items, weight)
+                part = self.joint.add(parts) if self.joint else sum(parts.values())
                 # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
                 if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
                     self.scaler.scale(part * distributed.world_size()).backward()
             total += part.detach()
             if self.graphs and not last:
                 modes.own_gradients(self.trainable)
+        if self.joint:
+            self.joint.finish()
         if self.upcoming is not None:
             self.ahead.make(self.upcoming)
-        return total, len(batches)
+        return total, batches
 
-    def _loss(self, batch: dict, scale: dict[str, float]) -> torch.Tensor:
-        """The micro-batch's share of the step's loss: summed over items, times 1 / items of the whole step."""
-        labels = batch.pop("labels")
-        logits, again = self.forward(**batch), self.forward(**batch) if self.config.r_drop else None
+    def _losses(self, forward: Any, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
+        """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
+        inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        logits, again = forward(**inputs), forward(**inputs) if self.config.r_drop else None
         if not isinstance(labels, dict):
             labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
-        parts = []
+        parts = {}
         for task in labels:
             value = self.loss[task](logits[task], labels[task])
             if not isinstance(value, torch.Tensor) or value.dim():
@@ -287,19 +295,24 @@ class _Loop:
             if again is not None:
                 apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
                 value = (value + self.loss[task](again[task], labels[task])) / 2 + self.config.r_drop * apart
-            parts.append(value * scale[task])
-        if "" in self.tasks and not parts[0].requires_grad:
+            parts[task] = value * (weight / max(items[task], 1))
+        if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
-        return sum(parts)
+        return parts
 
-    def _scales(self, rows: list[dict]) -> dict[str, float]:
-        """{task: weight / labelled items of the step}; with several tasks also times the task's share of the rows."""
-        out = {}
-        for task, (kind, _) in self.tasks.items():
-            own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
-            items = sum(steps.items(label, kind) for label in own)
-            out[task] = self.weight[task] * len(own) / len(rows) / max(items, 1)
-        return out
+    @torch.no_grad()
+    def _look(self, rows: list[dict], batches: list, begun: dict) -> torch.Tensor:
+        """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
+        items, _ = steps.counts(rows, self.tasks)
+        now = checkpoints.random_state(self.device)
+        means = dict.fromkeys(self.tasks, torch.zeros((), device=self.device))
+        checkpoints.set_random_state(begun, self.device)
+        for batch, weight in batches:
+            with self.autocast():
+                for task, value in self._losses(self.model, batch, items, weight).items():
+                    means[task] = means[task] + value
+        checkpoints.set_random_state(now, self.device)
+        return torch.stack(list(means.values()))
 
     def _save(self) -> None:
         with self.seen.whole(decay=False):  # what has decayed stands beside it
@@ -358,6 +371,7 @@ class _Loop:
         free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
         free += ("gradient_checkpointing",)  # the same numbers
         config = {name: value for name, value in asdict(self.config).items() if name not in free}
+        config["task_gradients"] = joint.described(config["task_gradients"])
         return {
             "config": config, "steps": self.total, "rows": {name: len(rows) for name, rows in self.parts.items()},
             "data": self.digest, "model": self.model_digest,

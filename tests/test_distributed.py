@@ -107,6 +107,14 @@ if world > 1:
     except ValueError as error:
         out["several heads"] = str(error)
 record("ddp tasks", model, fit(model, data, config=quick(batch_size=3, optimizer="sgd", micro_batch_size=1)))
+for name, options in {
+    "pcgrad": dict(task_gradients="pcgrad", task_cosines=2), "cosines": dict(task_cosines=2),
+    "uncertainty": dict(task_weighting="uncertainty"), "gradnorm": dict(task_weighting="gradnorm"),
+    "famo": dict(task_weighting="famo", task_gradients="mgda"),
+}.items():
+    model = MultiTaskModel(make_tiny_model("encoder"), heads)
+    config = quick(batch_size=3, optimizer="sgd", task_sampler="uniform", **options)
+    record(f"ddp {name}", model, fit(model, data, config=config))
 
 # the processes that see a row, by its label; 12 rows and 4 a step, so that none runs only to take part
 seen = []
@@ -222,8 +230,9 @@ def test_the_processes_found_each_other(runs):
     assert [runs[key]["world"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 2, 2]
 
 
+TASKS = ["tasks", "pcgrad", "cosines", "uncertainty", "gradnorm", "famo"]
 ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
-DDP = [*ALIKE, "stops", "tasks", "gradual-unfreezing", "l2-sp"]
+DDP = [*ALIKE, "stops", *TASKS, "gradual-unfreezing", "l2-sp"]
 
 
 @pytest.mark.parametrize("name", [*(f"ddp {n}" for n in DDP), *(f"fsdp {n}" for n in ALIKE)])
