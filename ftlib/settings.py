@@ -34,6 +34,7 @@ class TrainConfig:
     decay_groups: bool = True  # spare biases and normalization from weight decay
     label_smoothing: float = 0.0
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
+    max_bad_steps: int = 5  # skip steps whose loss or gradient is not finite, stop after so many in a row; 1: at once
     precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
     compile: bool | str = False  # True: torch.compile each layer; "reduce-overhead": CUDA graphs, for small batches
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
@@ -45,14 +46,14 @@ class TrainConfig:
     metric: str = "loss"  # what "better" means; any name that evaluate returns
     checkpoint_dir: str | None = None
     checkpoint_every: int | None = None  # steps between checkpoints; None: after every epoch
-    keep_last: int = 2  # checkpoints to keep
+    keep_last: int = 2  # checkpoints to keep, and with `patience` the best one
     resume: str | None = None  # "auto": from the newest whole checkpoint in checkpoint_dir, if there is one
     temperature: float = 1.0  # of the task sampler, when several datasets are trained together
     seed: int = 0  # of the order, of dropout and of the task sampler
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "keep_last"):
+        for name in ("epochs", "batch_size", "keep_last", "max_bad_steps"):
             _whole(name, getattr(self, name))
         for name in ("max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every"):
             if getattr(self, name) is not None:
