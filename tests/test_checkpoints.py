@@ -311,7 +311,8 @@ def test_the_best_one_is_kept_too(tiny_model, tmp_path, monkeypatch):
     seen, real = [], checkpoints.save_training
     monkeypatch.setattr(checkpoints, "save_training", lambda loop: (real(loop), seen.append(names(tmp_path))))
     options = dict(checkpoint_every=1, eval_every=1, patience=9, keep_last=1, weight_decay=0.0)
-    run = fit(tiny_model(), make_rows(16), eval_dataset=make_rows(2), config=quick(checkpoint_dir=str(tmp_path), **options))
+    config = quick(**options, checkpoint_dir=str(tmp_path))
+    run = fit(tiny_model(), make_rows(16), eval_dataset=make_rows(2), config=config)
     step = "step-{:08d}".format
     assert seen == [[step(i)] if i in (1, 2, 4) else [step(2 if i < 4 else 4), step(i)] for i in range(1, 9)]
     assert run.metrics == {"loss": 0.4}
