@@ -18,6 +18,7 @@ _HOME = {  # public name -> module that defines it
     "unpad": "unpadding",
     "repad": "unpadding",
     "tune": "tuning",
+    "merge": "tuning",
     "extract_features": "features",
     "MultiTaskModel": "multitask",
     "Head": "multitask",
@@ -27,16 +28,17 @@ _HOME = {  # public name -> module that defines it
     "fit": "training",
     "evaluate": "training",
     "predict": "training",
-    "save": "checkpoints",
-    "load": "checkpoints",
+    "save": "saving",
+    "load": "saving",
     "setup": "environment",
     "measure": "memory",
     "stored_results": "environment",
 }
 _MODULES = (
-    "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment", "features",
-    "losses", "masking", "memory", "metrics", "modes", "multitask", "plots", "prediction",
-    "pretrained", "rows", "settings", "speedups", "steps", "training", "tuning", "unpadding",
+    "adapters", "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment",
+    "features", "files", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
+    "prediction", "pretrained", "regularization", "rows", "saving", "settings", "speedups", "steps", "training",
+    "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

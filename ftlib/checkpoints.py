@@ -1,222 +1,22 @@
-"""Models and training states on disk: safetensors and JSON, never pickle; written aside, then renamed.
+"""Training states on disk, so that a run can go on: safetensors and JSON, never pickle; written aside, then renamed.
 
-To copy this module you need: checkpoints.py, distributed.py, torch, transformers and safetensors (multitask.py for
-models with several heads).
+To copy this module you need: checkpoints.py, files.py, distributed.py, torch and safetensors.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
 from ftlib import distributed
-
-# ------------------------------------------------------------------------------------------------------ models
-
-
-def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
-    """Write a model to a folder that `load`, and for stock models `from_pretrained`, opens.
-
-    A MultiTaskModel becomes `encoder/` (opens with AutoModel), `heads.safetensors` and `multitask.json`.
-    The folder appears whole or not at all; an older model in its place is replaced, all of it.
-    Raises ValueError when the folder holds something else than a model's files.
-    """
-    for what, value in (("model", model), *([("tokenizer", tokenizer)] if tokenizer is not None else [])):
-        if not hasattr(value, "save_pretrained") and not hasattr(value, "specs"):
-            raise TypeError(f"the {what} is a {type(value).__name__}, which can't be saved; pass one of Transformers'")
-    folder = Path(folder).resolve()
-    _refuse_other_files(folder)
-    with _aside(folder) as temporary:
-        if hasattr(model, "specs") and hasattr(model, "heads"):
-            _save_multitask(model, temporary)
-        else:
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def load(folder: str | os.PathLike) -> nn.Module:
-    """Read a model that `save` (or `save_pretrained`) wrote, in eval mode, float32, with its own head.
-
-    Only safetensors are read, and only model classes of Transformers are built; no code from the folder runs.
-    Raises FileNotFoundError for a folder that is not there, ValueError naming the file for one that is not whole.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        remedy = f"save a model there first: ftlib.save(model, {str(folder)!r})"
-        for old in folder.parent.glob(".*.old"):
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.{_MARK}\.old", old.name):
-                remedy = f"a process was killed while it replaced it; the model before lies in {old}: rename that"
-        raise FileNotFoundError(f"no folder {folder}; {remedy}")
-    if (folder / "multitask.json").is_file():
-        return _load_multitask(folder)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds a PEFT adapter, not a model; open it with peft.AutoPeftModel...")
-    return _load_stock(folder)
-
-
-_MARKS = {"config.json": "model_type", "multitask.json": "heads", "adapter_config.json": "peft_type"}
-_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # what save_pretrained and people write
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    if not entries:
-        return
-    if not any((folder / mark).is_file() and key in _read_json(folder / mark) for mark, key in _MARKS.items()):
-        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
-    for entry in entries:
-        if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
-            raise ValueError(f"{folder} holds more than a model: {entry.name}; choose another folder, or move that")
-
-
-def _load_stock(folder: Path) -> nn.Module:
-    import transformers
-
-    config = _read_json(folder / "config.json")
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    try:
-        kind = getattr(transformers, name, None)
-    except Exception:  # a class whose own needs are not installed
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
-    try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        if isinstance(error, (ValueError, OSError)):
-            raise
-        raise ValueError(f"{folder}: can't read the weights ({error}); damaged, or not safetensors") from error
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong:
-        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
-    return model.eval()
-
-
-def _save_multitask(model: nn.Module, folder: Path) -> None:
-    model.encoder.save_pretrained(folder / "encoder")
-    save_file(_tensors(model.heads.state_dict()), folder / "heads.safetensors")
-    specs = {name: asdict(spec) for name, spec in model.specs.items()}
-    (folder / "multitask.json").write_text(json.dumps({"heads": specs}, indent=1))
-
-
-def _load_multitask(folder: Path) -> nn.Module:
-    from ftlib.multitask import Head, MultiTaskModel
-
-    specs = _read_json(folder / "multitask.json").get("heads")
-    if not isinstance(specs, dict):
-        raise ValueError(f"{folder}/multitask.json: no 'heads'")
-    try:
-        heads = {
-            name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
-            for name, spec in specs.items()
-        }
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/multitask.json: {error}") from None
-    model = MultiTaskModel(_load_stock(folder / "encoder"), heads)
-    try:
-        model.heads.load_state_dict(_read_tensors(folder / "heads.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json: {error}") from None
-    return model.eval()
-
-
-def _tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU: tied weights share memory, which safetensors refuses to guess about."""
-    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder holds no whole model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder holds no whole model")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-_MARK = "[0-9a-f]{8}"  # between the name of a folder and .new or .old
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to `folder` that takes its place, safe against a power cut, when all went well.
-
-    Raises OSError naming the folder where it can't be written; what was there before stays.
-    """
-    mark = uuid.uuid4().hex[:8]
-    temporary, old = folder.with_name(f".{folder.name}.{mark}.new"), folder.with_name(f".{folder.name}.{mark}.old")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {folder} ({error}); what was there before is as it was") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk holds a file, or the names in a folder."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(handle)
-
-
-# ------------------------------------------------------------------------------------------- training states
+from ftlib.files import MARK, aside, read_json, read_tensors, tensors_of
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -254,7 +54,7 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     if distributed.rank() == 0:
         for left in parent.glob(".step-*"):
-            if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{_MARK}\.(new|old)", left.name)):
+            if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)):
                 continue
             if parts[2] == "old" and not (parent / parts[1]).exists():  # killed between the two renames
                 left.rename(parent / parts[1])
@@ -291,8 +91,8 @@ def save_training(loop: Any) -> Path:
     tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
         try:
-            with _aside(folder) as temporary:
-                save_file(_tensors(tensors), temporary / "state.safetensors")
+            with aside(folder) as temporary:
+                save_file(tensors_of(tensors), temporary / "state.safetensors")
                 state = {
                     "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
                     "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
@@ -339,7 +139,7 @@ def _resume(loop: Any) -> int | None:
         if problem:
             warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=3)
             continue
-        state, tensors = _read_json(folder / "state.json"), _read_tensors(folder / "state.safetensors")
+        state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
         if isinstance(state.get("fingerprint"), dict):
             _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
         if problem := _unfit(loop, state, tensors):
@@ -385,7 +185,7 @@ def _resume(loop: Any) -> int | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole: every file there, of its size and SHA-256."""
     try:
-        manifest = _read_json(folder / "manifest.json")
+        manifest = read_json(folder / "manifest.json")
     except (ValueError, OSError) as error:
         return str(error)
     if manifest.keys() != {"state.json", "state.safetensors"}:

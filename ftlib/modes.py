@@ -1,6 +1,6 @@
 """How a model runs while it trains: compiled, with gradient checkpointing, in TF32; and as it came afterwards.
 
-To copy this module you need: modes.py, speedups.py, batching.py, rows.py and torch (unpadding.py for
+To copy this module you need: modes.py, regularization.py, speedups.py, batching.py, rows.py and torch (unpadding.py for
 compile="reduce-overhead").
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ftlib.batching import restore_modes
+from ftlib.regularization import dropout_rate
 from ftlib.speedups import shortcuts
 
 
@@ -35,7 +36,7 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             quicker = torch._dynamo.config.patch(recompile_limit=64)
         else:
             quicker = shortcuts(model) if config.shortcuts else nullcontext()
-        with quicker:
+        with quicker, dropout_rate(model, config.dropout):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

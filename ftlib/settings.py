@@ -1,6 +1,6 @@
 """How to train and what came of it: `TrainConfig`, checked once; `Run`; the device and precision, with the reason.
 
-To copy this module you need: settings.py, tuning.py and torch.
+To copy this module you need: settings.py, optimizing.py, regularization.py, speedups.py and torch.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ftlib.tuning import SCHEDULES
+from ftlib.optimizing import SCHEDULES
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
@@ -27,12 +27,15 @@ class TrainConfig:
     micro_batch_size: int | None = None  # examples a forward pass; None: the whole step, halved if memory runs out
     max_tokens: int | None = None  # padded tokens a forward pass, instead of a number of examples
     learning_rate: float = 5e-5
-    schedule: str = "linear"  # constant, linear, cosine or exponential
+    schedule: str = "linear"  # constant, linear, cosine, exponential, or range (rising: `find_learning_rate`)
     warmup_fraction: float = 0.1  # share of the steps over which the learning rate rises from 0
     optimizer: str = "adamw"  # adamw or sgd (momentum 0.9)
     weight_decay: float = 0.01
     decay_groups: bool = True  # spare biases and normalization from weight decay
     label_smoothing: float = 0.0
+    l1: float = 0.0  # every step moves weights (not biases or norms) by learning rate * l1 towards zero
+    r_drop: float = 0.0  # weight of R-Drop, how far two passes with other dropout disagree; twice the time a step
+    dropout: float | None = None  # all dropout rates of the model while it trains; None: its own
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
     max_bad_steps: int = 5  # skip steps whose loss or gradient is not finite, stop after so many in a row; 1: at once
     precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
@@ -60,9 +63,12 @@ class TrainConfig:
                 _whole(name, getattr(self, name))
         for name, low, high in (
             ("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf), ("label_smoothing", 0, 1),
+            ("l1", 0, math.inf), ("r_drop", 0, math.inf),
             ("warmup_fraction", 0, 1), ("temperature", 1e-6, math.inf),
         ):  # fmt: skip
             _number(name, getattr(self, name), low, high)
+        if self.dropout is not None:
+            _number("dropout", self.dropout, 0, 0.99)
         if self.max_grad_norm is not None:
             _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
         for name, choices in (
@@ -88,6 +94,8 @@ class TrainConfig:
             raise ValueError(f"checkpoint_dir={self.checkpoint_dir!r}: need the path of a folder, or None")
         if self.micro_batch_size and self.max_tokens:
             raise ValueError("set micro_batch_size or max_tokens, not both")
+        if self.compile == "reduce-overhead" and self.r_drop:
+            raise ValueError("r_drop makes two forward passes, compile='reduce-overhead' keeps one; use compile=True")
         if self.compile and self.distributed == "fsdp":
             raise ValueError("compile=True with distributed='fsdp' is not supported; drop one of them")
         if self.resume and not self.checkpoint_dir:

@@ -5,7 +5,8 @@ over labelled items and divided by the number of labelled items of the whole ste
 processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
 
 To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
-rows.py, batching.py, losses.py, tuning.py, multitask.py, distributed.py, checkpoints.py, torch and transformers
+rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, distributed.py, checkpoints.py,
+files.py, torch and transformers
 (metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, losses, modes, steps
+from ftlib import checkpoints, distributed, losses, modes, optimizing, regularization, steps
 from ftlib.memory import measure
+from ftlib.optimizing import parameter_groups, schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
 from ftlib.speedups import SeenRows, uninterrupted
-from ftlib.tuning import parameter_groups, schedule_factor
 
 __all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
 
@@ -118,11 +119,15 @@ class _Loop:
         kinds = {kind for kind, _ in self.tasks.values()}
         if config.label_smoothing and loss is None and not any(kind in _SMOOTHED for kind in kinds):
             raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(kinds))}")
+        if config.r_drop and any(kind == "regression" for kind in kinds):
+            raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
+        optimizing.check_distributed(model, config.distributed)
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
+        optimizing.attach(self.optimizer, model, l1=config.l1)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.wrapped = distributed.wrap(model)
         self.graphs = config.compile == "reduce-overhead"
@@ -140,12 +145,15 @@ class _Loop:
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
         self.random_state = checkpoints.random_state(device)
         self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
+        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
 
     def _words(self) -> Iterator[int] | None:
         """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
         config = self.config
         decay_is_a_factor = config.optimizer == "adamw" or not config.weight_decay
-        if not config.shortcuts or config.compile or not decay_is_a_factor or distributed.world_size() > 1:
+        plain = decay_is_a_factor and not config.l1 and not optimizing.follows_steps(self.model)
+        if not config.shortcuts or config.compile or not plain or distributed.world_size() > 1:
             return None
         rows = chain.from_iterable(self.parts.values())
         return chain([self.pad], chain.from_iterable(row["input_ids"] for row in rows))
@@ -155,6 +163,7 @@ class _Loop:
             return self._run()
         finally:
             self.seen.off()
+            optimizing.begin_step(self.model, 1, 1)  # nothing stays frozen that was free
 
     def _run(self) -> Run:
         run, config = self.run_, self.config
@@ -205,7 +214,8 @@ class _Loop:
         config, run = self.config, self.run_
         factor = schedule_factor(step, self.total, schedule=config.schedule, warmup=self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = config.learning_rate * factor * group["scale"]
+        optimizing.begin_step(self.model, step, self.total)
         begun = checkpoints.random_state(self.device)
         while True:
             try:
@@ -288,15 +298,18 @@ class _Loop:
     def _loss(self, batch: dict, scale: dict[str, float]) -> torch.Tensor:
         """The micro-batch's share of the step's loss: summed over items, times 1 / items of the whole step."""
         labels = batch.pop("labels")
-        logits = self.forward(**batch)
+        logits, again = self.forward(**batch), self.forward(**batch) if self.config.r_drop else None
         if not isinstance(labels, dict):
-            labels, logits = {"": labels}, {"": logits.logits}
+            labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
         parts = []
         for task in labels:
             value = self.loss[task](logits[task], labels[task])
             if not isinstance(value, torch.Tensor) or value.dim():
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
+            if again is not None:
+                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
+                value = (value + self.loss[task](again[task], labels[task])) / 2 + self.config.r_drop * apart
             parts.append(value * scale[task])
         if "" in self.tasks and not parts[0].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
@@ -371,10 +384,9 @@ class _Loop:
         free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
         free += ("gradient_checkpointing",)  # the same numbers
         config = {name: value for name, value in asdict(self.config).items() if name not in free}
-        parameters = [(name, list(p.shape), p.requires_grad) for name, p in self.model.named_parameters()]
         return {
             "config": config, "steps": self.total, "rows": {name: len(rows) for name, rows in self.parts.items()},
-            "data": self.digest, "model": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+            "data": self.digest, "model": self.model_digest,
         }  # fmt: skip
 
 
@@ -384,7 +396,7 @@ _SMOOTHED = ("sequence-classification", "token-classification")
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     if not config.decay_groups:
-        groups = [group | {"weight_decay": config.weight_decay} for group in groups]
+        groups = [group | {"weight_decay": config.weight_decay, "decayed": True} for group in groups]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])

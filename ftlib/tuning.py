@@ -1,20 +1,39 @@
-"""Which parameters move: full, head-only, last-layers; and how fast each of them moves.
+"""Which parameters move: `tune` and its strategies.
 
-Fine-tuning is gradient descent on a chosen subset of the parameters, θ' = θ - η ∇L(θ).  `tune` chooses the subset
-by setting `requires_grad`, nothing else; `parameter_groups` gives the optimizer what is left.
+Fine-tuning is gradient descent on a chosen subset of the parameters, θ' = θ - η ∇L(θ).  Most strategies choose the
+subset by setting `requires_grad`, nothing else.  LoRA and the adapters freeze the encoder and put something small
+inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
+stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
 
-To copy this module you need: tuning.py and torch.
+To copy this module you need: tuning.py, adapters.py, optimizing.py, regularization.py, speedups.py and torch.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-STRATEGIES = ("full", "head-only", "last-layers")
-SCHEDULES = ("constant", "linear", "cosine", "exponential")
+from ftlib import adapters, regularization
+from ftlib.optimizing import Tuning, normalizes, tuning_of
+
+_OPTIONS = {  # strategy -> its options
+    "full": (),
+    "head-only": (),
+    "last-layers": ("layers",),
+    "frozen-embeddings": (),
+    "bitfit": (),
+    "layer-norm": (),
+    "gradual-unfreezing": ("until", "decay"),
+    "layer-decay": ("decay",),
+    "l2-sp": ("strength",),
+    "mixout": ("p",),
+    "lora": ("rank", "alpha", "targets", "dropout", "rslora", "base_bits", "seed"),
+    "houlsby": ("reduction", "seed"),
+    "pfeiffer": ("reduction", "seed"),
+}
+STRATEGIES = tuple(_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,15 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of what stands above the Transformer layers: the task head, and the encoder's pooler."""
+    base = base_model_of(model)
+    outside = [name for name, c in model.named_children() if base not in c.modules() and list(c.parameters())]
+    pooler = getattr(base, "pooler", None)
+    inside = [name for name, module in model.named_modules() if pooler is not None and module is pooler]
+    return [*inside, *outside] if outside else []
+
+
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
     """The Transformer layers in order; the longest ModuleList inside the base model.
 
@@ -59,54 +87,176 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def tune(model: nn.Module, strategy: str = "full", *, layers: int = 2) -> TuneReport:
-    """Choose which parameters train, in place; returns a report.
+def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport:
+    """Choose what trains, in place; returns a report.
 
     Args:
-        strategy: "full" moves everything; "head-only" what stands above the Transformer layers: the task head, and
-            BERT's pooler, a dense layer that RoBERTa, ELECTRA and DistilBERT count as part of the head anyway;
-            "last-layers" these and the last `layers` Transformer layers.
-        layers: how many, for "last-layers".
+        strategy, with its options; all but "full" also train the head, and BERT's pooler, a dense layer that RoBERTa,
+        ELECTRA and DistilBERT count as part of the head anyway.
+            "full": everything.
+            "head-only": nothing else.
+            "last-layers" (layers=2): and the last Transformer layers.
+            "frozen-embeddings": and all Transformer layers.
+            "bitfit": and all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
+            "layer-norm": and all normalization layers (Qi et al. 2022, arXiv:2204.00862).
+            "gradual-unfreezing" (until=0.5, decay=1.0): the head first; the layers join from the top, one after
+                the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
+            "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;
+                head and last layer have the full one (same source; Sun et al. 2019, arXiv:1905.05583).
+            "l2-sp" (strength=0.01): everything, with decay towards the pretrained weights and not towards zero.
+            "mixout" (p=0.7): everything, with dropout towards the pretrained weights; both: `regularization`.
+            "lora" (rank=8, alpha=16, targets=None, dropout=0.0, rslora=False, base_bits=None): targets are endings of
+                layer names, "all-linear", or None, the query and value projections; base_bits=8 or 4 keeps the
+                frozen linear layers in so many bits.
+            "houlsby" and "pfeiffer" (reduction=16): bottleneck adapters after attention and feed-forward, with the
+                normalization layers; after feed-forward alone.  See `adapters` for these and their sources.
+            a PEFT configuration (peft.LoraConfig(use_dora=True), IA3Config(), PromptTuningConfig(...)): through PEFT.
+        seed (0): of the first weights of adapters.
 
-    The call starts from a model with everything trainable, so calling it again changes the choice.  A frozen part
-    still runs with dropout in training mode; that regularizes the head and costs nothing.
-    Raises ValueError for an unknown strategy, for a model without a head, and for more layers than there are.
-    Source: Howard & Ruder 2018 (arXiv:1801.06146) for training the top first.
+    The call starts from a model with everything trainable, so calling it again changes the choice; adapters must be
+    merged or removed before.  A frozen part still runs with dropout in training mode; that regularizes the head.
+    Raises ValueError for an unknown strategy or option, for a model without a head, for adapters already there.
 
     >>> model = nn.Module(); model.base_model = nn.Linear(3, 2); model.classifier = nn.Linear(2, 2)
     >>> tune(model, "head-only").trainable
     6
     """
-    if strategy not in STRATEGIES:
+    named = isinstance(strategy, str)
+    if named and strategy not in _OPTIONS:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    known = _OPTIONS[strategy] if named else ("seed",)
+    for name in options:
+        if name not in known:
+            what = f"takes {', '.join(known)}" if known else "takes no options"
+            raise ValueError(f"unknown option {name!r}: strategy {strategy!r} {what}")
+    if adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
+        raise ValueError("the model has adapters already; ftlib.merge(model) folds them in, or load the model anew")
     base = base_model_of(model)
     encoder_ids = {id(p) for p in base.parameters()}
     head = [p for p in model.parameters() if id(p) not in encoder_ids]
     if strategy != "full" and not head:
         raise ValueError(f"{strategy!r} needs a task head; load the model with task=... and num_labels=...")
+    if not named and hasattr(model, "heads"):
+        raise ValueError("PEFT configurations are for models with one head; for several use 'lora' or an adapter")
+    tuning = Tuning(strategy if named else type(strategy).__name__, dict(options))
+    seed = options.get("seed", 0)
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r}: need a whole number")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        moving = _apply(model, base, strategy, {k: v for k, v in options.items() if k != "seed"}, tuning)
 
-    pooler = getattr(base, "pooler", None)
-    moving = [model] if strategy == "full" else [*head, *([pooler] if pooler is not None else [])]
+    if moving is not None:  # None: PEFT has chosen
+        pooler = getattr(base, "pooler", None)
+        model.requires_grad_(False)
+        for part in [*moving, *head, *([pooler] if pooler is not None and strategy != "full" else [])]:
+            part.requires_grad_(True)
+    regularization.remove_mixout(model)
+    if strategy == "mixout":
+        regularization.add_mixout(adapters.linears(base).values(), tuning.options["p"])
+    tuning.names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    model.tuning = tuning
+    shown = ", ".join(f"{name}={value}" for name, value in options.items() if name != "seed")
+    return report(model, f"{tuning.strategy} ({shown})" if shown else tuning.strategy)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold adapters into the weights, in place: a plain Transformers model with the same logits; returns it.
+
+    A strategy without adapters leaves nothing to fold; its model is plain already.
+    Raises ValueError for what is not linear in the layer's input: bottleneck adapters, prompts.
+    """
+    wrapper = getattr(tuning_of(model), "peft", None)
+    if wrapper is not None:
+        adapters.merge_peft(wrapper)
+    adapters.merge_own(model)
+    regularization.remove_mixout(model)
+    vars(model).pop("tuning", None)
+    return model.requires_grad_(True)
+
+
+def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuning: Tuning) -> list[Any] | None:
+    """The modules and parameters that train beside the head; fills in what the training loop has to know."""
+    if not isinstance(strategy, str):
+        tuning.peft = adapters.add_peft(model, strategy, head_modules(model))
+        return None
+    if strategy == "mixout":
+        tuning.options["p"] = _share("p", options.get("p", 0.7), below=True)
+    if strategy in ("full", "mixout"):
+        return [model]
+    if strategy == "head-only":
+        return []
     if strategy == "last-layers":
-        blocks = encoder_layers(model)
+        blocks, layers = encoder_layers(model), options.get("layers", 2)
         if type(layers) is not int or not 1 <= layers <= len(blocks):
             raise ValueError(f"layers={layers!r}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
-        moving += blocks[-layers:]
+        return blocks[-layers:]
+    if strategy == "frozen-embeddings":
+        kept = [p for name, p in base.named_parameters() if "embed" not in name.split(".")[0]]
+        if len(kept) == len(list(base.parameters())):
+            raise ValueError(f"no embeddings found in {type(base).__name__}; set requires_grad yourself")
+        return kept
+    if strategy == "bitfit":
+        return [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"]
+    if strategy == "layer-norm":
+        return [module for module in base.modules() if normalizes(module)]
+    if strategy in ("gradual-unfreezing", "layer-decay"):
+        below = _depths(model)[1]
+        decay = _share("decay", options.get("decay", 0.9 if strategy == "layer-decay" else 1.0))
+        tuning.scales = {p: decay**depth for depth, layer in enumerate(below) for p in layer if decay != 1}
+        if strategy == "gradual-unfreezing":
+            tuning.until, tuning.stages = _share("until", options.get("until", 0.5)), below
+        return [model]
+    if strategy == "l2-sp":
+        strength = options.get("strength", 0.01)
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
+            raise ValueError(f"strength={strength!r}: need a number of at least 0")
+        tuning.strength = strength
+        tuning.start = {p: p.detach().clone() for p in base.parameters()}
+        return [model]
+    if strategy == "lora":
+        adapters.add_lora(base, **options)
+        norms = []
+    else:
+        adapters.add_bottlenecks(base, **options, attention=strategy == "houlsby")
+        norms = [module for module in base.modules() if strategy == "houlsby" and normalizes(module)]
+    return [*(p for adapter in adapters.adapters_of(base).values() for p in adapter.own().values()), *norms]
 
-    model.requires_grad_(False)
-    for part in moving:
-        part.requires_grad_(True)
-    return report(model, strategy if strategy != "last-layers" else f"last-layers ({layers})")
+
+def _share(name: str, value: Any, *, below: bool = False) -> float:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not right or not 0 <= value <= 1 or (below and value == 1):
+        raise ValueError(f"{name}={value!r}: need a number from 0 to {'below ' if below else ''}1")
+    return float(value)
+
+
+def _depths(model: nn.Module) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+    """The parameters above the layers (head, pooler, a last norm), and a list each for the layers from the top down,
+    the last one for the embeddings and whatever else lies below the first layer."""
+    base, layers = base_model_of(model), encoder_layers(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    before, above, reached = [], [], False
+    for name, parameter in base.named_parameters():  # in the order of the modules: embeddings, layers, the rest
+        reached = reached or id(parameter) in inside
+        if id(parameter) not in inside:
+            (above if reached and "embed" not in name.split(".")[0] else before).append(parameter)
+    encoder_ids = {id(p) for p in base.parameters()}
+    head = [p for p in model.parameters() if id(p) not in encoder_ids]
+    return [*head, *above], [*(list(layer.parameters()) for layer in reversed(layers)), before]
 
 
 def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
-    """Count trainable and total parameters of a model, as embeddings, layers, pooler and head."""
-    groups = {name: [0, 0] for name in ("embeddings", "layers", "pooler", "head")}
+    """Count trainable and total parameters of a model, as embeddings, layers, adapters, pooler and head."""
+    groups = {name: [0, 0] for name in ("embeddings", "layers", "adapters", "pooler", "head")}
     base = base_model_of(model)
     in_encoder = {id(p): name for name, p in base.named_parameters()}
-    for parameter in model.parameters():
+    own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
+    marks = adapters.peft_marks(getattr(tuning_of(model), "peft", None))
+    for full_name, parameter in model.named_parameters():
         name = in_encoder.get(id(parameter))
-        if name is None:
+        if id(parameter) in own or any(mark in full_name for mark in marks):
+            part = "adapters"
+        elif name is None:
             part = "head"
         else:
             part = next((part for part in ("embeddings", "pooler") if part in name.split(".")), "layers")
@@ -117,56 +267,3 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     return TuneReport(strategy, trainable, total, kept, optimizer_bytes=2 * 4 * trainable)
 
 
-def _no_decay_names(model: nn.Module) -> Iterator[str]:
-    for module_name, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            normalizes = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
-            if name == "bias" or normalizes:
-                yield f"{module_name}.{name}" if module_name else name
-
-
-def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """Two optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
-
-    Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
-    BERT's own optimizer and of the stock `Trainer`.
-    Raises ValueError when nothing is trainable.
-
-    >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
-    [1, 1]
-    """
-    spared = set(_no_decay_names(model))
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (plain if name in spared else decayed).append(parameter)
-    if not decayed and not plain:
-        raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "lr": learning_rate},
-        {"params": plain, "weight_decay": 0.0, "lr": learning_rate},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: int = 0) -> float:
-    """What the learning rate is multiplied by at optimizer step `step` (0-based) of `total`.
-
-    After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
-    cosine; "exponential" falls by the same ratio every step, to 0.01 at the end.
-
-    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
-    [0.0, 1.0, 0.67, 0.33, 0.0]
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if step < warmup:
-        return step / warmup
-    done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 - done
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 0.01**done

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_training import LABELS, make_rows, quick, raising, same, weights
 
 import ftlib.checkpoints as checkpoints
+import ftlib.files as files
 import ftlib.speedups as speedups
 import ftlib.training as training
 from ftlib.batching import collate
-from ftlib.checkpoints import damage, load, save
+from ftlib.checkpoints import damage
 from ftlib.multitask import Head, MultiTaskModel
+from ftlib.saving import load, save
 from ftlib.training import evaluate, fit
 from ftlib.tuning import tune
 from ftlib.unpadding import is_unpadded, unpad
@@ -136,7 +138,7 @@ def test_an_interrupt_between_weights_and_history_writes_nothing(tiny_model, tmp
         (torch.optim.AdamW, "step"), (torch.amp.GradScaler, "update"), (checkpoints, "random_state"),
         (training._Loop, "_gradients"), (training._Loop, "_score"), (speedups.SeenRows, "off"),
         (speedups.SeenRows, "on"), (checkpoints, "save_training"), (checkpoints, "save_file"),
-        (checkpoints, "_sync"), (training, "evaluate"),
+        (files, "_sync"), (training, "evaluate"),
     ],
     ids=lambda where: where[1],
 )  # fmt: skip
@@ -708,11 +710,11 @@ def test_code_in_a_folder_does_not_run(tiny_model, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_adapters_are_saved_and_named(tiny_model, tmp_path):
+def test_adapters_that_peft_made_need_a_base_by_name(tiny_model, tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     folder = save(model, tmp_path / "m")
-    with pytest.raises(ValueError, match="holds a PEFT adapter, not a model"):
+    with pytest.raises(ValueError, match="names no base model; pass base="):
         load(folder)
     save(model, folder)  # over itself
 

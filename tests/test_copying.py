@@ -19,14 +19,21 @@ SNIPPETS = {
     "rows": "assert checked_rows(ROWS, {'': ('sequence-classification', 2)})[0]['labels'] == 1",
     "batching": "assert collate(ROWS)['labels'].tolist() == [1, 0]; assert split_by_size([0], [1])",
     "unpadding": "unpad(model); model(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])); repad(model)",
-    "tuning": "assert tune(model, 'head-only').trainable; assert parameter_groups(model, learning_rate=1.0)",
+    "adapters": "add_lora(model.bert, rank=2); assert adapters_of(model); merge_own(model)",
+    "regularization": "add_mixout([model.classifier], 0.5); assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
+    "optimizing": "assert parameter_groups(model, learning_rate=1.0); assert schedule_factor(0, 2) == 1",
+    "tuning": "assert tune(model, 'lora', rank=2).trainable; assert merge(model) is model",
     "features": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
     "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
     "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
-    "checkpoints": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
+    "files": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
+    "assert read_json(folder / 'x' / 'a.json') == {}",
+    "saving": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
+    "checkpoints": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
     "memory": "with measure() as cost: pass\nassert cost.seconds >= 0",
     "speedups": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
-    "modes": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32', shortcuts=True)\n"
+    "modes": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32', shortcuts=True,\n"
+    "    dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "steps": "config = SimpleNamespace(shuffle=False, batch_size=2, micro_batch_size=1, max_tokens=None)\n"
     "assert len(cut(next(plan({'': ROWS}, config)), config)) == 2",

@@ -21,16 +21,18 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
     {"attention", "losses", "masking", "speedups"},
-    {"assets", "memory", "rows"},
+    {"assets", "files", "memory", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
-    {"unpadding", "tuning", "features", "multitask"},
-    {"distributed"},
+    {"adapters", "features", "multitask", "regularization", "unpadding"},
+    {"optimizing"},
+    {"tuning"},
+    {"distributed", "saving"},
     {"checkpoints", "modes", "prediction", "settings", "steps"},
     {"training"},
     {"plots", "environment"},
     {"__main__"},
 ]
-TENSORS_METHODS_ENGINE = FLOORS[0] | FLOORS[3] | FLOORS[4] | FLOORS[5] | FLOORS[6]
+TENSORS_METHODS_ENGINE = FLOORS[0].union(*FLOORS[3:9])
 UPWARD = {("settings", "plots")}  # Run.plot() draws, and imports plots only then
 # What transformers itself brings along, so a machine with torch and transformers has it.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}

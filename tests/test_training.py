@@ -14,9 +14,10 @@ import ftlib.training as training
 from ftlib.batching import collate
 from ftlib.losses import focal_loss
 from ftlib.multitask import Head, MultiTaskModel
+from ftlib.optimizing import schedule_factor
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
 from ftlib.training import fit
-from ftlib.tuning import schedule_factor, tune
+from ftlib.tuning import tune
 from ftlib.unpadding import unpad
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 from ftlib.multitask import Head, MultiTaskModel
-from ftlib.tuning import SCHEDULES, base_model_of, encoder_layers, parameter_groups, report, schedule_factor, tune
+from ftlib.optimizing import SCHEDULES, parameter_groups, schedule_factor
+from ftlib.tuning import base_model_of, encoder_layers, report, tune
 
 
 def trainable(model):
@@ -53,7 +54,7 @@ def test_last_layers(tiny_model):
     parts = {name.split(".layer.")[1][0] if ".layer." in name else name.split(".")[-2] for name in trainable(model)}
     assert parts == {"2", "dense", "classifier"}  # the last layer, the pooler's dense, the head
     assert any("pooler" in name for name in trainable(model))
-    assert found.strategy == "last-layers (1)" and found.groups["embeddings"][0] == 0
+    assert found.strategy == "last-layers (layers=1)" and found.groups["embeddings"][0] == 0
     tune(model, "last-layers", layers=3)
     assert not any("embeddings" in name for name in trainable(model))
 
@@ -68,7 +69,22 @@ def test_calling_it_again_starts_anew(tiny_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(strategy="lora"), "unknown strategy 'lora'; choose one of full, head-only, last-layers"),
+        (dict(strategy="lara"), "unknown strategy 'lara'; choose one of full, head-only, last-layers, .* pfeiffer"),
+        (dict(strategy="bitfit", layers=2), "unknown option 'layers': strategy 'bitfit' takes no options"),
+        (dict(strategy="lora", r=2), "unknown option 'r': strategy 'lora' takes rank, alpha, targets"),
+        (dict(strategy="lora", rank=0), "rank=0: need a whole number of at least 1"),
+        (dict(strategy="lora", alpha=0), "alpha=0: need a number above 0"),
+        (dict(strategy="lora", dropout=1), "dropout=1: need a number from 0 to below 1"),
+        (dict(strategy="lora", base_bits=2), "base_bits=2: choose None"),
+        (dict(strategy="lora", seed=0.5), "seed=0.5: need a whole number"),
+        (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; the layers have dense, key"),
+        (dict(strategy="lora", targets=["query", "q"]), r"targets=\['q'\] match no linear layer"),
+        (dict(strategy="lora", targets="query"), "targets='query': pass 'all-linear' or a list of names"),
+        (dict(strategy="houlsby", reduction=0.5), "reduction=0.5: need a number of at least 1"),
+        (dict(strategy="mixout", p=1), "p=1: need a number from 0 to below 1"),
+        (dict(strategy="layer-decay", decay=1.5), "decay=1.5: need a number from 0 to 1"),
+        (dict(strategy="gradual-unfreezing", until=-0.1), "until=-0.1: need a number from 0 to 1"),
+        (dict(strategy="l2-sp", strength=float("inf")), "strength=inf: need a number of at least 0"),
         (dict(strategy="last-layers", layers=3), r"layers=3: the encoder has 2; choose 1 to 2"),
         (dict(strategy="last-layers", layers=0), r"layers=0"),
         (dict(strategy="last-layers", layers="1"), r"layers='1'"),

@@ -46,7 +46,7 @@ from record import RESULTS, Table
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import ftlib
-from ftlib import checkpoints, metrics, plots, training  # noqa: F401
+from ftlib import checkpoints, files, metrics, training  # noqa: F401
 
 SIZES = dict(
     vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -74,6 +74,12 @@ def two_heads() -> torch.nn.Module:
     return ftlib.MultiTaskModel(BertModel(BertConfig(**SIZES)), heads)
 
 
+def gradual() -> torch.nn.Module:
+    model = classifier()
+    ftlib.tune(model, "gradual-unfreezing", until=0.7, decay=0.9)
+    return model
+
+
 def last_layers() -> torch.nn.Module:
     model = ftlib.unpad(classifier())
     ftlib.tune(model, "last-layers", layers=1)
@@ -93,6 +99,9 @@ RUNS: dict[str, tuple[Callable, Any, Any, dict[str, Any]]] = {
     "early stopping, the best weights kept": (
         classifier, ONE, HELD_OUT,
         dict(epochs=9, patience=4, eval_every=2, learning_rate=0.1, keep_last=1, checkpoint_every=1),
+    ),
+    "gradual unfreezing, layer by layer": (
+        gradual, ONE, HELD_OUT, dict(checkpoint_every=1, r_drop=0.5, l1=0.01),
     ),
     "last layers only, unpadded, tokens a batch, SGD": (
         last_layers, ONE, HELD_OUT, dict(max_tokens=40, optimizer="sgd", schedule="constant", checkpoint_every=2),
@@ -120,7 +129,7 @@ def fit_in_child(name: str, folder: Path, tell: int) -> None:
     parts = data if isinstance(data, dict) else {"": data}
     places = {json.dumps(row["input_ids"]): f"{part}{i}" for part, rows in parts.items() for i, row in enumerate(rows)}
     order = os.open(folder / "order.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    loops, begun, step, aside = [], training._Loop._run, training._Loop.step, checkpoints._aside
+    loops, begun, step, aside = [], training._Loop._run, training._Loop.step, checkpoints.aside
 
     def kept(self: Any) -> ftlib.Run:
         loops.append(self)
@@ -140,7 +149,7 @@ def fit_in_child(name: str, folder: Path, tell: int) -> None:
         written.append(time.perf_counter() - begin)
 
     written: list[float] = []
-    training._Loop._run, training._Loop.step, checkpoints._aside = kept, noted, announced
+    training._Loop._run, training._Loop.step, checkpoints.aside = kept, noted, announced
     settings = {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, **options}
     config = ftlib.TrainConfig(**settings, checkpoint_dir=str(folder / "c"), resume="auto", progress=False)
     model = build()
@@ -415,7 +424,7 @@ def small_disk(kilobytes: int):
 
 def limit_after(saves: int, size: int) -> None:
     """After so many checkpoints no file of this process may become larger than `size` bytes."""
-    aside, count = checkpoints._aside, Counter()
+    aside, count = checkpoints.aside, Counter()
 
     @contextmanager
     def limited(path: Path):
@@ -426,16 +435,16 @@ def limit_after(saves: int, size: int) -> None:
             yield temporary
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    checkpoints._aside = limited
+    checkpoints.aside = limited
 
 
 def die_at_line(number: int | None, folder: Path, after: int) -> None:
     """SIGKILL before line `number` (None: count them) that the writing of a checkpoint runs, `after` so many others."""
-    files = {checkpoints.__file__, shutil.__file__}
+    traced = {checkpoints.__file__, files.__file__, shutil.__file__}
     save, count = checkpoints.save_training, Counter()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in files or frame.f_code.co_name.endswith("comp>"):
+        if frame.f_code.co_filename not in traced or frame.f_code.co_name.endswith("comp>"):
             return None
         if event == "line":
             count["lines"] += 1

@@ -123,7 +123,7 @@ def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution
     """The first cell: number and title, promise, what it needs, time and memory, badge."""
     first = notebook["cells"][0] if notebook["cells"] else {"cell_type": "", "source": ""}
     text, number = cells.source(first), path.name[:2]
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", path.name):
+    if not re.fullmatch(r"\d\d[a-z]?_[a-z0-9_]+\.ipynb", path.name):
         yield None, f"the name {path.name}", "name it NN_topic.ipynb"
     if first["cell_type"] != "markdown" or not re.match(rf"# {number} \S", text):
         yield 1, "no title", f"start the first markdown cell with `# {number} Title`"

@@ -1,0 +1,179 @@
+"""How fast the chosen parameters move: optimizer groups, schedules, and what a strategy asks of every step.
+
+`tuning.tune` writes a `Tuning` beside the model's modules; the functions here read it, for `ftlib.fit` and, through
+`trainer_options`, for the stock `Trainer`.
+
+To copy this module you need: optimizing.py, regularization.py, speedups.py and torch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlib import regularization
+
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "range")
+
+
+@dataclass
+class Tuning:
+    """What was chosen, and what the training loop has to do about it; `model.tuning`."""
+
+    strategy: str
+    options: dict[str, Any]
+    names: tuple[str, ...] = ()  # of the parameters that train
+    scales: dict[nn.Parameter, float] = field(default_factory=dict)  # share of the learning rate, 1 for all others
+    stages: list[list[nn.Parameter]] = field(default_factory=list)  # gradual unfreezing: frozen at first, top first
+    until: float = 0.0  # share of the steps after which all stages are free
+    strength: float = 0.0  # of L2-SP
+    start: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
+    peft: Any = None  # the PeftModel around the model's modules
+
+
+def tuning_of(model: nn.Module) -> Tuning | None:
+    """What `tune` has set up, None for a model as it came."""
+    return vars(model).get("tuning")
+
+
+def normalizes(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
+
+
+def _no_decay_names(model: nn.Module) -> Iterator[str]:
+    for module_name, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if name == "bias" or normalizes(module):
+                yield f"{module_name}.{name}" if module_name else name
+
+
+def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
+
+    Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
+    BERT's own optimizer and of the stock `Trainer`.  After `tune(model, "layer-decay")` there are two a layer, with
+    "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay towards zero.
+    Raises ValueError when nothing is trainable.
+
+    >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
+    [1, 1]
+    """
+    spared, tuning = set(_no_decay_names(model)), tuning_of(model) or Tuning("as set", {})
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = name not in spared and parameter not in tuning.start
+            found.setdefault((tuning.scales.get(parameter, 1.0), decayed), []).append(parameter)
+    if not found:
+        raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
+    return [
+        {
+            "params": found[scale, decayed], "weight_decay": weight_decay if decayed else 0.0,
+            "lr": learning_rate * scale, "scale": scale, "decayed": decayed,
+        }
+        for scale, decayed in sorted(found, reverse=True)
+    ]  # fmt: skip
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
+    """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
+
+    The hooks run only when a step is taken, so not when fp16's gradients overflowed.
+    """
+    tuning = tuning_of(model)
+    if tuning is not None and tuning.strength:
+
+        def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter in tuning.start and parameter.grad is not None:
+                        regularization.pull_(parameter, tuning.start[parameter], group["lr"] * tuning.strength)
+
+        optimizer.register_step_pre_hook(towards_the_start)
+    if l1:
+
+        def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group["decayed"] else []:
+                    regularization.shrink_(parameter, group["lr"] * l1)
+
+        optimizer.register_step_post_hook(towards_zero)
+
+
+def begin_step(model: nn.Module, step: int, total: int) -> None:
+    """Gradual unfreezing: free the layers whose turn has come at step `step` (0-based) of `total`; else nothing."""
+    tuning = tuning_of(model)
+    if tuning is None or not tuning.stages:
+        return
+    end = tuning.until * total
+    free = int(len(tuning.stages) * step / end) if step < end else len(tuning.stages)
+    for place, stage in enumerate(tuning.stages):
+        for parameter in stage:
+            parameter.requires_grad_(place < free)
+
+
+def follows_steps(model: nn.Module) -> bool:
+    """Whether the strategy looks at single steps or weights: then the optimizer must hold the parameters themselves."""
+    tuning = tuning_of(model)
+    return tuning is not None and bool(tuning.stages or tuning.start or tuning.scales)
+
+
+def check_distributed(model: nn.Module, how: str) -> None:
+    """ValueError for a strategy that needs whole weights, where they are to be spread over processes."""
+    if how == "fsdp" and follows_steps(model):
+        raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
+
+
+def described(model: nn.Module) -> str:
+    """The strategy and its options in words, for a run that is to go on later."""
+    tuning = tuning_of(model)
+    return "" if tuning is None else repr((tuning.strategy, sorted(tuning.options.items())))
+
+
+def trainer_options(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    """What the stock `Trainer` needs to follow a strategy: Trainer(model, ..., **trainer_options(model, ...)).
+
+    Its own schedule goes on top.  Only "gradual-unfreezing", "layer-decay" and "l2-sp" need it.
+    """
+    from transformers import TrainerCallback
+
+    class Unfreezing(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begin_step(model, state.global_step, state.max_steps)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begin_step(model, 1, 1)
+
+    groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    attach(optimizer, model)
+    return {"optimizers": (optimizer, None), "callbacks": [Unfreezing()]}
+
+
+def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: int = 0) -> float:
+    """What the learning rate is multiplied by at optimizer step `step` (0-based) of `total`.
+
+    After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
+    cosine; "exponential" falls by the same ratio every step, to 0.01 at the end; "range" rises so, from 1e-5 to 1.
+
+    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
+    [0.0, 1.0, 0.67, 0.33, 0.0]
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return step / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule == "range":
+        return 1e-5 ** (1.0 - done)
+    return 0.01**done

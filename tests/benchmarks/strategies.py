@@ -1,0 +1,184 @@
+"""Results of notebook 03: every strategy on two corpora at two training sizes, each with its own learning rate.
+
+    python tests/benchmarks/strategies.py                           # everything; resumes where it stopped
+    python tests/benchmarks/strategies.py --part rotten-tomatoes    # or banking77: the accuracies on one corpus
+    python tests/benchmarks/strategies.py --part cost               # seconds a step, memory, bytes on disk
+
+Every run starts from the same pretrained MiniLM; the seed changes the head's (and adapters') first weights, the choice
+and order of the training texts, and dropout.  The learning rate is searched at the smaller size of each corpus with
+one seed of its own, by validation accuracy: three rates by factors of about 3, and further while the best is at an
+edge; the larger size takes the same rate.  Accuracies are on the corpus's own test split.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from record import Table
+
+import ftlib
+from ftlib.pretrained import load_model, load_tokenizer
+
+PARTS = ("rotten-tomatoes", "banking77", "cost")
+# corpus -> {training texts: (batch size, epochs)}; banking77 has 77 classes, and as many texts of each
+SIZES = {"rotten-tomatoes": {200: (16, 4), 1000: (32, 2)}, "banking77": {385: (16, 6), 1540: (32, 3)}}
+LADDER = (2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+SEARCH_SEED = 100
+MANY, FEW, PROMPT = 1.5e-4, 1.5e-3, 5e-3  # where the search starts: all weights move, a few, a prompt
+STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
+    "full": (("full", {}), MANY),
+    "frozen-embeddings": (("frozen-embeddings", {}), MANY),
+    "last-layers": (("last-layers", {}), 5e-4),
+    "head-only": (("head-only", {}), FEW),
+    "gradual-unfreezing": (("gradual-unfreezing", {}), MANY),
+    "layer-decay": (("layer-decay", {}), MANY),
+    "l2-sp": (("l2-sp", {}), MANY),
+    "mixout": (("mixout", {}), MANY),
+    "bitfit": (("bitfit", {}), FEW),
+    "layer-norm": (("layer-norm", {}), FEW),
+    "lora": (("lora", {}), FEW),
+    "lora, all layers": (("lora", {"targets": "all-linear", "rank": 16, "rslora": True}), 5e-4),
+    "houlsby": (("houlsby", {}), FEW),
+    "pfeiffer": (("pfeiffer", {}), FEW),
+    "DoRA (PEFT)": (("LoraConfig", {"r": 8, "lora_alpha": 16, "use_dora": True}), FEW),
+    "(IA)³ (PEFT)": (("IA3Config", {}), PROMPT),
+    "prompt (PEFT)": (("PromptTuningConfig", {"num_virtual_tokens": 20}), PROMPT),
+}
+
+
+def tuned(strategy: str, labels: int, seed: int):
+    """A fresh MiniLM with a head, unpadded, the strategy applied; and the report."""
+    (name, options), _ = STRATEGIES[strategy]
+    model = load_model("minilm", task="sequence-classification", num_labels=labels, seed=seed)
+    ftlib.unpad(model)
+    if name.endswith("Config"):
+        import peft
+
+        return model, ftlib.tune(model, getattr(peft, name)(**options), seed=seed)
+    seeded = {"seed": seed} if name in ("lora", "houlsby", "pfeiffer") else {}
+    return model, ftlib.tune(model, name, **options, **seeded)
+
+
+def chosen(labels: list[int], count: int, seed: int) -> list[int]:
+    """The rows of `count` training texts, as many of every class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    left = dict.fromkeys(labels, count // len(set(labels)))
+    rows = []
+    for row in order:
+        if left[labels[row]]:
+            left[labels[row]] -= 1
+            rows.append(row)
+    return rows
+
+
+def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
+    command = f"python tests/benchmarks/strategies.py --part {corpus}"
+    table = Table(f"strategies-{corpus}", command, f"MiniLM on {corpus}, test accuracy of every strategy")
+    data, tokenizer = ftlib.load_corpus(corpus), load_tokenizer("minilm")
+    tokens = ftlib.tokenize(data, tokenizer, max_length=64)
+    labels = tokens["train"]["labels"]
+
+    def train(strategy: str, rate: float, count: int, seed: int, split: str) -> dict:
+        model, report = tuned(strategy, len(set(labels)), seed)
+        batch_size, epochs = SIZES[corpus][count]
+        config = ftlib.TrainConfig(
+            epochs=epochs, batch_size=batch_size, learning_rate=rate, seed=seed, progress=False
+        )  # fmt: skip
+        rows = tokens["train"].select(chosen(labels, count, seed))
+        run = ftlib.fit(model, rows, tokenizer=tokenizer, config=config)
+        last = run.history[-10:]
+        return {
+            split: ftlib.evaluate(model, tokens[split])["accuracy"], "trainable": report.trainable,
+            "loss_last": sum(record["loss"] for record in last) / len(last), "seconds_busy": run.seconds,
+        }  # fmt: skip
+
+    def search(strategy: str) -> float:
+        small, start = min(SIZES[corpus]), LADDER.index(STRATEGIES[strategy][1])
+        tried: dict[int, float] = {}
+        wanted = {start - 1, start, start + 1}
+        while wanted:
+            for place in sorted(wanted):
+                key = {"part": "search", "strategy": strategy, "rate": LADDER[place], "count": small}
+                found = table.row(key, lambda s=strategy, r=LADDER[place]: train(s, r, small, SEARCH_SEED, "validation"))
+                tried[place] = found["validation"]
+            best = max(tried, key=lambda place: (tried[place], place))
+            wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
+        return LADDER[best]
+
+    for seed in seeds:
+        for strategy in only:
+            rate = search(strategy)
+            for count in SIZES[corpus]:
+                key = {"part": "accuracy", "strategy": strategy, "rate": rate, "count": count, "seed": seed}
+                table.row(key, lambda s=strategy, r=rate, c=count, k=seed: train(s, r, c, k, "test"))
+
+
+# ---------------------------------------------------------------------------------------------------------- cost
+
+ROUNDS, STEPS, BATCH = 3, 10, 32
+
+
+def measure_one(strategy: str) -> None:
+    """In a process of its own: seconds of a step, peak memory, bytes of what is saved, as JSON on the last line."""
+    data, tokenizer = ftlib.load_corpus("rotten-tomatoes"), load_tokenizer("minilm")
+    rows = ftlib.tokenize(data["train"].select(range(BATCH * STEPS)), tokenizer, max_length=64)
+    model, report = tuned(strategy, 2, 0)
+    config = ftlib.TrainConfig(epochs=1, batch_size=BATCH, learning_rate=1e-4, progress=False, shuffle=False)
+    run = ftlib.fit(model, rows, tokenizer=tokenizer, config=config)
+    times = [record["seconds"] for record in run.history]
+    each = [after - before for before, after in itertools.pairwise(times[1:])]  # the first two steps warm up
+    with tempfile.TemporaryDirectory() as folder:
+        saved = ftlib.save(model, Path(folder) / "model")
+        size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    found = {
+        "seconds": median(each), "peak_mb": run.peak_memory_mb, "bytes": size, "trainable": report.trainable,
+        "optimizer_mb": report.optimizer_bytes / 2**20,
+    }  # fmt: skip
+    print(json.dumps(found))
+
+
+def costs(only: list[str]) -> None:
+    """All strategies in turn, so that a busy moment of the machine does not fall on one of them, in rounds."""
+    table = Table("strategies-cost", "python tests/benchmarks/strategies.py --part cost", "what a step costs")
+    rounds: dict[str, list[dict]] = {strategy: [] for strategy in only}
+    for _ in range(ROUNDS):
+        for strategy in only:
+            command = [sys.executable, __file__, "--measure", strategy]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rounds[strategy].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for strategy, found in rounds.items():
+        against = [one["seconds"] / full["seconds"] for one, full in zip(found, rounds["full"], strict=True)]
+        rows.append({
+            "strategy": strategy, "seconds": min(one["seconds"] for one in found), "of_full": median(against),
+            "of_full_low": min(against), "of_full_high": max(against),
+            "peak_mb": max(one["peak_mb"] for one in found),
+            **{key: found[0][key] for key in ("bytes", "trainable", "optimizer_mb")},
+        })  # fmt: skip
+    table.replace({"part": "cost", "batch_size": BATCH}, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="one part; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (5 on a GPU)")
+    parser.add_argument("--only", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], help="some strategies")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.measure:
+        return measure_one(wanted.measure)
+    for part in [wanted.part] if wanted.part else PARTS:
+        if part == "cost":
+            costs(wanted.only)
+        else:
+            accuracies(part, tuple(range(wanted.seeds)), wanted.only)
+
+
+if __name__ == "__main__":
+    main()
