@@ -1,14 +1,16 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
-To copy this module you need: saving.py, files.py, tuning.py, adapters.py, optimizing.py, regularization.py, speedups.py,
-torch, transformers and safetensors (multitask.py for models with several heads; peft for its adapters; pretrained.py and
-assets.py to find an adapter's base model by name).
+To copy this module you need: saving.py, files.py, tuning.py, adapters.py, optimizing.py, regularization.py,
+speedups.py, torch, transformers and safetensors (multitask.py for models with several heads; peft for its adapters;
+pretrained.py and assets.py to find an adapter's base model by name).
 """
 
 import copy
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ftlib import adapters
-from ftlib.files import MARK, aside, read_json, read_tensors, tensors_of
+from ftlib.files import MARK, aside, read_json, read_tensors, shapes_of, tensors_of
 from ftlib.optimizing import tuning_of
 from ftlib.tuning import head_modules, tune
 
@@ -104,18 +106,47 @@ def _load_stock(folder: Path) -> nn.Module:
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
+    _refuse_sizes(folder, config, kind)
     try:
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        if isinstance(error, (ValueError, OSError)):
-            raise
-        raise ValueError(f"{folder}: can't read the weights ({error}); damaged, or not safetensors") from error
+    except Exception as error:  # safetensors, torch and Transformers have many types for a damaged or foreign file
+        shown = OSError if isinstance(error, OSError) else ValueError
+        raise shown(f"{folder}: can't read the weights ({error}); damaged, or not those of config.json") from error
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
     return model.eval()
+
+
+def _refuse_sizes(folder: Path, config: dict, kind: type) -> None:
+    """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shapes |= shapes_of(path)
+    if not shapes:
+        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
+    largest = max([2**20, *(size for shape in shapes.values() for size in shape)])
+    for key, value in _whole_numbers(config):
+        if abs(value) > (max(len(shapes), 100) if key.endswith("layers") else largest):
+            raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
+    try:
+        with torch.device("meta"):
+            asked = sum(p.numel() for p in kind(kind.config_class.from_dict(config)).parameters())
+    except Exception as error:
+        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        raise ValueError(f"{folder}: weights missing: config.json describes {asked} numbers, the files hold {held}")
+
+
+def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            yield from _whole_numbers(inner, name)
+    elif isinstance(value, int):
+        yield key, value
 
 
 def _save_multitask(model: nn.Module, folder: Path) -> None:
@@ -142,13 +173,17 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
         }
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/multitask.json: {error}") from None
+    tensors = read_tensors(folder / "heads.safetensors")
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if any(head.num_labels > largest for head in heads.values()):
+        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json, which has more labels; mend it")
     adapted = (folder / "encoder" / "adapter_config.json").is_file()
     encoder = _base_of(folder / "encoder", base) if adapted else _load_stock(folder / "encoder")
     model = MultiTaskModel(encoder, heads)
     if adapted:
         _put_adapter(model, model.encoder, folder / "encoder")
     try:
-        model.heads.load_state_dict(read_tensors(folder / "heads.safetensors"))
+        model.heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json: {error}") from None
     return model.eval()

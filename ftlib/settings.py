@@ -5,6 +5,7 @@ To copy this module you need: settings.py, optimizing.py, regularization.py, spe
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ class TrainConfig:
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
     right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (right and low <= value <= high and value < math.inf):
+    if not (right and low <= value <= high and value <= sys.float_info.max):  # an int may be larger than any float
         above = f" to {high}" if high < math.inf else ", finite"
         raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
 
@@ -114,6 +115,8 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 def _whole(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
+    if value >= 2**31:
+        raise ValueError(f"{name} has {value.bit_length()} bits: need a whole number below 2**31")
 
 
 @dataclass

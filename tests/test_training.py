@@ -495,6 +495,33 @@ def test_a_batch_without_a_label_moves_nothing(tiny_model):
     assert steps(run) == [0.0] and same(weights(model), before)
 
 
+def test_a_label_that_never_occurs(tiny_model):
+    """Its class trains like any other, as one that is never right; the metrics count the classes that occur."""
+    rows = [row | {"labels": 2 * row["labels"]} for row in make_rows(12)]  # of 4 classes, 1 and 3 are not there
+    model = tiny_model(num_labels=4)
+    run = fit(model, rows, eval_dataset=rows, config=quick())
+    assert all(map(math.isfinite, [*steps(run), *run.metrics.values()])) and len(run.metrics) > 2
+    tags = [row | {"labels": [0] * len(row["input_ids"])} for row in make_rows(4)]
+    assert math.isfinite(steps(fit(tiny_model("token-classification", 3), tags, config=quick()))[-1])
+
+
+def test_one_example_only(tiny_model):
+    """Of every kind; an evaluation of it gives numbers, or NaN where one example has none (a correlation)."""
+    for task, labels in LABELS.items():
+        row = make_rows(1, task)
+        run = fit(tiny_model(task, labels), row, eval_dataset=row, config=quick(epochs=3, patience=9))
+        assert len(steps(run)) == 3 and steps(run)[-1] < steps(run)[0]
+        assert math.isfinite(run.metrics["loss"])
+
+
+def test_an_ignored_batch_among_others_is_a_step_without_gradient(tiny_model):
+    rows = [*make_rows(4), *[row | {"labels": -100} for row in make_rows(4, seed=1)], *make_rows(4, seed=2)]
+    model = tiny_model()
+    run = fit(model, rows, config=quick(epochs=1, shuffle=False))
+    assert steps(run)[1] == 0.0 and steps(run, "grad_norm")[1] == 0.0 and "skipped" not in run.history[1]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_regression_counts_a_label_of_minus_100(tiny_model):
     rows = [{"input_ids": [5], "labels": -100.0}, {"input_ids": [6], "labels": 0.0}]
     model = tiny_model("regression", 1)
