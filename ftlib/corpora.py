@@ -118,8 +118,9 @@ def _read(name: str) -> dict[str, list[dict]]:
     try:
         splits = {split: [_clean(row) for row in rows] for split, rows in _rows_of(name, folder).items()}
         for row in (row for rows in splits.values() for row in rows):
-            if row.get("label") not in (_LABELS.get(name) or [row.get("label")]):
-                raise ValueError(f"label {row['label']!r}")
+            label = row["intent"] if name == "atis" else row["label"]
+            if label is None or label not in (_LABELS.get(name) or [label]):
+                raise ValueError(f"label {label!r}")
         if not splits["train"]:
             raise ValueError("no rows")
         return splits

@@ -133,7 +133,9 @@ def _refuse_sizes(folder: Path, config: dict, kind: type) -> None:
             raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
     try:
         with torch.device("meta"):
-            asked = sum(p.numel() for p in kind(kind.config_class.from_dict(config)).parameters())
+            twin = kind(kind.config_class.from_dict(config))
+            twin.tie_weights()
+        asked = sum(p.numel() for p in twin.parameters())
     except Exception as error:
         raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
     held = sum(math.prod(shape) for shape in shapes.values())
@@ -171,6 +173,8 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
             name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
             for name, spec in specs.items()
         }
+        if not all(isinstance(name, str) for head in heads.values() for name in head.label_names or ()):
+            raise ValueError("label_names must be texts")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/multitask.json: {error}") from None
     tensors = read_tensors(folder / "heads.safetensors")
