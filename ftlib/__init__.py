@@ -26,6 +26,7 @@ _HOME = {  # public name -> module that defines it
     "TrainConfig": "training",
     "Run": "training",
     "fit": "training",
+    "find_learning_rate": "search",
     "evaluate": "training",
     "predict": "training",
     "save": "saving",
@@ -37,8 +38,8 @@ _HOME = {  # public name -> module that defines it
 _MODULES = (
     "adapters", "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment",
     "features", "files", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
-    "prediction", "pretrained", "regularization", "rows", "saving", "settings", "speedups", "steps", "training",
-    "tuning", "unpadding",
+    "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings", "speedups", "steps",
+    "training", "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

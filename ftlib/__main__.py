@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _RUN_KEYS = {
-    "model": str, "task": str, "corpus": str, "output": str, "tune": str, "limit": int, "resume": str, "train": dict,
+    "model": str, "task": str, "corpus": str, "output": str, "tune": (str, dict), "limit": int, "resume": str,
+    "train": dict,
 }  # fmt: skip
 
 
@@ -30,7 +31,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
         if key not in _RUN_KEYS:
             raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(_RUN_KEYS)}")
         if not isinstance(value, _RUN_KEYS[key]) or isinstance(value, bool):
-            raise ValueError(f"{path}: {key} = {value!r} must be a {_RUN_KEYS[key].__name__}")
+            kinds = _RUN_KEYS[key] if isinstance(_RUN_KEYS[key], tuple) else (_RUN_KEYS[key],)
+            raise ValueError(f"{path}: {key} = {value!r} must be a {' or a '.join(kind.__name__ for kind in kinds)}")
     for key in ("model", "task", "corpus", "output"):
         if key not in run:
             raise ValueError(f"{path}: {key!r} is missing")
@@ -61,7 +63,8 @@ def train(path: str) -> int:
     except ValueError as reason:  # slower, and the same numbers
         if first:
             print(f"with padding: {reason}")
-    report = ftlib.tune(model, run.get("tune", "full"))
+    strategy, options = strategy_of(run)
+    report = ftlib.tune(model, strategy, **options)
     if first:
         print(report)
     rows = tokenized["train"]
@@ -79,15 +82,28 @@ def train(path: str) -> int:
     return 0
 
 
+def strategy_of(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What `tune` gets: tune = "lora", or a table [tune] with strategy = "lora" and its options."""
+    tune = run.get("tune", "full")
+    if isinstance(tune, str):
+        return tune, {}
+    return tune.get("strategy", ""), {key: value for key, value in tune.items() if key != "strategy"}
+
+
 def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
     """The run's TrainConfig; errors come before anything is loaded and name the file."""
     from ftlib.multitask import KINDS
     from ftlib.settings import TrainConfig
-    from ftlib.tuning import STRATEGIES
+    from ftlib.tuning import OPTIONS
 
-    for key, choices in (("task", KINDS), ("tune", STRATEGIES)):
-        if run.get(key, choices[0]) not in choices:
-            raise ValueError(f"{path}: unknown {key} {run[key]!r}; choose one of {', '.join(choices)}")
+    strategy, options = strategy_of(run)
+    for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):
+        if value not in choices:
+            raise ValueError(f"{path}: unknown {key} {value!r}; choose one of {', '.join(choices)}")
+    for key in options:
+        if key not in OPTIONS[strategy]:
+            takes = ", ".join(OPTIONS[strategy]) or "no options"
+            raise ValueError(f"{path}: unknown key {key!r} in [tune]; {strategy!r} takes {takes}")
     known = sorted(field.name for field in dataclasses.fields(TrainConfig))
     for key in run.get("train", {}):
         if key not in known:

@@ -1,9 +1,9 @@
 """Small trainable modules inside a frozen encoder: LoRA and bottleneck adapters; PEFT's methods through PEFT.
 
 An adapter takes the place of an `nn.Linear` and holds it: y = W x + b + (something small and trainable).  Both kinds
-start as exactly the pretrained model.  `pack` and `unpack` are PEFT's file format, with the task head in it.
+start as exactly the pretrained model.  `saving` writes them to disk in PEFT's format, with the task head.
 
-To copy this module you need: adapters.py and torch (peft for its own methods, bitsandbytes for base_bits=4).
+To copy this module you need: adapters.py, rows.py and torch (peft for its methods, bitsandbytes for base_bits=4).
 Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); Houlsby et al. 2019
 (arXiv:1902.00751); Pfeiffer et al. 2020 (arXiv:2005.00052).
 """
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ftlib.rows import IGNORE, max_positions
 
 _QUERY_VALUE = (
     "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj", "q", "v", "Wqkv", "qkv_proj",
@@ -96,8 +98,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        weight = linear.weight.detach().float()  # in half precision scales would round, and codes go above 127
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
         self.register_buffer("codes", (weight / scale).round().to(torch.int8))  # (out, in)
         self.register_buffer("scale", scale)
@@ -105,7 +107,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.codes * self.scale
+        return (self.codes * self.scale).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -132,6 +134,7 @@ def _four_bits(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, linear.bias is not None,
         compute_dtype=linear.weight.dtype, quant_type="nf4",
     )  # fmt: skip
+    new.support_avx512bf16_for_cpu = False  # its layout for this, once made by evaluating, has no gradients
     new.load_state_dict({name: p.detach() for name, p in linear.named_parameters()})
     return new.requires_grad_(False).to(linear.weight.device)  # quantizes on the way to the device
 
@@ -173,7 +176,7 @@ def _matching(found: dict[str, nn.Module], targets: Any) -> list[str]:
     if targets == "all-linear":
         targets = endings
     wanted = _QUERY_VALUE if targets is None else targets
-    if isinstance(wanted, str) or not all(isinstance(t, str) and t for t in wanted):
+    if not isinstance(wanted, (list, tuple, set)) or not all(isinstance(t, str) and t for t in wanted):
         raise ValueError(f"targets={targets!r}: pass 'all-linear' or a list of names; here are {', '.join(endings)}")
     chosen = [name for name in found if any(name == t or name.endswith(f".{t}") for t in wanted)]
     idle = [t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in found)]
@@ -230,6 +233,9 @@ def merge_own(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ through PEFT
 
 
+_CACHED = ("PREFIX_TUNING", "CARTRIDGE")  # prompts as keys and values of every layer, not as words
+
+
 def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     """Apply any PEFT configuration to a task model, in place, with its head's modules trainable and saved.
 
@@ -245,11 +251,16 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     if config.task_type is None:
         config.task_type = "TOKEN_CLS" if "TokenClassification" in type(model).__name__ else "SEQ_CLS"
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))
-    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.config) or math.inf
     prompt = (getattr(config, "num_virtual_tokens", 0) or 0) if config.is_prompt_learning else 0
     if config.is_prompt_learning and not 0 < prompt < longest:
         raise ValueError(f"num_virtual_tokens={prompt}: need 1 to {longest - 1}, the model takes {longest} positions")
-    _fill(model, config)
+    if config.peft_type in _CACHED and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError(
+            f"{config.peft_type.value} goes into past_key_values, which {model.config.model_type} models do not take; "
+            "use peft.PromptTuningConfig, or a BERT, RoBERTa or ELECTRA model"
+        )
+    _fill(model, config, head)
     inner = copy.copy(model)
     try:
         wrapper = peft.get_peft_model(inner, config)
@@ -263,7 +274,7 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     return wrapper
 
 
-def _fill(model: nn.Module, config: Any) -> None:
+def _fill(model: nn.Module, config: Any, head: list[str]) -> None:
     """What PEFT would ask for, because it does not know the model type or reads one name in its config only."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
@@ -273,30 +284,47 @@ def _fill(model: nn.Module, config: Any) -> None:
         config.token_dim = wide if words else model.config.hidden_size
         config.num_layers = config.num_layers or model.config.num_hidden_layers
         config.num_attention_heads = config.num_attention_heads or model.config.num_attention_heads
+    if getattr(config, "target_modules", None) == "all-linear":  # PEFT would take a linear layer of the head too
+        config.target_modules = _matching(linears(model), "all-linear")
     unset = hasattr(config, "target_modules") and not config.target_modules
     if unset and config.peft_type == "LN_TUNING":
-        config.target_modules = [n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+        norms = [n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+        config.target_modules = [n for n in norms if not n.startswith(tuple(f"{name}." for name in head))]
     elif unset and config.peft_type != "IA3" and model.config.model_type not in known:
         config.target_modules = _matching(linears(model), None)
 
 
 def _with_prompt(wrapper: Any, prompt: int, longest: float, *args: Any, **kwargs: Any) -> Any:
-    inputs = args[0] if args else kwargs.get("input_ids")
+    kwargs |= zip(inspect.signature(wrapper.get_base_model().forward).parameters, args, strict=False)
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if inputs is not None and inputs.shape[1] + prompt > longest:
         raise ValueError(
             f"{inputs.shape[1]} tokens and {prompt} of the prompt exceed the model's {longest} positions; "
             f"tokenize with max_length={longest - prompt}"
         )
-    return wrapper(*args, **kwargs)
+    a_label_a_token = wrapper.active_peft_config.task_type == "TOKEN_CLS"
+    if wrapper.active_peft_config.peft_type in _CACHED or not a_label_a_token:
+        return wrapper(**kwargs)
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = F.pad(kwargs["labels"], (prompt, 0), value=IGNORE)
+    output = wrapper(**kwargs)
+    output.logits = output.logits[:, prompt:]  # (batch, tokens, labels): those of the text
+    return output
 
 
 def merge_peft(wrapper: Any) -> None:
     """Fold PEFT's adapter into the layers and take it out, in place.  Raises ValueError for what has no such form."""
     if wrapper.active_peft_config.is_prompt_learning or not hasattr(wrapper.base_model, "merge_and_unload"):
         raise ValueError(f"{wrapper.active_peft_config.peft_type.value} can't be merged into weights; save it as it is")
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = wrapper.get_base_model()  # its heads are taken out here: PEFT can't for a pooler, nor after LN tuning
+    heads = {name: m for name, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    _replace(inner, {name: head.modules_to_save[wrapper.active_adapter] for name, head in heads.items()})
     try:
         wrapper.merge_and_unload()
     except NotImplementedError as error:
+        _replace(inner, heads)
         raise ValueError(f"PEFT can't merge {wrapper.active_peft_config.peft_type.value}: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """How a model runs while it trains: compiled, with gradient checkpointing, in TF32; and as it came afterwards.
 
-To copy this module you need: modes.py, regularization.py, speedups.py, batching.py, rows.py and torch (unpadding.py for
-compile="reduce-overhead").
+To copy this module you need: modes.py, optimizing.py, regularization.py, speedups.py, batching.py, rows.py and torch
+(unpadding.py for compile="reduce-overhead").
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ftlib.batching import restore_modes
+from ftlib.optimizing import tuning_of
 from ftlib.regularization import dropout_rate
 from ftlib.speedups import shortcuts
 
@@ -51,8 +52,10 @@ def checkpoint_layers(model: nn.Module) -> None:
     """Keep only the input of every layer for the backward pass, which computes the layer again: less memory, more time.
 
     What Transformers' own switch sets, which has had two names and can't say how things were before.
-    Raises ValueError for a model type without it.
+    Raises ValueError for a model type without it, and for prefix tuning, whose prefix the layers would then leave out.
     """
+    if getattr(tuning_of(model), "strategy", None) in ("PrefixTuningConfig", "CartridgeConfig"):
+        raise ValueError("gradient_checkpointing=True drops the prefix of prefix tuning; leave it off")
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not layers:
         raise ValueError(f"gradient_checkpointing=True: {_type(model)} models have no gradient checkpointing")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ftlib import regularization
 
-SCHEDULES = ("constant", "linear", "cosine", "exponential", "range")
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass
@@ -26,11 +26,11 @@ class Tuning:
     strategy: str
     options: dict[str, Any]
     names: tuple[str, ...] = ()  # of the parameters that train
-    scales: dict[nn.Parameter, float] = field(default_factory=dict)  # share of the learning rate, 1 for all others
-    stages: list[list[nn.Parameter]] = field(default_factory=list)  # gradual unfreezing: frozen at first, top first
+    scales: dict[str, float] = field(default_factory=dict)  # parameter -> share of the learning rate, 1 for all others
+    stages: list[list[str]] = field(default_factory=list)  # gradual unfreezing: parameters frozen at first, top first
     until: float = 0.0  # share of the steps after which all stages are free
     strength: float = 0.0  # of L2-SP
-    start: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
+    start: dict[str, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
     peft: Any = None  # the PeftModel around the model's modules
 
 
@@ -51,23 +51,26 @@ def _no_decay_names(model: nn.Module) -> Iterator[str]:
                 yield f"{module_name}.{name}" if module_name else name
 
 
-def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01, spare: bool = True
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
 
     Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
-    BERT's own optimizer and of the stock `Trainer`.  After `tune(model, "layer-decay")` there are two a layer, with
-    "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay towards zero.
+    BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After `tune(model, "layer-decay")`
+    there are two a layer, with "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay
+    towards zero.
     Raises ValueError when nothing is trainable.
 
     >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
     [1, 1]
     """
-    spared, tuning = set(_no_decay_names(model)), tuning_of(model) or Tuning("as set", {})
+    spared, tuning = set(_no_decay_names(model) if spare else ()), tuning_of(model) or Tuning("as set", {})
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = name not in spared and parameter not in tuning.start
-            found.setdefault((tuning.scales.get(parameter, 1.0), decayed), []).append(parameter)
+            decayed = name not in spared and name not in tuning.start
+            found.setdefault((tuning.scales.get(name, 1.0), decayed), []).append(parameter)
     if not found:
         raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
     return [
@@ -82,22 +85,27 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
     """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
 
-    The hooks run only when a step is taken, so not when fp16's gradients overflowed.
+    Nothing is done where fp16's gradients overflowed, so that no step is taken.
     """
     tuning = tuning_of(model)
+
+    def overflowed() -> bool:  # a fused optimizer is called then too, and told so
+        return bool(getattr(optimizer, "found_inf", None))
+
     if tuning is not None and tuning.strength:
+        starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
 
         def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
+            for group in [] if overflowed() else optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter in tuning.start and parameter.grad is not None:
-                        regularization.pull_(parameter, tuning.start[parameter], group["lr"] * tuning.strength)
+                    if parameter in starts and parameter.grad is not None:
+                        regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
 
         optimizer.register_step_pre_hook(towards_the_start)
     if l1:
 
         def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
+            for group in [] if overflowed() else optimizer.param_groups:
                 for parameter in group["params"] if group["decayed"] else []:
                     regularization.shrink_(parameter, group["lr"] * l1)
 
@@ -111,15 +119,16 @@ def begin_step(model: nn.Module, step: int, total: int) -> None:
         return
     end = tuning.until * total
     free = int(len(tuning.stages) * step / end) if step < end else len(tuning.stages)
+    parameters = dict(model.named_parameters())
     for place, stage in enumerate(tuning.stages):
-        for parameter in stage:
-            parameter.requires_grad_(place < free)
+        for name in stage:
+            parameters[name].requires_grad_(place < free)
 
 
 def follows_steps(model: nn.Module) -> bool:
     """Whether the strategy looks at single steps or weights: then the optimizer must hold the parameters themselves."""
     tuning = tuning_of(model)
-    return tuning is not None and bool(tuning.stages or tuning.start or tuning.scales)
+    return tuning is not None and bool(tuning.stages or tuning.start)
 
 
 def check_distributed(model: nn.Module, how: str) -> None:
@@ -163,7 +172,7 @@ def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: 
     >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
     [0.0, 1.0, 0.67, 0.33, 0.0]
     """
-    if schedule not in SCHEDULES:
+    if schedule not in (*SCHEDULES, "range"):
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if step < warmup:
         return step / warmup

@@ -1,6 +1,6 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
-To copy this module you need: saving.py, files.py, tuning.py, adapters.py, optimizing.py, regularization.py,
+To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
 speedups.py, torch, transformers and safetensors (multitask.py for models with several heads; peft for its adapters;
 pretrained.py and assets.py to find an adapter's base model by name).
 """
@@ -201,6 +201,8 @@ _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 
 def _save_adapter(model: nn.Module, folder: Path, tuning: Any = None) -> None:
     tuning = tuning or tuning_of(model)
+    if tuning is None:
+        raise ValueError("the model has adapters that ftlib.tune did not put there; ftlib.merge(model) folds them in")
     base = _public_name(getattr(model.config, "_name_or_path", ""))
     if tuning.peft is not None:
         tuning.peft.save_pretrained(folder)
@@ -218,7 +220,7 @@ def _save_adapter(model: nn.Module, folder: Path, tuning: Any = None) -> None:
         "strategy": tuning.strategy, "options": tuning.options, "task": _task_of(model),
         "num_labels": len(names), "label_names": None if names[:1] == ["LABEL_0"] else names,
     }  # fmt: skip
-    (folder / "ftlib.json").write_text(json.dumps(note, indent=1))
+    (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
 
 
 def _task_of(model: nn.Module) -> str | None:
@@ -282,7 +284,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
     """Put the adapter in a folder on a base model; `place` is the part of the model that it was saved from."""
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else {}
-    tensors = read_tensors(path)
+    tensors, heads = read_tensors(path), head_modules(place)
     if note.get("strategy") in _OURS:
         if not isinstance(note.get("options"), dict):
             raise ValueError(f"{folder}/ftlib.json: no 'options'")
@@ -300,11 +302,19 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
                 setattr(settings, name, None)
         if hasattr(settings, "prompt_tuning_init"):
             settings.prompt_tuning_init = "RANDOM"
+        if hasattr(settings, "prefix_projection"):
+            settings.prefix_projection = False  # the file holds what the projection made
+        if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
+            names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
+            settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
         tune(model, settings)
         wrapper = tuning_of(model).peft
-        wanted = set(peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False))
-        got = tensors
-    missing = sorted(name for name in wanted - got.keys() if not (headless and "lora_" not in name))
+        fresh = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+        wanted, got = fresh.keys(), tensors
+    # the base may bring the head along; the pooler, which PEFT does not save unless told to, comes from the base too
+    inside = f"{place.base_model_prefix}."
+    given = [f".{name}." for name in heads if headless or (not note and name.startswith(inside))]
+    missing = sorted(name for name in wanted - got.keys() if not any(part in f".{name}" for part in given))
     if missing:
         raise ValueError(
             f"{path} lacks {missing[0]} and {len(missing) - 1} more, which would start random; if that is the task "
@@ -314,7 +324,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
         if note.get("strategy") in _OURS:
             extra = place.load_state_dict(got, strict=False).unexpected_keys
         else:
-            extra = peft.set_peft_model_state_dict(wrapper, got).unexpected_keys
+            extra = set(peft.set_peft_model_state_dict(wrapper, fresh | got).unexpected_keys) - wanted
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} does not fit its base model: {error}") from error
     if extra:

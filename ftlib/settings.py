@@ -73,8 +73,8 @@ class TrainConfig:
         if self.max_grad_norm is not None:
             _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
         for name, choices in (
-            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("resume", (None, "auto")),
-            ("distributed", DISTRIBUTED),
+            ("schedule", (*SCHEDULES, "range")), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS),
+            ("resume", (None, "auto")), ("distributed", DISTRIBUTED),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")

@@ -61,7 +61,8 @@ class _Dropout(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        need_x, need_weight, _ = ctx.needs_input_grad  # a frozen layer keeps no input: that is what LoRA saves
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         return _product(x, weight, bias, "none", [], "")
 
     @staticmethod
@@ -70,7 +71,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)  # (N, out)
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        d_x = _product(rows, weight.T, None, "none", [], "").view(x.shape) if need_x else None
+        d_x = _product(rows, weight.T, None, "none", [], "").view(*gradient.shape[:-1], -1) if need_x else None
         d_weight = _product(rows.T, x.flatten(0, -2).T, None, "none", [], "") if need_weight else None
         return d_x, d_weight, rows.sum(0) if need_bias else None
 

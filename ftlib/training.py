@@ -394,9 +394,9 @@ _SMOOTHED = ("sequence-classification", "token-classification")
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    if not config.decay_groups:
-        groups = [group | {"weight_decay": config.weight_decay, "decayed": True} for group in groups]
+    groups = parameter_groups(
+        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
+    )
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])

@@ -5,7 +5,7 @@ subset by setting `requires_grad`, nothing else.  LoRA and the adapters freeze t
 inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
 stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
 
-To copy this module you need: tuning.py, adapters.py, optimizing.py, regularization.py, speedups.py and torch.
+To copy this module you need: tuning.py, adapters.py, rows.py, optimizing.py, regularization.py, speedups.py and torch.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import nn
 from ftlib import adapters, regularization
 from ftlib.optimizing import Tuning, normalizes, tuning_of
 
-_OPTIONS = {  # strategy -> its options
+OPTIONS = {  # strategy -> its options
     "full": (),
     "head-only": (),
     "last-layers": ("layers",),
@@ -33,7 +33,7 @@ _OPTIONS = {  # strategy -> its options
     "houlsby": ("reduction", "seed"),
     "pfeiffer": ("reduction", "seed"),
 }
-STRATEGIES = tuple(_OPTIONS)
+STRATEGIES = tuple(OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
                 the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
             "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;
                 head and last layer have the full one (same source; Sun et al. 2019, arXiv:1905.05583).
-            "l2-sp" (strength=0.01): everything, with decay towards the pretrained weights and not towards zero.
+            "l2-sp" (strength=10.0): everything, pulled by learning rate * strength a step to the pretrained weights.
             "mixout" (p=0.7): everything, with dropout towards the pretrained weights; both: `regularization`.
             "lora" (rank=8, alpha=16, targets=None, dropout=0.0, rslora=False, base_bits=None): targets are endings of
                 layer names, "all-linear", or None, the query and value projections; base_bits=8 or 4 keeps the
@@ -122,9 +122,9 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     6
     """
     named = isinstance(strategy, str)
-    if named and strategy not in _OPTIONS:
+    if named and strategy not in OPTIONS:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    known = _OPTIONS[strategy] if named else ("seed",)
+    known = OPTIONS[strategy] if named else ("seed",)
     for name in options:
         if name not in known:
             what = f"takes {', '.join(known)}" if known else "takes no options"
@@ -201,18 +201,19 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
     if strategy == "layer-norm":
         return [module for module in base.modules() if normalizes(module)]
     if strategy in ("gradual-unfreezing", "layer-decay"):
-        below = _depths(model)[1]
+        below = _downwards(model)
         decay = _share("decay", options.get("decay", 0.9 if strategy == "layer-decay" else 1.0))
-        tuning.scales = {p: decay**depth for depth, layer in enumerate(below) for p in layer if decay != 1}
+        tuning.scales = {name: decay**depth for depth, layer in enumerate(below) for name in layer if decay != 1}
         if strategy == "gradual-unfreezing":
             tuning.until, tuning.stages = _share("until", options.get("until", 0.5)), below
         return [model]
     if strategy == "l2-sp":
-        strength = options.get("strength", 0.01)
+        strength = options.get("strength", 10.0)
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
             raise ValueError(f"strength={strength!r}: need a number of at least 0")
         tuning.strength = strength
-        tuning.start = {p: p.detach().clone() for p in base.parameters()}
+        inside = {id(p) for p in base.parameters()}
+        tuning.start = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in inside}
         return [model]
     if strategy == "lora":
         adapters.add_lora(base, **options)
@@ -230,19 +231,24 @@ def _share(name: str, value: Any, *, below: bool = False) -> float:
     return float(value)
 
 
-def _depths(model: nn.Module) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
-    """The parameters above the layers (head, pooler, a last norm), and a list each for the layers from the top down,
-    the last one for the embeddings and whatever else lies below the first layer."""
-    base, layers = base_model_of(model), encoder_layers(model)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    before, above, reached = [], [], False
-    for name, parameter in base.named_parameters():  # in the order of the modules: embeddings, layers, the rest
-        reached = reached or id(parameter) in inside
-        if id(parameter) not in inside:
-            (above if reached and "embed" not in name.split(".")[0] else before).append(parameter)
-    encoder_ids = {id(p) for p in base.parameters()}
-    head = [p for p in model.parameters() if id(p) not in encoder_ids]
-    return [*head, *above], [*(list(layer.parameters()) for layer in reversed(layers)), before]
+def _downwards(model: nn.Module) -> list[list[str]]:
+    """The names of the encoder's parameters, a list a layer from the top down, the last one of the embeddings.
+
+    What stands above the layers (head, pooler, a last normalization) is not among them.
+    """
+    layers = encoder_layers(model)
+    place = {id(p): depth for depth, layer in enumerate(reversed(layers)) for p in layer.parameters()}
+    first = next(iter(layers[0].parameters()))
+    lists: list[list[str]] = [[] for _ in range(len(layers) + 1)]
+    below = True  # parameters come in the order of the modules: embeddings, layers, the rest
+    inside = {id(p) for p in base_model_of(model).parameters()}
+    for name, parameter in model.named_parameters():
+        below = below and parameter is not first
+        if id(parameter) in place:
+            lists[place[id(parameter)]].append(name)
+        elif id(parameter) in inside and (below or "embed" in name):
+            lists[-1].append(name)
+    return lists
 
 
 def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
@@ -253,6 +259,8 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
     marks = adapters.peft_marks(getattr(tuning_of(model), "peft", None))
     for full_name, parameter in model.named_parameters():
+        if ".original_module." in full_name:  # PEFT keeps the head as it came beside the one that trains
+            continue
         name = in_encoder.get(id(parameter))
         if id(parameter) in own or any(mark in full_name for mark in marks):
             part = "adapters"
@@ -262,6 +270,7 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
             part = next((part for part in ("embeddings", "pooler") if part in name.split(".")), "layers")
         groups[part][1] += parameter.numel()
         groups[part][0] += parameter.numel() if parameter.requires_grad else 0
+    groups["layers"][1] += sum(m.codes.numel() for m in model.modules() if isinstance(m, adapters.Int8Linear))
     trainable, total = (sum(counts[i] for counts in groups.values()) for i in (0, 1))
     kept = {name: (t, n) for name, (t, n) in groups.items() if n}
     return TuneReport(strategy, trainable, total, kept, optimizer_bytes=2 * 4 * trainable)

@@ -197,3 +197,16 @@ def test_profile_program_at_toy_size(tmp_path):
     for row in rows:
         assert row["groups"]["matrix products"] > 0 and row["groups"]["optimizer and clipping"] > 0
         assert sum(row["groups"].values()) == pytest.approx(row["profiled_seconds_a_step"], rel=0.3)
+
+
+def test_what_ties_with_the_best(program):
+    points = {"best": (0.80, 0.02), "near": (0.77, 0.01), "far": (0.75, 0.02), "sure": (0.79, 0.0)}
+    assert program("report").ties(points) == {"best", "near", "sure"}
+
+
+def test_training_texts_of_every_class(program):
+    labels = [0] * 50 + [1] * 30 + [2] * 20
+    strategies = program("strategies")
+    rows = strategies.chosen(labels, 30, seed=1)
+    assert sorted(labels[row] for row in rows) == [0] * 10 + [1] * 10 + [2] * 10 and len(set(rows)) == 30
+    assert rows == strategies.chosen(labels, 30, seed=1) != strategies.chosen(labels, 30, seed=2)

@@ -37,7 +37,11 @@ def test_read_run(tmp_path):
         (GOOD + "[train]\nepochs = 0\n", "epochs=0: need a whole number"),
         (GOOD + '[train]\nlearning_rate = "1e-3"\n', "learning_rate='1e-3'"),
         (GOOD + 'resume = "always"\n', "resume='always': choose one of"),
-        (GOOD + 'tune = "lora"\n', "unknown tune 'lora'; choose one of full, head-only, last-layers"),
+        (GOOD + 'tune = "lara"\n', "unknown tune 'lara'; choose one of full, head-only, last-layers"),
+        (GOOD + "tune = 3\n", "tune = 3 must be a str or a dict"),
+        (GOOD + "[tune]\nrank = 3\n", "unknown tune ''; choose one of full"),
+        (GOOD + '[tune]\nstrategy = "lora"\nr = 3\n', r"unknown key 'r' in \[tune\]; 'lora' takes rank, alpha"),
+        (GOOD + '[tune]\nstrategy = "bitfit"\nr = 3\n', r"unknown key 'r' in \[tune\]; 'bitfit' takes no options"),
         (GOOD.replace("sequence-classification", "sentiment"), "unknown task 'sentiment'; choose one of"),
     ],
 )

@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 """
 
 SCRIPT = """
+import peft
 import torch.distributed as dist
 from conftest import make_tiny_model
 from test_training import make_rows, quick
@@ -37,7 +38,7 @@ from ftlib import distributed
 from ftlib.multitask import Head, MultiTaskModel
 from ftlib.prediction import evaluate, logits_of, predict
 from ftlib.training import fit
-from ftlib.tuning import tune
+from ftlib.tuning import STRATEGIES, tune
 from ftlib.unpadding import unpad
 
 folder = Path(sys.argv[1])
@@ -72,7 +73,8 @@ cases = {
     "plain": {}, "micro": dict(micro_batch_size=1), "tokens": dict(max_tokens=12), "adamw": dict(optimizer="adamw"),
     "stops": dict(epochs=30, patience=1, eval_every=1, learning_rate=0.1), "frozen": {}, "shared layers": {},
     "checkpointing": dict(gradient_checkpointing=True),
-    "bf16": dict(precision="bf16"),
+    "bf16": dict(precision="bf16"), "r-drop": dict(r_drop=1.0, micro_batch_size=2),
+    "lora": {}, "prompt": {}, "gradual-unfreezing": {}, "l2-sp": {},
 }
 for mode in ("ddp", "fsdp")[:world]:
     for name, options in cases.items():
@@ -80,6 +82,16 @@ for mode in ("ddp", "fsdp")[:world]:
         model = unpad(make_tiny_model("token-classification", 3, model_type=kind))
         if name == "frozen":
             tune(model, "head-only")
+        elif name == "prompt":
+            tune(model, peft.PromptTuningConfig(num_virtual_tokens=2))
+        elif name in STRATEGIES:
+            tune(model, name)
+        if mode == "fsdp" and name in ("gradual-unfreezing", "l2-sp"):
+            try:
+                fit(model, rows, config=quick(distributed="fsdp"))
+            except ValueError as error:
+                out[f"fsdp {name}"] = str(error)
+            continue
         config = quick(**{"warmup_fraction": 0.0, "optimizer": "sgd", "distributed": mode, **options})
         sent = 0
         run = fit(model, rows, eval_dataset=held_out if name in ("plain", "stops") else None, config=config)
@@ -229,10 +241,11 @@ def test_the_processes_found_each_other(runs):
     assert [runs[key]["world"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 2, 2]
 
 
-ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing"]
+ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
+DDP = [*ALIKE, "stops", "tasks", "gradual-unfreezing", "l2-sp"]
 
 
-@pytest.mark.parametrize("name", [*(f"ddp {n}" for n in (*ALIKE, "stops", "tasks")), *(f"fsdp {n}" for n in ALIKE)])
+@pytest.mark.parametrize("name", [*(f"ddp {n}" for n in DDP), *(f"fsdp {n}" for n in ALIKE)])
 def test_two_processes_take_the_steps_of_one(runs, folder, name):
     alone = name.replace("fsdp", "ddp")
     (one, one_end), (two, two_end), (other, other_end) = runs[1, 0][alone], runs[2, 0][name], runs[2, 1][name]
@@ -290,6 +303,11 @@ def test_early_stopping_stops_all_and_keeps_the_best_weights(runs, folder, tiny_
     found = evaluate(model, make_rows(5, "token-classification", seed=9))["loss"]
     evaluations = [record["eval_loss"] for record in history if "eval_loss" in record]
     assert found == pytest.approx(min(evaluations), abs=1e-6) and min(evaluations) < evaluations[-1]
+
+
+def test_what_looks_at_whole_weights_is_not_sharded(runs):
+    for name in ("gradual-unfreezing", "l2-sp"):
+        assert runs[2, 0][f"fsdp {name}"] == f"distributed='fsdp' has no {name}; use distributed='ddp'"
 
 
 def test_several_heads_are_not_sharded(runs):

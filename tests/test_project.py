@@ -30,6 +30,7 @@ FLOORS = [
     {"checkpoints", "modes", "prediction", "settings", "steps"},
     {"training"},
     {"plots", "environment"},
+    {"search"},
     {"__main__"},
 ]
 TENSORS_METHODS_ENGINE = FLOORS[0].union(*FLOORS[3:9])

@@ -1,16 +1,21 @@
 """Which parameters move, and how fast."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 import transformers
+from test_training import make_rows, quick, raising
 from torch import nn
+from torch.testing import assert_close
 
+from ftlib.batching import collate
 from ftlib.multitask import Head, MultiTaskModel
-from ftlib.optimizing import SCHEDULES, parameter_groups, schedule_factor
-from ftlib.tuning import base_model_of, encoder_layers, report, tune
+from ftlib.optimizing import SCHEDULES, parameter_groups, schedule_factor, trainer_options
+from ftlib.training import fit
+from ftlib.tuning import STRATEGIES, base_model_of, encoder_layers, report, tune
 
 
 def trainable(model):
@@ -77,7 +82,7 @@ def test_calling_it_again_starts_anew(tiny_model):
         (dict(strategy="lora", dropout=1), "dropout=1: need a number from 0 to below 1"),
         (dict(strategy="lora", base_bits=2), "base_bits=2: choose None"),
         (dict(strategy="lora", seed=0.5), "seed=0.5: need a whole number"),
-        (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; the layers have dense, key"),
+        (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; .* dense, key"),
         (dict(strategy="lora", targets=["query", "q"]), r"targets=\['q'\] match no linear layer"),
         (dict(strategy="lora", targets="query"), "targets='query': pass 'all-linear' or a list of names"),
         (dict(strategy="houlsby", reduction=0.5), "reduction=0.5: need a number of at least 1"),
@@ -210,3 +215,259 @@ def test_schedules_stay_between_0_and_1_even_past_the_end(schedule):
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="unknown schedule 'step'; choose one of constant"):
         schedule_factor(0, 1, schedule="step")
+
+
+# ----------------------------------------------------------------------------------- what moves, counted by hand
+
+KINDS = ("bert", "roberta", "electra", "distilbert", "modernbert", "albert")
+# 2 layers of width 16 and 32 inside, 64 words, 40 positions; ALBERT's and ELECTRA's embeddings are narrower or wider
+HEAD = {"bert": 306, "roberta": 306, "electra": 306, "distilbert": 306, "modernbert": 306, "albert": 306}
+BIASES = {  # a layer: query, key, value, output: 4 * 16; inside 32, out 16; two norms 2 * 16; one norm of embeddings
+    "bert": 2 * (64 + 48 + 32) + 16, "roberta": 2 * (64 + 48 + 32) + 16, "distilbert": 2 * (64 + 48 + 32) + 16,
+    "electra": 2 * (64 + 48 + 32) + 128 + 16, "modernbert": 0, "albert": (64 + 48 + 32) + 8 + 16,
+}  # fmt: skip
+NORMS = {  # gains and biases: two norms a layer, one of the embeddings; ModernBERT's have no bias, its first layer one
+    "bert": 5 * 32, "roberta": 5 * 32, "distilbert": 5 * 32, "electra": 4 * 32 + 2 * 128, "modernbert": 5 * 16,
+    "albert": 2 * 32 + 2 * 8,
+}  # fmt: skip
+EMBEDDINGS = {  # words, positions, token types, norm; ELECTRA's and ALBERT's projection belongs to them too
+    "bert": 16 * (64 + 40 + 2 + 2), "roberta": 16 * (64 + 40 + 2 + 2), "distilbert": 16 * (64 + 40 + 2),
+    "electra": 128 * (64 + 40 + 2 + 2) + 129 * 16, "modernbert": 16 * 64 + 16, "albert": 8 * (64 + 40 + 2 + 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_counted_by_hand(tiny_model, model_type):
+    model = tiny_model(model_type=model_type)
+    total = sum(p.numel() for p in model.parameters())
+    assert tune(model, "head-only").trainable == HEAD[model_type]
+    assert tune(model, "bitfit").trainable == HEAD[model_type] + BIASES[model_type]
+    assert {name.split(".")[-1] for name in trainable(model) if name.split(".")[-1] != "weight"} <= {"bias"}
+    assert tune(model, "layer-norm").trainable == HEAD[model_type] + NORMS[model_type]
+    assert tune(model, "frozen-embeddings").trainable == total - EMBEDDINGS[model_type]
+    for name in ("full", "l2-sp", "mixout"):
+        assert tune(model, name).trainable == tune(model, name).total == total
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_norms_are_those_of_peft(tiny_model, model_type):
+    peft = pytest.importorskip("peft")
+    ours, theirs = tiny_model(model_type=model_type), tiny_model(model_type=model_type)
+    tune(ours, "layer-norm")
+    found = tune(theirs, peft.LNTuningConfig())
+    inside = {name for name in trainable(ours) if "norm" in name.lower() and not name.startswith("head.")}
+    assert {n.replace(".ln_tuning_layers.default", "") for n in trainable(theirs) if "ln_tuning" in n} == inside
+    assert found.trainable == report(ours).trainable
+
+
+def test_the_total_counts_a_head_once(tiny_model):
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    found = tune(model, peft.LoraConfig(r=2, target_modules=["query"]))
+    assert found.groups["adapters"] == (2 * 2 * 32,) * 2  # layers x (A and B) of rank 2 and width 16
+    assert found.total == total + 128 and found.groups["head"] == (34, 34) and found.groups["pooler"] == (272, 272)
+
+
+# -------------------------------------------------------------------------------- unfreezing and layer-wise rates
+
+
+def parts_free(model):
+    """embeddings, layer 0, layer 1, and the rest: what has requires_grad."""
+    names = trainable(model)
+    parts = {"embeddings": "embeddings.", "0": "layer.0.", "1": "layer.1."}
+    out = "".join(short[0] for short, part in parts.items() if any(part in name for name in names))
+    return out + ("h" if any("classifier" in name for name in names) else "")
+
+
+def test_gradual_unfreezing_by_hand(tiny_model):
+    """until=0.6 of 10 steps: 3 stages in 6 steps, so the top layer at step 2, the next at 4, the embeddings at 6."""
+    model, seen = tiny_model(), []
+    tune(model, "gradual-unfreezing", until=0.6)
+    assert parts_free(model) == "e01h"
+    model.register_forward_pre_hook(lambda *args: seen.append(parts_free(model)))
+    fit(model, make_rows(20), config=quick(batch_size=2, epochs=1, shortcuts=False))
+    assert seen == ["h", "h", "1h", "1h", "01h", "01h", "e01h", "e01h", "e01h", "e01h"]
+    assert parts_free(model) == "e01h"
+    seen.clear()
+    tune(model, "gradual-unfreezing", until=0)
+    fit(model, make_rows(4), config=quick(batch_size=2, epochs=1))
+    assert seen == ["e01h"] * 2
+
+
+def test_gradual_unfreezing_in_the_trainer(tiny_model, tmp_path):
+    model, seen = tiny_model(), []
+    tune(model, "gradual-unfreezing", until=0.6)
+    model.register_forward_pre_hook(lambda *args: seen.append(parts_free(model)))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=10, per_device_train_batch_size=2, report_to="none", save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    options = trainer_options(model, learning_rate=1e-3)
+    transformers.Trainer(model, arguments, train_dataset=make_rows(20), data_collator=collate, **options).train()
+    assert seen == ["h", "h", "1h", "1h", "01h", "01h", "e01h", "e01h", "e01h", "e01h"]
+    assert parts_free(model) == "e01h"
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_nothing_stays_frozen_after_an_error(tiny_model, error):
+    model = tiny_model()
+    tune(model, "gradual-unfreezing", until=1.0)
+    if error:
+        with pytest.raises(RuntimeError, match="mine"):
+            fit(model, make_rows(4), config=quick(), loss=raising(RuntimeError("mine")))
+    else:
+        fit(model, make_rows(4), config=quick())
+    assert parts_free(model) == "e01h"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert", "modernbert"])
+def test_layer_rates_by_hand(tiny_model, model_type):
+    model = tiny_model(model_type=model_type)
+    tune(model, "layer-decay", decay=0.5)
+    rates = {}
+    for group in parameter_groups(model, learning_rate=1.0, weight_decay=0.1):
+        rates |= dict.fromkeys(group["params"], group["lr"])
+        assert group["lr"] == group["scale"]
+    assert len(rates) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        if "embed" in name:  # words, positions, and ELECTRA's projection
+            expected = 0.25
+        else:
+            expected = 0.5 if any(part in name for part in ("layer.0.", "layers.0.")) else 1.0
+        assert rates[p] == expected, name
+
+
+def test_layer_rates_in_fit(tiny_model):
+    """SGD's first step is rate x gradient: half as far one layer down."""
+    rows, found = make_rows(4), []
+    for decay in (1.0, 0.5):
+        model = tiny_model()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        tune(model, "layer-decay", decay=decay)
+        config = quick(max_steps=1, optimizer="sgd", weight_decay=0.0, warmup_fraction=0.0, shortcuts=False)
+        fit(model, rows, config=config)
+        found.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, share in (("classifier.weight", 1), ("bert.encoder.layer.1.output.dense.weight", 1),
+                        ("bert.encoder.layer.0.output.dense.weight", 0.5),
+                        ("bert.embeddings.word_embeddings.weight", 0.25)):  # fmt: skip
+        assert float(found[0][name].abs().max()) > 0
+        assert_close(found[1][name], found[0][name] * share, atol=1e-8, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- adapters: refusals
+
+
+@pytest.mark.parametrize("first", ["lora", "houlsby", "peft", "prompt"])
+def test_adapters_are_not_stacked(tiny_model, first):
+    peft = pytest.importorskip("peft")
+    known = {"peft": peft.LoraConfig(r=2), "prompt": peft.PromptTuningConfig(num_virtual_tokens=2)}
+    model = tiny_model()
+    tune(model, known.get(first, first))
+    before = trainable(model)
+    for second in ("lora", "full", "pfeiffer", peft.LoraConfig(r=2)):
+        with pytest.raises(ValueError, match=r"has adapters already; ftlib.merge\(model\) folds them in"):
+            tune(model, second)
+    assert trainable(model) == before
+
+
+def test_what_peft_configurations_are_refused(tiny_model):
+    peft = pytest.importorskip("peft")
+    model = MultiTaskModel(tiny_model("encoder"), {"a": Head()})
+    with pytest.raises(ValueError, match="PEFT configurations are for models with one head"):
+        tune(model, peft.LoraConfig())
+    with pytest.raises(ValueError, match="needs a task head"):
+        tune(tiny_model("encoder"), peft.LoraConfig())
+    with pytest.raises(ValueError, match="unknown option 'rank'"):
+        tune(tiny_model(), peft.LoraConfig(), rank=2)
+    with pytest.raises(TypeError, match="7 is no strategy and no PEFT configuration"):
+        tune(tiny_model(), 7)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "message"),
+    [
+        ("distilbert", lambda p: p.IA3Config(), r"target_modules.*linear layers here: k_lin, lin1, lin2, out_lin"),
+        ("bert", lambda p: p.LoraConfig(target_modules=["q_proj"]), r"linear layers here: dense, key, query, value"),
+        ("bert", lambda p: p.PromptTuningConfig(num_virtual_tokens=40), "num_virtual_tokens=40: need 1 to 39"),
+        ("bert", lambda p: p.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens=0: need 1 to 39"),
+        ("bert", lambda p: p.PromptTuningConfig(), "num_virtual_tokens=0: need 1 to 39"),
+        ("roberta", lambda p: p.PrefixTuningConfig(num_virtual_tokens=39), "num_virtual_tokens=39: need 1 to 38"),
+        ("distilbert", lambda p: p.PrefixTuningConfig(num_virtual_tokens=2), "which distilbert models do not take"),
+        ("modernbert", lambda p: p.PrefixTuningConfig(num_virtual_tokens=2), "which modernbert models do not take"),
+        ("albert", lambda p: p.PrefixTuningConfig(num_virtual_tokens=2), "which albert models do not take"),
+    ],
+)
+def test_a_refused_peft_configuration_leaves_the_model(tiny_model, model_type, config, message):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(model_type=model_type)
+    before, modules = trainable(model), [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        tune(model, config(peft))
+    assert trainable(model) == before and [(n, type(m)) for n, m in model.named_modules()] == modules
+    assert "tuning" not in vars(model) and "forward" not in vars(model)
+    tune(model, "lora")
+
+
+@pytest.mark.parametrize(("model_type", "room"), [("bert", 36), ("roberta", 35), ("electra", 36)])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_text_and_its_prompt_fit(tiny_model, model_type, room, kind):
+    """40 positions, the first of RoBERTa's not in use, and 4 of the prompt."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model(model_type=model_type)
+    tune(model, getattr(peft, kind)(num_virtual_tokens=4))
+    ids = torch.full((1, room), 7)
+    mask = torch.ones_like(ids)
+    assert model(input_ids=ids, attention_mask=mask).logits.shape == (1, 2)
+    assert torch.equal(model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+    longer = torch.full((1, room + 1), 7)
+    with pytest.raises(ValueError, match=rf"{room + 1} tokens and 4 of the prompt .* tokenize with max_length={room}"):
+        model(input_ids=longer, attention_mask=torch.ones_like(longer))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_tagger_with_a_prompt_tags_the_text(tiny_model, kind):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("token-classification", 3)
+    tune(model, getattr(peft, kind)(num_virtual_tokens=4))
+    batch = collate(make_rows(4, "token-classification"))
+    found = model(**batch)
+    assert found.logits.shape == (*batch["input_ids"].shape, 3)
+    expected = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), batch["labels"].flatten())
+    assert_close(found.loss, expected)
+
+
+# ------------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "dora", "prompt"])
+def test_a_copy_is_whole_and_on_its_own(tiny_model, name):
+    peft = pytest.importorskip("peft")
+    known = {"dora": peft.LoraConfig(r=2, use_dora=True), "prompt": peft.PromptTuningConfig(num_virtual_tokens=2)}
+    model, twin = tiny_model(), tiny_model()
+    for each in (model, twin):
+        tune(each, known.get(name, name))
+    copied = copy.deepcopy(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows, config = make_rows(8), quick(epochs=1)
+    run = fit(copied, rows, config=config)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())  # the first stays as it was
+    assert any(not torch.equal(before[n], p) for n, p in copied.named_parameters())
+    again = fit(twin, rows, config=config)
+    assert [r["loss"] for r in run.history] == [r["loss"] for r in again.history]
+    assert_close(dict(copied.named_parameters()), dict(twin.named_parameters()), atol=0, rtol=0)
+
+
+def test_a_printed_report(tiny_model):
+    text = str(tune(tiny_model(), "lora", rank=2))
+    assert text.splitlines() == [
+        "part             trainable         total",
+        "embeddings               0         1,728",
+        "layers                   0         4,448",
+        "adapters               256           256",
+        "pooler                 272           272",
+        "head                    34            34",
+        "all                    562         6,738  (8.34 % trainable)",
+        "strategy lora (rank=2); AdamW keeps 0.0 MiB of moments",
+    ]

@@ -31,6 +31,10 @@ def head_only(model: nn.Module) -> None:
     ftlib.tune(model, "head-only")
 
 
+def lora(model: nn.Module) -> None:
+    ftlib.tune(model, "lora")
+
+
 # name: (what is done to the model, options of TrainConfig)
 REMEDIES: dict[str, tuple[list[Callable[[nn.Module], Any]], dict[str, Any]]] = {
     "full fine-tuning, float32": ([], {}),
@@ -39,8 +43,10 @@ REMEDIES: dict[str, tuple[list[Callable[[nn.Module], Any]], dict[str, Any]]] = {
     "gradient checkpointing": ([], {"gradient_checkpointing": True}),
     "bf16": ([], {"precision": "bf16"}),
     "SGD in place of AdamW": ([], {"optimizer": "sgd", "learning_rate": 1e-3}),
+    "LoRA": ([lora], {}),
     "head-only": ([head_only], {}),
     "unpad, micro-batches of 8": ([ftlib.unpad], {"micro_batch_size": 8}),
+    "unpad, micro-batches of 8, LoRA": ([ftlib.unpad, lora], {"micro_batch_size": 8}),
     "unpad, micro-batches of 8, SGD": (
         [ftlib.unpad],
         {"micro_batch_size": 8, "optimizer": "sgd", "learning_rate": 1e-3},

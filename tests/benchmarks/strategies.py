@@ -16,11 +16,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from record import Table
+from record import Table, device_slug
 
 import ftlib
 from ftlib.pretrained import load_model, load_tokenizer
@@ -30,6 +31,7 @@ PARTS = ("rotten-tomatoes", "banking77", "cost")
 SIZES = {"rotten-tomatoes": {200: (16, 4), 1000: (32, 2)}, "banking77": {385: (16, 6), 1540: (32, 3)}}
 LADDER = (2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 SEARCH_SEED = 100
+WHERE = f"-{device_slug()}" if torch.cuda.is_available() else ""  # a GPU's results have files of their own
 MANY, FEW, PROMPT = 1.5e-4, 1.5e-3, 5e-3  # where the search starts: all weights move, a few, a prompt
 STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
     "full": (("full", {}), MANY),
@@ -79,7 +81,7 @@ def chosen(labels: list[int], count: int, seed: int) -> list[int]:
 
 def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
     command = f"python tests/benchmarks/strategies.py --part {corpus}"
-    table = Table(f"strategies-{corpus}", command, f"MiniLM on {corpus}, test accuracy of every strategy")
+    table = Table(f"strategies-{corpus}{WHERE}", command, f"MiniLM on {corpus}, test accuracy of every strategy")
     data, tokenizer = ftlib.load_corpus(corpus), load_tokenizer("minilm")
     tokens = ftlib.tokenize(data, tokenizer, max_length=64)
     labels = tokens["train"]["labels"]
@@ -104,8 +106,10 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
         wanted = {start - 1, start, start + 1}
         while wanted:
             for place in sorted(wanted):
-                key = {"part": "search", "strategy": strategy, "rate": LADDER[place], "count": small}
-                found = table.row(key, lambda s=strategy, r=LADDER[place]: train(s, r, small, SEARCH_SEED, "validation"))
+                key = {"part": "search", "strategy": strategy, "count": small}
+                rate = LADDER[place]
+                run = partial(train, strategy, rate, small, SEARCH_SEED, "validation")
+                found = table.row(key | {"rate": rate}, run)
                 tried[place] = found["validation"]
             best = max(tried, key=lambda place: (tried[place], place))
             wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
@@ -116,7 +120,7 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
             rate = search(strategy)
             for count in SIZES[corpus]:
                 key = {"part": "accuracy", "strategy": strategy, "rate": rate, "count": count, "seed": seed}
-                table.row(key, lambda s=strategy, r=rate, c=count, k=seed: train(s, r, c, k, "test"))
+                table.row(key, partial(train, strategy, rate, count, seed, "test"))
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -145,7 +149,7 @@ def measure_one(strategy: str) -> None:
 
 def costs(only: list[str]) -> None:
     """All strategies in turn, so that a busy moment of the machine does not fall on one of them, in rounds."""
-    table = Table("strategies-cost", "python tests/benchmarks/strategies.py --part cost", "what a step costs")
+    table = Table(f"strategies-cost{WHERE}", "python tests/benchmarks/strategies.py --part cost", "what a step costs")
     rounds: dict[str, list[dict]] = {strategy: [] for strategy in only}
     for _ in range(ROUNDS):
         for strategy in only:
