@@ -6,6 +6,7 @@ torch.
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ class TrainConfig:
     r_drop: float = 0.0  # weight of R-Drop, how far two passes with other dropout disagree; twice the time a step
     dropout: float | None = None  # all dropout rates of the model while it trains; None: its own
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
+    max_bad_steps: int = 5  # skip steps whose loss or gradient is not finite, stop after so many in a row; 1: at once
     precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
     compile: bool | str = False  # True: torch.compile each layer; "reduce-overhead": CUDA graphs, for small batches
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
@@ -51,7 +53,7 @@ class TrainConfig:
     metric: str = "loss"  # what "better" means; any name that evaluate returns
     checkpoint_dir: str | None = None
     checkpoint_every: int | None = None  # steps between checkpoints; None: after every epoch
-    keep_last: int = 2  # checkpoints to keep
+    keep_last: int = 2  # checkpoints to keep, and with `patience` the best one
     resume: str | None = None  # "auto": from the newest whole checkpoint in checkpoint_dir, if there is one
     task_sampler: str = "temperature"  # how several datasets are mixed: temperature, uniform, annealed or remaining
     temperature: float = 1.0  # of the task sampler: 1 in proportion to the tasks' sizes, large towards uniform
@@ -62,7 +64,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "keep_last"):
+        for name in ("epochs", "batch_size", "keep_last", "max_bad_steps"):
             _whole(name, getattr(self, name))
         for name in ("max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every",
                      "task_cosines"):  # fmt: skip
@@ -120,7 +122,7 @@ class TrainConfig:
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
     right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (right and low <= value <= high and value < math.inf):
+    if not (right and low <= value <= high and value <= sys.float_info.max):  # an int may be larger than any float
         above = f" to {high}" if high < math.inf else ", finite"
         raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
 
@@ -128,6 +130,8 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 def _whole(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
+    if value >= 2**31:
+        raise ValueError(f"{name} has {value.bit_length()} bits: need a whole number below 2**31")
 
 
 @dataclass

@@ -69,6 +69,13 @@ def digest(parts: dict[str, list[dict]], eval_rows: list[dict]) -> str:
     return found.hexdigest()
 
 
+def numbers(parts: dict[str, list[dict]], rows: list[dict]) -> list[int] | dict[str, list[int]]:
+    """Where the rows of a step stand in the training dataset, in each of several: {name: numbers}."""
+    own = {id(row) for row in rows}
+    found = {name: [i for i, row in enumerate(part) if id(row) in own] for name, part in parts.items()}
+    return found[""] if list(parts) == [""] else {name: places for name, places in found.items() if places}
+
+
 def items(label: Any, kind: str) -> int:
     """Labelled items of one row, as `losses.count_labelled` counts them; -100 marks what is not labelled."""
     values = label if isinstance(label, (list, tuple)) else [label]

@@ -6,13 +6,14 @@ processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gr
 
 To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
 rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, joint.py, balancing.py, distributed.py,
-checkpoints.py, saving.py, tuning.py, adapters.py, torch and transformers
+checkpoints.py, files.py, torch and transformers
 (metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from ftlib.memory import measure
 from ftlib.optimizing import parameter_groups, schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
-from ftlib.speedups import SeenRows
+from ftlib.speedups import SeenRows, uninterrupted
 
 __all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
 
@@ -55,9 +56,11 @@ def fit(
     history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
     the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
     When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
+    A step whose loss or gradient is not finite is skipped, with a warning and a record that name its rows; fp16
+    overflow is left to the loss scaler.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
-    ValueError naming the step and rows when the loss is not finite, MemoryError when a single row does not fit; both
-    with the weights of the step before.
+    ValueError after `max_bad_steps` such steps in a row, MemoryError when a single row does not fit; both with the
+    weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
@@ -193,7 +196,7 @@ class _Loop:
             run.stopped = "interrupted"
             if distributed.world_size() > 1:  # at several steps: the processes can't go on together
                 raise
-            if config.checkpoint_dir and self.whole and run.steps > first:  # between two steps nothing is whole
+            if config.checkpoint_dir and self.whole and run.steps > first:
                 self._save()
         finally:
             bar.close()
@@ -230,28 +233,49 @@ class _Loop:
         limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
         norm = float(distributed.whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
         value = float(total)
-        if not math.isfinite(value) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
-            raise ValueError(
-                f"step {step + 1}: loss {value}, gradient norm {norm} on {len(rows)} rows, the first with input_ids "
-                f"{rows[0]['input_ids'][:8]}...; the weights are those of the step before. Lower learning_rate "
-                f"({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
-            )
-        self.whole = False
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
-            self.seen.decayed(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        tasks = self.joint.end(lambda: self._look(rows, batches, begun)) if self.joint else {}
-        run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
-        run.history.append({
+        scale = self.scaler.get_scale()  # fp16's overflow is the scaler's, until nothing is left to scale down
+        good = math.isfinite(value) and (math.isfinite(norm) or (self.scaler.is_enabled() and scale >= 1))
+        record = {
             "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": value,
             "learning_rate": config.learning_rate * factor, "grad_norm": norm, "examples": len(rows),
-            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": len(batches), "seconds": run.seconds,
-        } | tasks)  # fmt: skip
-        self.random_state = checkpoints.random_state(self.device)
-        self.whole = True
+            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": len(batches),
+        } | ({} if good else {"skipped": steps.numbers(self.parts, rows)})  # fmt: skip
+        with uninterrupted():  # weights, optimizer, history and random state go on together
+            self.whole = False
+            if good:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if good and self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
+                self.seen.decayed(self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.joint and good:
+                record |= self.joint.end(lambda: self._look(rows, batches, begun))
+            run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
+            run.history.append(record | {"seconds": run.seconds})
+            self.random_state = checkpoints.random_state(self.device)
+            self.whole = True
+        if not good:
+            self._skipped(record)
+
+    def _skipped(self, record: dict[str, Any]) -> None:
+        """Say which step was skipped; after too many in a row save the state and raise ValueError."""
+        config = self.config
+        said = (
+            f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']} on the rows "
+            f"{record['skipped']} of train_dataset"
+        )
+        taken = [one for one in reversed(self.run_.history) if "loss" in one]
+        in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
+        if in_a_row < min(config.max_bad_steps, self.total):
+            if distributed.rank() == 0:
+                warnings.warn(f"{said}; the step is skipped", stacklevel=6)
+            return
+        if config.checkpoint_dir:
+            self._save()
+        raise ValueError(
+            f"{said}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Lower "
+            f"learning_rate ({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
+        )
 
     def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
         """This process's share of the step's loss, its gradients added up; and the micro-batches."""
@@ -335,14 +359,17 @@ class _Loop:
             if config.metric not in metrics:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
-            if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
-                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self._kept()]}
-                self.evaluations_since_best = 0
-            else:
-                self.evaluations_since_best += 1
-        run.metrics = metrics
-        record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
-        run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
+        with uninterrupted():  # the best weights and the record of them
+            if config.patience:
+                if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
+                    weights = [p.detach().clone() for p in self._kept()]
+                    self.best = {"metrics": metrics, "weights": weights, "step": run.steps}
+                    self.evaluations_since_best = 0
+                else:
+                    self.evaluations_since_best += 1
+            run.metrics = metrics
+            record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
+            run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
         return bool(config.patience) and self.evaluations_since_best >= config.patience
 
     def _score(self, metrics: dict[str, float]) -> float:

@@ -27,6 +27,8 @@ SNIPPETS = {
     "features": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
     "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
     "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
+    "files": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
+    "assert read_json(folder / 'x' / 'a.json') == {}",
     "saving": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
     "checkpoints": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
     "memory": "with measure() as cost: pass\nassert cost.seconds >= 0",

@@ -21,7 +21,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
     {"attention", "balancing", "losses", "masking", "speedups"},
-    {"assets", "memory", "rows"},
+    {"assets", "files", "memory", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"adapters", "features", "multitask", "regularization", "unpadding"},
     {"optimizing"},
