@@ -1,7 +1,7 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
 To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
-speedups.py, torch, transformers and safetensors (multitask.py and balancing.py for several heads; peft for its adapters;
+speedups.py, torch, transformers and safetensors (multitask.py, balancing.py for several heads; peft for its adapters;
 pretrained.py and assets.py to find an adapter's base model by name).
 """
 
