@@ -42,7 +42,7 @@ def shrink_(parameter: nn.Parameter, amount: float) -> None:
     >>> p = nn.Parameter(torch.tensor([3.0, -0.25])); shrink_(p, 0.5); p.tolist()
     [2.5, 0.0]
     """
-    parameter.copy_(F.softshrink(parameter, amount))
+    parameter.sub_(parameter.clamp(-amount, amount))        # zeros are +0.0, which softshrink does not promise
 
 
 def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:

@@ -128,6 +128,8 @@ class _Loop:
         self.rows = sum(len(rows) for rows in parts.values())
         self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
         self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
+        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
         self.optimizer = _optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
@@ -145,8 +147,6 @@ class _Loop:
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
         self.random_state = checkpoints.random_state(device)
         self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
-        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
 
     def _words(self) -> Iterator[int] | None:
         """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""

@@ -263,7 +263,7 @@ def test_four_bits_need_bitsandbytes(tiny_model, monkeypatch):
 
 
 def test_lora_on_four_bits(tiny_model, batch):
-    pytest.importorskip("bitsandbytes", reason="4 bits are bitsandbytes' work")
+    pytest.importorskip("bitsandbytes", reason="4 bits are bitsandbytes' work; pip install bitsandbytes to test them")
     sizes = dict(hidden_size=64, intermediate_size=128)
     model, plain = tiny_model(**sizes), tiny_model(**sizes)
     tune(model, "lora", base_bits=4)

@@ -125,7 +125,7 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- cost
 
-ROUNDS, STEPS, BATCH = 3, 10, 32
+ROUNDS, STEPS, BATCH = 2, 12, 32
 
 
 def measure_one(strategy: str) -> None:
