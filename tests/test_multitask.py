@@ -278,7 +278,7 @@ def test_the_annealed_sampler_starts_in_proportion_and_ends_nearly_alike():
         share = 900**power / (900**power + 100**power)
         assert sampler.probabilities == pytest.approx({"big": share, "small": 1 - share})
         assert sampler.draw(1000).count("big") == pytest.approx(1000 * share, abs=60)
-    assert TaskSampler(sizes, how="annealed", epochs=1).probabilities["big"] == 0.9
+    assert TaskSampler(sizes, how="annealed", epochs=1).probabilities["big"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("how", SAMPLERS)
