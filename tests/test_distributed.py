@@ -492,7 +492,7 @@ folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"
 distributed.start()
 rank = distributed.rank()
 rows, held_out = make_rows(13, "token-classification"), make_rows(5, "token-classification", seed=9)
-real_loss, real_save = training._Loop._loss, checkpoints.save_file
+real_loss, real_save = training._Loop._losses, checkpoints.save_file
 
 
 def killed():
@@ -513,7 +513,7 @@ def save_file(tensors, path):  # in the middle of the checkpoint of step 6
     real_save(tensors, path)
 
 
-training._Loop._loss, checkpoints.save_file = loss, save_file
+training._Loop._losses, checkpoints.save_file = loss, save_file
 
 
 def run(**options):
