@@ -9,7 +9,8 @@ Parts
 - unlike: sentiment (rotten-tomatoes), paraphrase pairs (mrpc) and bank intents (banking77), one encoder for all or one
   each; the joint model makes as many steps as the three single models together.
 - methods-atis, methods-four: every weighting and balancing method on atis, and on four unlike tasks: the three of above
-  and sentence similarity, a regression (stsb, labels from 0 to 1).  Same steps, rates and rows for all methods, tasks drawn alike.
+  and sentence similarity, a regression (stsb, labels from 0 to 1).  Same steps, rates and rows for all methods, tasks
+  drawn alike.
 - transfer: each of the four tasks alone, and every two of them together with the steps of both, so that a task makes
   as many passes over its rows with a partner as alone; "gain" is score together minus score alone, same seed.
 The last three parts have a size: small, about an hour for three seeds on two CPU cores, and full, for a GPU.
