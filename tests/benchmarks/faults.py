@@ -27,7 +27,6 @@ import os
 import random
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -164,8 +163,9 @@ def poisoned(loop: Any, where: str, value: str):
 def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None = None) -> None:
     """The run, from wherever it stands; what came of it goes to folder/end.json, the rows of its steps to order.txt.
 
-    A byte goes to the pipe `tell` whenever a checkpoint begins to be written.  bad: what goes wrong in which steps, see
-    `poisoned`; folder/bad.txt gets a line for every one that moved nothing and is recorded with its rows.
+    A byte goes to the pipe `tell` whenever a step begins (s) and whenever a checkpoint begins to be written (w).
+    bad: what goes wrong in which steps, see `poisoned`; folder/bad.txt gets a line for every one that moved nothing and
+    is recorded with its rows.
     """
     build, data, held_out, options = RUNS[name]
     parts = data if isinstance(data, dict) else {"": data}
@@ -180,6 +180,7 @@ def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None 
     def noted(self: Any, number: int, rows: list[dict]) -> None:
         names = [places[json.dumps(row["input_ids"])] for row in rows]
         os.write(order, f"{number} {' '.join(names)}\n".encode())
+        os.write(tell, b"s")
         if number not in (bad or {}):
             return step(self, number, rows)
         before = digest(state_of(self))
@@ -311,15 +312,13 @@ class Trials:
     def hit(self, name: str, folder: Path, number: int, aimed: bool, bad: dict[int, str] | None = None) -> int:
         """Start or go on with the run and send it a signal; its status.  aimed: while it writes a checkpoint."""
         pid, hear = start(name, folder, bad=bad)
-        writes = self.writes[name]
-        if aimed:
-            for _ in range(self.draw.randrange(1, len(writes) + 1)):
-                select.select([hear], [], [])
-                if not os.read(hear, 1):  # ended before it wrote so many
-                    break
-            time.sleep(self.draw.uniform(0, 1.2 * sorted(writes)[len(writes) // 2]))
-        else:
-            time.sleep(self.draw.uniform(0, self.took[name]))
+        writes, steps = self.writes[name], json.loads((self.whole(name) / "end.json").read_text())["steps"]
+        left = self.draw.randrange(1, len(writes) + 1) if aimed else self.draw.randrange(steps + len(writes) + 1)
+        last, apart = time.perf_counter(), self.took[name] / (steps + len(writes))  # seconds between two bytes
+        while left and (byte := os.read(hear, 1)):  # no byte: it ended before
+            left -= byte == b"w" or not aimed
+            last, apart = time.perf_counter(), time.perf_counter() - last
+        time.sleep(self.draw.uniform(0, 1.2 * sorted(writes)[len(writes) // 2] if aimed else apart))
         os.kill(pid, number)
         return finish(pid, hear)
 
@@ -479,12 +478,14 @@ class Trials:
         """Two processes, "ddp" and "fsdp" in turn; one of them is killed, and torchrun starts both again."""
         tried = lost = 0
         whole = {mode: self.work / f"whole-{mode}" for mode in ("ddp", "fsdp")}
-        took = {mode: max(end["seconds"] for end in torchrun(mode, folder, {})) for mode, folder in whole.items()}
+        seconds = {mode: max(end["seconds"] for end in torchrun(mode, folder, {})) for mode, folder in whole.items()}
+        steps = len([one for one in json.loads((whole["ddp"] / "end-0.json").read_text())["history"] if "loss" in one])
         for place in range(3 * kills):  # some end before they are hit
             mode, folder = ("ddp", "fsdp")[place % 2], self.work / f"torchrun-{place}"
-            rank, moment = self.draw.randrange(2), self.draw.uniform(0, took[mode])
-            ends = torchrun(mode, folder, {"FTLIB_KILL": f"{rank} {moment}"})
-            if tried == kills or not (folder / "killed").exists():
+            moment = self.draw.uniform(0, 1.5 * seconds[mode] / steps)
+            kill = f"{self.draw.randrange(2)} {self.draw.randrange(steps)} {moment}"
+            ends = torchrun(mode, folder, {"FTLIB_KILL": kill})
+            if not (folder / "killed").exists():
                 continue
             expected = [json.loads((whole[mode] / f"end-{i}.json").read_text()) for i in (0, 1)]
             good = all({**a, "seconds": 0} == {**b, "seconds": 0} for a, b in zip(ends, expected, strict=True))
@@ -509,20 +510,25 @@ def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[
 
 
 def one_process(mode: str, folder: Path) -> None:
-    """One of the processes of `torchrun`; FTLIB_KILL says which one dies how many seconds after `fit` begins."""
+    """One of the processes of `torchrun`; FTLIB_KILL: which one dies, how many seconds after which step begins."""
     from ftlib import distributed
 
     distributed.start()
-    rank, (victim, moment) = distributed.rank(), os.environ.get("FTLIB_KILL", "-1 0").split()
+    rank, (victim, last, moment) = distributed.rank(), os.environ.get("FTLIB_KILL", "-1 0 0").split()
+    step = training._Loop.step
 
     def die() -> None:
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if rank == int(victim) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        clock = threading.Timer(float(moment), die)
-        clock.daemon = True
-        clock.start()
+    def watched(self: Any, number: int, rows: list[dict]) -> None:
+        if (rank, number) == (int(victim), int(last)) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            clock = threading.Timer(float(moment), die)
+            clock.daemon = True
+            clock.start()
+        step(self, number, rows)
+
+    training._Loop.step = watched
     model = classifier()
     config = ftlib.TrainConfig(
         epochs=3, batch_size=4, micro_batch_size=1, learning_rate=5e-3, distributed=mode, progress=False,
