@@ -123,6 +123,7 @@ RUNS: dict[str, tuple[Callable, Any, Any, dict[str, Any]]] = {
     "last layers only, unpadded, tokens a batch, SGD": (
         last_layers, ONE, HELD_OUT, dict(max_tokens=40, optimizer="sgd", schedule="constant", checkpoint_every=2),
     ),
+    "four steps": (classifier, ONE, None, dict(max_steps=4, checkpoint_every=1)),  # for `every_line` alone
 }  # fmt: skip
 
 
@@ -297,7 +298,7 @@ class Trials:
     def fresh(self) -> tuple[str, Path]:
         """The kinds of runs in turn, each in a new folder."""
         self.count += 1
-        return list(RUNS)[self.count % len(RUNS)], self.work / f"run-{self.count}"
+        return list(RUNS)[self.count % (len(RUNS) - 1)], self.work / f"run-{self.count}"
 
     def ended(self, name: str, folder: Path) -> bool:
         """Let the run come to its end, and compare it."""
@@ -357,7 +358,7 @@ class Trials:
 
     def every_line(self, most: int | None) -> dict[str, Any]:
         """SIGKILL before every line that Python runs while the third checkpoint is written and the first deleted."""
-        name = next(iter(RUNS))
+        name = list(RUNS)[-1]
         folder = self.work / "two-checkpoints"
         finish(*start(name, folder, lambda: die_at_line(1, folder, after=2)))
         counted = self.work / "counted"
