@@ -11,6 +11,7 @@ libraries, the sentences and the model are loaded, and `at_tenth_gb` the peak af
 machine `seconds` counts the waiting too; `cpu_seconds` does not.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from record import Table
+from record import RESULTS, Table
 
 import ftlib
 
@@ -109,16 +110,20 @@ PARTS = {"tokenize": tokenized, "extract_features": extracted}
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="?", default=1_000_000)
+    parser.add_argument("--part", choices=PARTS, help="one of the two, in this process")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
     about = "Many short rows: tokenize, and extract_features with a tiny random BERT (1 layer, hidden 32)"
-    table = Table("long_features", "python tests/benchmarks/long_features.py [rows]", about)
+    table = Table("long_features", "python tests/benchmarks/long_features.py [rows]", about, folder=options.results)
     torch.set_num_threads(1)
-    if sys.argv[2:]:
-        part = sys.argv[2]
-        table.row({"part": part, "rows": count}, lambda: PARTS[part](count))
+    if options.part:
+        table.row({"part": options.part, "rows": options.rows}, lambda: PARTS[options.part](options.rows))
         return
     for part in PARTS:  # a process each: a peak never goes down
-        subprocess.run([sys.executable, __file__, str(count), part], check=True)
+        command = [sys.executable, __file__, str(options.rows), "--part", part, "--results", str(options.results)]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
