@@ -12,6 +12,7 @@ from ftlib.environment import mean_std, results_table, stored_results
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- results: python tests/benchmarks/report.py -->", "<!-- end of results -->"
 MEMORY_START, MEMORY_END = "<!-- memory: python tests/benchmarks/report.py -->", "<!-- end of memory -->"
+FAULTS_START, FAULTS_END = "<!-- faults: python tests/benchmarks/report.py -->", "<!-- end of faults -->"
 
 
 def rows_of(name: str, **wanted) -> list[dict]:
@@ -337,6 +338,47 @@ def strategies_picture() -> None:
     figure.savefig(ROOT / "tests/benchmarks/results/strategies.png", dpi=110)
 
 
+FAULTS = (
+    "SIGKILL at a random moment", "SIGKILL while a checkpoint is written", "SIGKILL before each line of the writing",
+    "SIGKILL of one of two processes under torchrun", "Ctrl-C at a random moment", "a full disk",
+    "the newest checkpoint damaged", "a loss or gradient that is NaN or infinite",
+    "files, data and settings made to break it",
+)  # fmt: skip
+BESIDE = {
+    "left a half-written checkpoint": "{} left a half-written checkpoint", "lines": "the lines that Python runs: {}",
+    "returned a run with all its steps": "{} returned a run, the others came before the first step",
+    "how": "on a small {}",
+}  # fmt: skip
+
+
+def reliability() -> str:
+    """What was tried on runs, what on versions, and a million rows; "not measured yet" where no row is stored."""
+    found = {row["fault"]: row for row in rows_of("faults")}
+    table = []
+    for fault in FAULTS:
+        row = found.get(fault, {})
+        beside = "; ".join(words.format(row[key]) for key, words in BESIDE.items() if key in row)
+        table.append({"fault": fault, **{key: row.get(key) for key in ("tried", "survived", "lost")}, "beside": beside})
+    parts = [results_table(table)._repr_markdown_(), f"*{source('faults')}*"]
+    table = []
+    for part in ("tokenize", "extract_features"):
+        rows = rows_of("long_features", part=part)
+        row = max(rows, key=lambda row: row["rows"], default={})
+        names = {
+            "rows": "rows",
+            "GB before": "before_gb",
+            "GB after a tenth": "at_tenth_gb",
+            "GB at the peak": "peak_gb",
+        }
+        table.append({"many short rows": f"`{part}`", **{name: row.get(key) for name, key in names.items()}})
+    parts += [results_table(table, digits=2)._repr_markdown_(), f"*{source('long_features')}*"]
+    keys = ("pins", "what", "outcome", "tests", "skipped", "failed")
+    table = [{key: row.get(key, "") for key in keys} for row in rows_of("pins")]
+    parts += [results_table(table)._repr_markdown_(), f"*{source('pins')}*"]
+    parts += [f"*{row['pins']}: {row['why']}.*" for row in rows_of("pins", outcome="not installed")]
+    return "\n\n".join(parts)
+
+
 def section() -> str:
     return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{speed()}\n\n{END}"
 
@@ -345,10 +387,14 @@ def memory_section() -> str:
     return f"{MEMORY_START}\n\n{memory()}\n\n{MEMORY_END}"
 
 
+def faults_section() -> str:
+    return f"{FAULTS_START}\n\n{reliability()}\n\n{FAULTS_END}"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for new in (section(), memory_section()):
+    for new in (section(), memory_section(), faults_section()):
         first, *_, last = new.splitlines()
         text = re.sub(f"{re.escape(first)}.*{re.escape(last)}", lambda _, new=new: new, text, flags=re.DOTALL)
     readme.write_text(text, encoding="utf-8")
