@@ -233,6 +233,8 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
             for key in _SLOTS[loop.config.optimizer]:
                 wanted[f"optimizer.{index}.{key}"] = torch.Size() if key == "step" else full[id(parameter)]
     wanted |= {name: torch.get_rng_state().shape for name in tensors if name.startswith("rng.cpu.")}
+    if loop.joint:
+        wanted |= {f"tasks.{name}": value.shape for name, value in loop.joint.weights.state.items()}
     for name, size in wanted.items():
         if (found := getattr(tensors.get(name), "shape", None)) != size:
             return f"state.safetensors: {name} is {'missing' if found is None else tuple(found)}, not {tuple(size)}"
