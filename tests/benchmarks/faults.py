@@ -149,14 +149,14 @@ def state_of(loop: Any) -> dict[str, torch.Tensor]:
 @contextmanager
 def poisoned(loop: Any, where: str, value: str):
     """In one step the loss, or a gradient, is `value`: nan or inf."""
-    real = loop._losses
+    real = loop.losses.parts
     if where == "loss":
-        loop._losses = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
+        loop.losses.parts = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
     handles = [p.register_hook(lambda g: g * float(value)) for p in loop.trainable[-1:] if where == "gradient"]
     try:
         yield
     finally:
-        loop._losses = real
+        loop.losses.parts = real
         for handle in handles:
             handle.remove()
 
