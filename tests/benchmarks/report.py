@@ -139,6 +139,73 @@ def multitask() -> str:
     )
 
 
+FOUR = ("sentiment", "similarity", "pairs", "intents")
+
+
+def told_apart(points: dict[str, tuple[float, float]]) -> dict[str, str]:
+    """Mean ± deviation, bold for the best and what ties with it."""
+    equal = ties(points)
+    shown = {name: f"{mean:.3f} ± {std:.3f}" for name, (mean, std) in points.items()}
+    return {name: f"**{text}**" if name in equal else text for name, text in shown.items()}
+
+
+def methods() -> str:
+    """Every method of balancing on atis and on four unlike tasks; the transfer matrix; what more tasks cost."""
+    size = "full" if rows_of("multitask", part="methods-four", size="full") else "small"
+    table: dict[str, dict] = {}
+    for part, names in (("methods-atis", ("intent", "slots")), ("methods-four", FOUR)):
+        rows = rows_of("multitask", part=part, size=size)
+        every = list(dict.fromkeys(row["method"] for row in rows))
+        for task in (*names, "mean"):
+            of = {m: [r["scores"].get(task, r["mean"]) for r in rows if r["method"] == m] for m in every}
+            for method, text in told_apart({m: mean_std(values) for m, values in of.items()}).items():
+                words = task if task != "mean" else "mean of two" if part == "methods-atis" else "mean of four"
+                table.setdefault(method, {"method": f"`{method}`"})[words] = text
+    seeds = len({row["seed"] for row in rows_of("multitask", part="methods-four", size=size)})
+    grid = []
+    for task in FOUR:
+        own = rows_of("multitask", part="transfer", size=size, tasks=task)
+        line = {"task": task, "alone": spread([{"score": row["scores"][task]} for row in own], "score")}
+        for partner in FOUR:
+            pairs = [r for r in rows_of("multitask", part="transfer", size=size) if {task, partner} == {*r["scores"]}]
+            gains = [row["gain"][task] for row in pairs if "gain" in row]
+            mean, std = mean_std(gains) if gains else (0.0, 0.0)
+            shown = f"{mean:+.3f} ± {std:.3f}"
+            line[f"with {partner}"] = "" if not gains else f"**{shown}**" if abs(mean) > std else shown
+        grid.append(line)
+    return (
+        f"**Balancing several tasks** (notebook 05b), {seeds} seeds: accuracy, F1 of the slots, Pearson's r of the "
+        "similarity; the same rows, rate and steps for every method, tasks drawn alike. **Bold: the best of the column "
+        f"and all that tie with it.** On atis 1,000 sentences with both labels, 4 passes; the four tasks have 400 film "
+        "reviews, 300 sentence pairs with a similarity, 300 with a paraphrase label and 200 bank questions of ten "
+        f"intents, 4 passes.\n\n{results_table(list(table.values()))._repr_markdown_()}\n\n"
+        "**Transfer**: what a task gains from a partner (score together minus score alone, same seed, same passes over "
+        "its rows). Bold: further from 0 than one deviation; everything else is a tie.\n\n"
+        f"{results_table(grid)._repr_markdown_()}\n\n*{source('multitask')}*\n\n{growth()}"
+    )
+
+
+def growth() -> str:
+    """A step against the number of tasks: seconds as a ratio to a stock model with one task, memory as it is."""
+    rows = rows_of("task_growth")
+    table = []
+    for tasks in sorted({row["tasks"] for row in rows if row["tasks"]}):
+        line: dict = {"tasks": tasks}
+        for row in (r for r in rows if r["tasks"] == tasks):
+            peak = round(row["peak_gpu_mb"] or row["peak_mb"])
+            words = "added up" if row["method"] == "added up" else f"`{row['method']}`"
+            line[f"{words}, {row['labels']}"] = f"{row['against_stock']['median']:.2f} × · {peak:,} MB"
+        table.append(line)
+    names = dict.fromkeys(name for line in table for name in line)
+    table = [{name: line.get(name, "") for name in names} for line in table]
+    return (
+        "**More tasks**: a step of 32 rows, unpadded, against the same step of a stock model with one task (median of "
+        "ratios within rounds), and the peak memory of the process. \"One label a row\": the rows take turns, so more "
+        "tasks are not more rows; \"all labels\": every row has a label of every task.\n\n"
+        f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')}*"
+    )
+
+
 TRAINER, BEST = "Trainer, as it comes", "Trainer, best settings found"
 ENCODE = ("sentence-transformers encode", "a loop like sentence-transformers")
 BERT = "BERT-base, bf16"
@@ -380,7 +447,7 @@ def reliability() -> str:
 
 
 def section() -> str:
-    return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{speed()}\n\n{END}"
+    return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{methods()}\n\n{speed()}\n\n{END}"
 
 
 def memory_section() -> str:
