@@ -232,6 +232,8 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
         if index in begun:
             for key in _SLOTS[loop.config.optimizer]:
                 wanted[f"optimizer.{index}.{key}"] = torch.Size() if key == "step" else full[id(parameter)]
+    if loop.joint:
+        wanted |= {f"tasks.{name}": value.shape for name, value in loop.joint.weights.state.items()}
     wanted |= {name: torch.get_rng_state().shape for name in tensors if name.startswith("rng.cpu.")}
     for name, size in wanted.items():
         if (found := getattr(tensors.get(name), "shape", None)) != size:
