@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,15 @@ def stop_after(monkeypatch, count):
 
 
 def resumed(monkeypatch, build, data, config, stops, **options):
-    """Runs that are killed after so many steps each, then a last one to the end."""
-    for stop in stops:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_after(patch, stop)
-            fit(build(), data, config=config, **options)
-    model = build()
-    return model, fit(model, data, config=config, **options)
+    """Runs that are killed after so many steps each, then a last one to the end; no checkpoint may be skipped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="skipped checkpoint")
+        for stop in stops:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                stop_after(patch, stop)
+                fit(build(), data, config=config, **options)
+        model = build()
+        return model, fit(model, data, config=config, **options)
 
 
 @pytest.mark.parametrize(

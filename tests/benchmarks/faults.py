@@ -152,7 +152,9 @@ def poisoned(loop: Any, where: str, value: str):
     real = loop._losses
     if where == "loss":
         loop._losses = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
-    handles = [p.register_hook(lambda g: g * float(value)) for p in loop.trainable if where == "gradient"]
+    handles = [
+        p.register_hook(lambda g: g * float(value)) for p in loop.trainable if where == "gradient" and p.requires_grad
+    ]
     try:
         yield
     finally:
@@ -499,7 +501,7 @@ def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[
     command += ["--master-addr=127.0.0.1", f"--master-port={port}", __file__, "--process-of", mode, str(folder)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-9000:]}")
     return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in (0, 1)]
 
 
