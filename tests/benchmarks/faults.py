@@ -241,6 +241,7 @@ def start(
     status = 1
     try:
         os.close(hear)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stderr = open(folder / "stderr.txt", "a")  # closed by nobody: the process ends without tidying up
         if prepare:
             prepare()
