@@ -182,6 +182,8 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
     if any(head.num_labels > largest for head in heads.values()):
         raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json, which has more labels; mend it")
     adapted = (folder / "encoder" / "adapter_config.json").is_file()
+    if adapted:
+        _refuse_adapter_sizes(folder / "encoder")
     encoder = _base_of(folder / "encoder", base) if adapted else _load_stock(folder / "encoder")
     model = MultiTaskModel(encoder, heads)
     if adapted:
@@ -243,9 +245,21 @@ def _public_name(place: str) -> str | None:
 
 
 def _load_adapter(folder: Path, base: Any) -> nn.Module:
+    _refuse_adapter_sizes(folder)
     model = _base_of(folder, base)
     _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
     return model.eval()
+
+
+def _refuse_adapter_sizes(folder: Path) -> None:
+    """Raise ValueError where the settings describe larger matrices than the file holds, before they fill the memory."""
+    path = folder / "adapter_model.safetensors"
+    shapes = shapes_of(path).values() if path.is_file() else ()
+    largest = max([4096, *(size for shape in shapes for size in shape)])
+    for name in ("adapter_config.json", "ftlib.json"):
+        for key, value in _whole_numbers(read_json(folder / name) if (folder / name).is_file() else {}):
+            if abs(value) > largest and not key.endswith(("seed", "key")):
+                raise ValueError(f"{folder}/{name}: {key} is {value}, too large for the weights; mend it")
 
 
 def _base_of(folder: Path, base: Any) -> nn.Module:
@@ -280,34 +294,44 @@ def _guessed(folder: Path, config: dict) -> dict[str, Any]:
     return {"task": kinds[config["task_type"]], **labels}
 
 
+def _peft_settings(folder: Path) -> Any:
+    """PEFT's configuration in a folder, without what would load or compute first values: the file replaces those."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+        if hasattr(settings, name):
+            setattr(settings, name, None)
+    if hasattr(settings, "prompt_tuning_init"):
+        settings.prompt_tuning_init = "RANDOM"
+    if hasattr(settings, "prefix_projection"):
+        settings.prefix_projection = False  # the file holds what the projection made
+    if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
+        names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
+        settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
+    return settings
+
+
 def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: bool = False) -> None:
     """Put the adapter in a folder on a base model; `place` is the part of the model that it was saved from."""
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else {}
     tensors, heads = read_tensors(path), head_modules(place)
-    if note.get("strategy") in _OURS:
-        if not isinstance(note.get("options"), dict):
-            raise ValueError(f"{folder}/ftlib.json: no 'options'; save the model again")
-        tune(model, note["strategy"], **note["options"])
+    ours = note.get("strategy") in _OURS
+    if ours and not isinstance(note.get("options"), dict):
+        raise ValueError(f"{folder}/ftlib.json: no 'options'; save the model again")
+    if config.get("megatron_config") is not None:
+        raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
+    try:
+        tune(model, note["strategy"], **note["options"]) if ours else tune(model, _peft_settings(folder))
+    except Exception as error:  # PEFT has many types for settings that make no sense
+        raise ValueError(f"{folder}: its settings make no adapter for this model ({error}); mend them") from error
+    if ours:
         wanted = {n.removeprefix("encoder.") for n in tuning_of(model).names if not n.startswith("heads.")}
         got = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     else:
         import peft
 
-        if config.get("megatron_config") is not None:
-            raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
-        settings = peft.PeftConfig.from_pretrained(str(folder))
-        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
-            if hasattr(settings, name):  # the prompt's first values, which the file replaces: no tokenizer is loaded
-                setattr(settings, name, None)
-        if hasattr(settings, "prompt_tuning_init"):
-            settings.prompt_tuning_init = "RANDOM"
-        if hasattr(settings, "prefix_projection"):
-            settings.prefix_projection = False  # the file holds what the projection made
-        if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
-            names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
-            settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
-        tune(model, settings)
         wrapper = tuning_of(model).peft
         fresh = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False)
         wanted, got = fresh.keys(), tensors
@@ -321,7 +345,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
             "head, pass base=a model that has it"
         )
     try:
-        if note.get("strategy") in _OURS:
+        if ours:
             extra = place.load_state_dict(got, strict=False).unexpected_keys
         else:
             extra = set(peft.set_peft_model_state_dict(wrapper, fresh | got).unexpected_keys) - wanted

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import signal
+import sys
 import traceback
 import zipfile
 from pathlib import Path
@@ -56,7 +57,7 @@ def ours(call, *arguments, **options):
     """What the call gives, or its error, if that is one of ours; else this fails, also where it does not end."""
     before = signal.signal(signal.SIGALRM, hung)
     signal.alarm(HANG)
-    faulthandler.dump_traceback_later(2 * HANG, exit=True)  # for code that lets no signal in
+    faulthandler.dump_traceback_later(2 * HANG, exit=True, file=sys.__stderr__)  # for code that lets no signal in
     try:
         return call(*arguments, **options)
     except (ValueError, TypeError, OSError) as error:
@@ -247,7 +248,7 @@ def test_any_run_toml(tmp_path, monkeypatch, capsys, content):
 
     monkeypatch.setattr(ftlib, "load_corpus", reached, raising=False)
     monkeypatch.chdir(tmp_path)
-    assert main(["train", str(path)]) == 1
+    assert ours(main, ["train", str(path)]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {path}: ") or said == "error: all of the file is right\n", said
     assert len(said.split()) > 4 and [p.name for p in tmp_path.iterdir()] == ["run.toml"]

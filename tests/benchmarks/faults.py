@@ -152,7 +152,9 @@ def poisoned(loop: Any, where: str, value: str):
     real = loop.losses.parts
     if where == "loss":
         loop.losses.parts = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
-    handles = [p.register_hook(lambda g: g * float(value)) for p in loop.trainable[-1:] if where == "gradient"]
+    handles = [
+        p.register_hook(lambda g: g * float(value)) for p in loop.trainable if where == "gradient" and p.requires_grad
+    ]
     try:
         yield
     finally:
@@ -239,6 +241,7 @@ def start(
     status = 1
     try:
         os.close(hear)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stderr = open(folder / "stderr.txt", "a")  # closed by nobody: the process ends without tidying up
         if prepare:
             prepare()
@@ -258,8 +261,12 @@ def finish(pid: int, hear: int) -> int:
     return status
 
 
-def go_on(name: str, folder: Path, bad: dict[int, str] | None = None) -> None:
-    if status := finish(*start(name, folder, bad=bad)):
+def go_on(name: str, folder: Path, bad: dict[int, str] | None = None, damaged: str = "") -> None:
+    """To the end; the only checkpoint that may be skipped, and must be, is the damaged one."""
+    before = (folder / "stderr.txt").stat().st_size if (folder / "stderr.txt").exists() else 0
+    status = finish(*start(name, folder, bad=bad))
+    said = (folder / "stderr.txt").read_text()[before:]
+    if status or re.findall("skipped checkpoint ([^:]*)", said) != [damaged] * bool(damaged):
         raise RuntimeError(f"{name} in {folder} ended with {status}:\n{(folder / 'stderr.txt').read_text()[-2000:]}")
 
 
@@ -300,12 +307,12 @@ class Trials:
         self.count += 1
         return list(RUNS)[self.count % (len(RUNS) - 1)], self.work / f"run-{self.count}"
 
-    def ended(self, name: str, folder: Path) -> bool:
+    def ended(self, name: str, folder: Path, damaged: str = "") -> bool:
         """Let the run come to its end, and compare it."""
         (folder / "end.json").unlink(missing_ok=True)  # of a run that an interrupt ended
         if (folder / "order.txt").exists():
             (folder / "error.txt").unlink(missing_ok=True)
-        go_on(name, folder)
+        go_on(name, folder, damaged=damaged)
         if alike := same(folder, self.whole(name)):
             shutil.rmtree(folder)
         return alike
@@ -395,9 +402,7 @@ class Trials:
                 continue
             how, file = kinds[tried % len(kinds)]
             self.damage(found[-1] / file, how, name)
-            before = (folder / "stderr.txt").stat().st_size
-            good = self.ended_with_warning(name, folder, found[-1].name, before)
-            tried, lost = tried + 1, lost + (not good)
+            tried, lost = tried + 1, lost + (not self.ended(name, folder, found[-1].name))
         return {"tried": tried, "lost": lost}
 
     def damage(self, path: Path, how: str, name: str) -> None:
@@ -414,15 +419,6 @@ class Trials:
         path.unlink()
         if how != "missing":
             path.write_bytes(content)
-
-    def ended_with_warning(self, name: str, folder: Path, skipped: str, before: int) -> bool:
-        go_on(name, folder)
-        said = (folder / "stderr.txt").read_text()[before:]
-        good = f"skipped checkpoint {skipped}: " in said
-        alike = same(folder, self.whole(name))
-        if good and alike:
-            shutil.rmtree(folder)
-        return good and alike
 
     def full_disk(self, count: int) -> dict[str, Any]:
         """A file system, or where none can be mounted a largest file, too small for the run; then there is room."""
@@ -506,7 +502,7 @@ def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[
     command += ["--master-addr=127.0.0.1", f"--master-port={port}", __file__, "--process-of", mode, str(folder)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-9000:]}")
     return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in (0, 1)]
 
 
