@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
         )
 
 
+def fingerprint(loop: Any) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same run."""
+    free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
+    free += ("gradient_checkpointing",)  # the same numbers
+    config = {name: value for name, value in asdict(loop.config).items() if name not in free}
+    if callable(config["task_gradients"]):  # in words that are the same in the next process
+        config["task_gradients"] = re.sub(" at 0x[0-9a-f]+", "", repr(config["task_gradients"]))
+    return {
+        "config": config, "steps": loop.total, "rows": {name: len(rows) for name, rows in loop.parts.items()},
+        "data": loop.digest, "model": loop.model_digest,
+    }  # fmt: skip
+
+
 def save_training(loop: Any) -> Path:
     """Write all that `fit` needs to go on: weights, optimizer, random state, history.
 
@@ -96,7 +110,7 @@ def save_training(loop: Any) -> Path:
             with aside(folder) as temporary:
                 save_file(tensors_of(tensors), temporary / "state.safetensors")
                 state = {
-                    "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
+                    "fingerprint": fingerprint(loop), "step": loop.run_.steps, "history": loop.run_.history,
                     "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
                     "best": loop.best["metrics"] if loop.best else None,
                     "best_step": loop.best["step"] if loop.best else None, "since_best": loop.evaluations_since_best,
@@ -143,7 +157,7 @@ def _resume(loop: Any) -> int | None:
             continue
         state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
         if isinstance(state.get("fingerprint"), dict):
-            _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
+            _refuse_another_run(state["fingerprint"], json.loads(json.dumps(fingerprint(loop))), folder)
         if problem := _unfit(loop, state, tensors):
             warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=3)
             continue
@@ -233,6 +247,8 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
             for key in _SLOTS[loop.config.optimizer]:
                 wanted[f"optimizer.{index}.{key}"] = torch.Size() if key == "step" else full[id(parameter)]
     wanted |= {name: torch.get_rng_state().shape for name in tensors if name.startswith("rng.cpu.")}
+    if loop.joint:
+        wanted |= {f"tasks.{name}": value.shape for name, value in loop.joint.weights.state.items()}
     for name, size in wanted.items():
         if (found := getattr(tensors.get(name), "shape", None)) != size:
             return f"state.safetensors: {name} is {'missing' if found is None else tuple(found)}, not {tuple(size)}"

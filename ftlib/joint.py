@@ -12,17 +12,16 @@ What it costs: one forward and one backward pass, as for one task, except
 - "gradnorm": a backward pass through the last layer for each task.
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
 
-To copy this module you need: joint.py, balancing.py, distributed.py and torch.
+To copy this module you need: joint.py, balancing.py, distributed.py, regularization.py, speedups.py and torch.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ftlib import distributed
+from ftlib import distributed, regularization
 from ftlib.balancing import GRADIENTS, TaskWeights, Weighting, cosines
 
 
@@ -40,9 +39,46 @@ def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int
     return None
 
 
-def described(method: Any) -> str | None:
-    """A method of joining gradients in words that are the same in the next process."""
-    return method if method is None or isinstance(method, str) else re.sub(" at 0x[0-9a-f]+", "", repr(method))
+class Losses:
+    """What the tasks lose.  functions: {task: (logits, labels) -> loss summed over items}; r_drop: its strength."""
+
+    def __init__(
+        self, functions: dict[str, Callable], tasks: dict[str, tuple[str, int]], r_drop: float, autocast: Callable
+    ):
+        self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
+
+    def parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
+        """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
+        with self.autocast():
+            return self._parts(forward, batch, items, weight)
+
+    def _parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
+        inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        logits, again = forward(**inputs), forward(**inputs) if self.r_drop else None
+        if not isinstance(labels, dict):
+            labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
+        parts = {}
+        for task in labels:
+            value = self.functions[task](logits[task], labels[task])
+            if not isinstance(value, torch.Tensor) or value.dim():
+                got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
+            if again is not None:
+                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
+                value = (value + self.functions[task](again[task], labels[task])) / 2 + self.r_drop * apart
+            parts[task] = value * (weight / max(items[task], 1))
+        if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
+            raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
+        return parts
+
+    @torch.no_grad()
+    def means(self, model: nn.Module, batches: list[tuple[dict, float]], items: dict[str, int]) -> torch.Tensor:
+        """This process's share of the mean losses on the micro-batches of a step, float (tasks,)."""
+        means = dict.fromkeys(self.tasks, torch.zeros((), device=next(model.parameters()).device))
+        for batch, weight in batches:
+            for task, value in self.parts(model, batch, items, weight).items():
+                means[task] = means[task] + value
+        return torch.stack(list(means.values()))
 
 
 class Joint:

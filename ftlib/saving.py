@@ -167,7 +167,7 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
 
     specs = read_json(folder / "multitask.json").get("heads")
     if not isinstance(specs, dict):
-        raise ValueError(f"{folder}/multitask.json: no 'heads'")
+        raise ValueError(f"{folder}/multitask.json: no 'heads'; save the model again")
     try:
         heads = {
             name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
@@ -287,7 +287,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
     tensors, heads = read_tensors(path), head_modules(place)
     if note.get("strategy") in _OURS:
         if not isinstance(note.get("options"), dict):
-            raise ValueError(f"{folder}/ftlib.json: no 'options'")
+            raise ValueError(f"{folder}/ftlib.json: no 'options'; save the model again")
         tune(model, note["strategy"], **note["options"])
         wanted = {n.removeprefix("encoder.") for n in tuning_of(model).names if not n.startswith("heads.")}
         got = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

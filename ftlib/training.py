@@ -13,19 +13,17 @@ checkpoints.py, files.py, torch and transformers
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, joint, losses, modes, optimizing, regularization, steps
+from ftlib import checkpoints, distributed, joint, losses, modes, optimizing, steps
 from ftlib.memory import measure
-from ftlib.optimizing import parameter_groups, schedule_factor
+from ftlib.optimizing import schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
 from ftlib.speedups import SeenRows, uninterrupted
@@ -131,13 +129,14 @@ class _Loop:
         moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
         self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.wrapped = distributed.wrap(model)
         self.graphs = config.compile == "reduce-overhead"
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
-        self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
+        functions = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
+        self.losses = joint.Losses(functions, self.tasks, config.r_drop, self.autocast)
         self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
         self.upcoming: list[dict] | None = None  # the rows of the step after this one
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
@@ -255,27 +254,12 @@ class _Loop:
             self.random_state = checkpoints.random_state(self.device)
             self.whole = True
         if not good:
-            self._skipped(record)
-
-    def _skipped(self, record: dict[str, Any]) -> None:
-        """Say which step was skipped; after too many in a row save the state and raise ValueError."""
-        config = self.config
-        said = (
-            f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']} on the rows "
-            f"{record['skipped']} of train_dataset"
-        )
-        taken = [one for one in reversed(self.run_.history) if "loss" in one]
-        in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
-        if in_a_row < min(config.max_bad_steps, self.total):
-            if distributed.rank() == 0:
-                warnings.warn(f"{said}; the step is skipped", stacklevel=6)
-            return
-        if config.checkpoint_dir:
-            self._save()
-        raise ValueError(
-            f"{said}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Lower "
-            f"learning_rate ({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
-        )
+            try:
+                steps.skipped(record, run.history, config, self.total)
+            except ValueError:
+                if config.checkpoint_dir:
+                    self._save()
+                raise
 
     def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
         """This process's share of the step's loss, its gradients added up; and the micro-batches."""
@@ -289,8 +273,7 @@ class _Loop:
             with nullcontext() if last else distributed.hold_gradients(self.wrapped):
                 # taken apart, gradients are exchanged by `joint`
                 forward = self.model if self.joint and self.joint.apart else self.forward
-                with self.autocast():
-                    parts = self._losses(forward, batch, items, weight)
+                parts = self.losses.parts(forward, batch, items, weight)
                 part = self.joint.add(parts) if self.joint else sum(parts.values())
                 # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
                 if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
@@ -304,39 +287,13 @@ class _Loop:
             self.ahead.make(self.upcoming)
         return total, batches
 
-    def _losses(self, forward: Any, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
-        """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
-        inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
-        logits, again = forward(**inputs), forward(**inputs) if self.config.r_drop else None
-        if not isinstance(labels, dict):
-            labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
-        parts = {}
-        for task in labels:
-            value = self.loss[task](logits[task], labels[task])
-            if not isinstance(value, torch.Tensor) or value.dim():
-                got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
-            if again is not None:
-                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
-                value = (value + self.loss[task](again[task], labels[task])) / 2 + self.config.r_drop * apart
-            parts[task] = value * (weight / max(items[task], 1))
-        if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
-            raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
-        return parts
-
-    @torch.no_grad()
     def _look(self, rows: list[dict], batches: list, begun: dict) -> torch.Tensor:
         """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
-        items, _ = steps.counts(rows, self.tasks)
         now = checkpoints.random_state(self.device)
-        means = dict.fromkeys(self.tasks, torch.zeros((), device=self.device))
         checkpoints.set_random_state(begun, self.device)
-        for batch, weight in batches:
-            with self.autocast():
-                for task, value in self._losses(self.model, batch, items, weight).items():
-                    means[task] = means[task] + value
+        means = self.losses.means(self.model, batches, steps.counts(rows, self.tasks)[0])
         checkpoints.set_random_state(now, self.device)
-        return torch.stack(list(means.values()))
+        return means
 
     def _save(self) -> None:
         with self.seen.whole(decay=False):  # what has decayed stands beside it
@@ -393,29 +350,7 @@ class _Loop:
             tqdm.write(f"precision {self.run_.precision}: {self.run_.reason}")
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
-        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
-        free += ("gradient_checkpointing",)  # the same numbers
-        config = {name: value for name, value in asdict(self.config).items() if name not in free}
-        config["task_gradients"] = joint.described(config["task_gradients"])
-        return {
-            "config": config, "steps": self.total, "rows": {name: len(rows) for name, rows in self.parts.items()},
-            "data": self.digest, "model": self.model_digest,
-        }  # fmt: skip
-
-
 _SMOOTHED = ("sequence-classification", "token-classification")
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(
-        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
-    )
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def _smoothing(kind: str, config: TrainConfig) -> float:

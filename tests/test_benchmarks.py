@@ -145,6 +145,14 @@ def test_pins_are_what_is_imported_and_their_tests_are_counted(program, tmp_path
     assert row["pins"] == pair and row["outcome"] == "passed" and row["tests"] > 5 and row["failed"] == 0
 
 
+def test_many_rows_program_at_toy_size(tmp_path):
+    command = [sys.executable, str(PROGRAMS / "long_features.py"), "2000", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "long_features.json").read_text())["rows"]
+    assert [(row["part"], row["rows"]) for row in rows] == [("tokenize", 2000), ("extract_features", 2000)]
+    assert all(0.1 < row["before_gb"] <= row["at_tenth_gb"] <= row["peak_gb"] for row in rows)
+
+
 def toy(folder: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(PROGRAMS / arguments[0]), "--toy", "--results", str(folder), *arguments[1:]]
     subprocess.run(command, check=True, capture_output=True)

@@ -6,6 +6,9 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -54,7 +57,9 @@ def resumed(monkeypatch, build, data, config, stops, **options):
             stop_after(patch, stop)
             fit(build(), data, config=config, **options)
     model = build()
-    return model, fit(model, data, config=config, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="skipped checkpoint")  # it goes on, not from the start
+        return model, fit(model, data, config=config, **options)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,16 @@ def test_resuming_several_tasks_and_early_stopping_is_exact(tiny_model, tmp_path
     )  # fmt: skip
     assert run.stopped == "early stopping" and run.metrics == expected.metrics
     assert history(run) == history(expected) and same(weights(model), weights(whole))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_resuming_is_exact_on_a_gpu_with_deterministic_settings():
+    """The tests above once more, where the settings are made before the GPU is first used."""
+    code = "import sys, pytest, torch; torch.use_deterministic_algorithms(True); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-p", "no:xdist", __file__, "-k", "resuming and exact and not gpu"]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("where", ["forward", "evaluation"])

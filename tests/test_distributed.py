@@ -33,8 +33,7 @@ import peft
 import torch.distributed as dist
 from conftest import make_tiny_model
 from test_training import make_rows, quick
-import ftlib.training as training
-from ftlib import distributed
+from ftlib import distributed, joint
 from ftlib.multitask import Head, MultiTaskModel
 from ftlib.prediction import evaluate, logits_of, predict
 from ftlib.training import fit
@@ -219,9 +218,12 @@ def start(*arguments, processes=2, timeout=400, gpus="", restarts=0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
-    torchrun += [f"--max-restarts={restarts}"]
-    command = [sys.executable, *([*torchrun, f"--master-port={port}"] if processes > 1 else []), *map(str, arguments)]
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    if restarts:  # the static rendezvous keeps the addresses of the processes that died
+        where = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+        where += [f"--max-restarts={restarts}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", *where]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
@@ -492,7 +494,7 @@ folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"
 distributed.start()
 rank = distributed.rank()
 rows, held_out = make_rows(13, "token-classification"), make_rows(5, "token-classification", seed=9)
-real_loss, real_save = training._Loop._losses, checkpoints.save_file
+real_step, real_save = training._Loop._gradients, checkpoints.save_file
 
 
 def killed():
@@ -500,10 +502,10 @@ def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def loss(self, *args):  # in the middle of step 5, the other process waits for the gradients
-    if disturbed and (attempt, rank, mode, self.run_.steps) == (0, 1, "ddp", 4):
+def gradients(self, step, *args):  # in the middle of step 5, the other process waits for the gradients
+    if disturbed and (attempt, rank, mode, step) == (0, 1, "ddp", 4):
         killed()
-    return real_loss(self, *args)
+    return real_step(self, step, *args)
 
 
 def save_file(tensors, path):  # in the middle of the checkpoint of step 6
@@ -513,7 +515,7 @@ def save_file(tensors, path):  # in the middle of the checkpoint of step 6
     real_save(tensors, path)
 
 
-training._Loop._losses, checkpoints.save_file = loss, save_file
+training._Loop._gradients, checkpoints.save_file = gradients, save_file
 
 
 def run(**options):

@@ -11,7 +11,7 @@ PROGRAM = Path(__file__).parent / "benchmarks/faults.py"
 FAULTS = {
     "SIGKILL at a random moment": 3, "SIGKILL while a checkpoint is written": 3,
     "SIGKILL before each line of the writing": 8, "Ctrl-C at a random moment": 4, "a full disk": 3,
-    "the newest checkpoint damaged": 4,
+    "the newest checkpoint damaged": 4, "a loss or gradient that is NaN or infinite": 4,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ftlib.joint import Joint
 from ftlib.losses import task_loss
 from ftlib.multitask import Head, MultiTaskModel
 from ftlib.training import fit
+from ftlib.tuning import STRATEGIES, tune
 from ftlib.unpadding import unpad
 
 TASKS = {"a": Head("sequence-classification", 2), "b": Head("token-classification", 3, weight=0.5),
@@ -421,6 +422,24 @@ def test_a_part_of_the_encoder_may_be_frozen(build):
             "encoder.encoder.layer.0.output.dense.weight", "encoder.encoder.layer.1.output.dense.bias",
         }  # fmt: skip
         assert {name.split(".")[1] for name in after if name.startswith("heads")} == set(TASKS)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "mixout"])
+@pytest.mark.parametrize("options", [{"task_gradients": "cagrad"}, {"task_weighting": "gradnorm"}])
+def test_a_strategy_chooses_what_moves_and_the_method_joins_its_gradients(build, strategy, options):
+    """Fixed weights and the plain sum as a function give the step of the stock way; other methods another."""
+    runs = []
+    for other in ({}, {"task_gradients": lambda jacobian: jacobian.sum(0)}, options):
+        model = build()
+        tune(model, strategy)
+        free = {name for name, p in model.named_parameters() if p.requires_grad}
+        before = weights(model)
+        run = fit(model, rows_with_all(6), config=quick(epochs=1, batch_size=2, **other))
+        after = weights(model)
+        assert {name for name in after if not torch.equal(after[name], before[name])} <= free
+        runs.append((steps(run), after))
+    assert runs[1][0] == pytest.approx(runs[0][0], abs=1e-5)
+    assert any(not torch.equal(runs[0][1][name], runs[2][1][name]) for name in runs[0][1])
 
 
 @pytest.mark.parametrize(
