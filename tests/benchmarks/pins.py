@@ -76,12 +76,14 @@ def main() -> int:
     options = parser.parse_args()
     about = "Unit tests, and cells of notebooks whose output is compared, under pairs of versions"
     table = Table("pins", f"python tests/benchmarks/pins.py {' '.join(options.pins)}", about, folder=options.results)
-    what = {"unit tests": options.tests.split()}
+    names = [Path(test).stem.removeprefix("test_") for test in options.tests.split()]
+    what = {f"unit tests of {', '.join(names)}": options.tests.split()}
     for name in options.notebooks:
         [notebook] = (ROOT / "notebooks").glob(f"{name}*.ipynb")
         what[f"notebook {notebook.stem}"] = [*SERIES, str(notebook)]
     failed = 0
     for pair in options.pins:
+        table.stamp["versions"] = dict(pin.split("==") for pin in pair.split(","))
         for name, tests in what.items():
             row = tried(pair.split(","), tests, options.here)
             table.replace({"pins": pair, "what": name}, [row])

@@ -412,7 +412,7 @@ FAULTS = (
     "files, data and settings made to break it",
 )  # fmt: skip
 BESIDE = {
-    "left a half-written checkpoint": "{} left a half-written checkpoint", "lines": "the lines that Python runs: {}",
+    "left a half-written checkpoint": "{} left a half-written checkpoint", "lines": "all {} lines",
     "returned a run with all its steps": "{} returned a run, the others came before the first step",
     "how": "on a small {}",
 }  # fmt: skip
@@ -441,8 +441,10 @@ def reliability() -> str:
     parts += [results_table(table, digits=2)._repr_markdown_(), f"*{source('long_features')}*"]
     keys = ("pins", "what", "outcome", "tests", "skipped", "failed")
     table = [{key: row.get(key, "") for key in keys} for row in rows_of("pins")]
-    parts += [results_table(table)._repr_markdown_(), f"*{source('pins')}*"]
-    parts += [f"*{row['pins']}: {row['why']}.*" for row in rows_of("pins", outcome="not installed")]
+    parts.append(results_table(table)._repr_markdown_())
+    said = [f"{row['pins']}: {row['why']}" for row in rows_of("pins", outcome="not installed")]
+    days = sorted({f"{row['device']}, {row['date']}" for row in rows_of("pins")})
+    parts.append(f"*`python tests/benchmarks/pins.py PINS`; {'; '.join([*days, *said])}.*")
     return "\n\n".join(parts)
 
 
