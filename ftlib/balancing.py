@@ -128,7 +128,8 @@ def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
             break
         slope = linear + c * inner / math.sqrt(square)  # (tasks,)
         up, down = int(slope.argmin()), int(np.where(w > 0, slope, -math.inf).argmax())
-        if not slope[down] - slope[up] > 1e-12 * np.abs(slope).max():
+        rounding = 1e-12 * np.abs(slope).max() + 1e-15 * c * trace / math.sqrt(square)
+        if not slope[down] - slope[up] > rounding:
             break
         # along the exchange, |Σ w_i row_i|² is square + 2 t first + t² second, and the rest is t change
         first = inner[up] - inner[down]
@@ -138,7 +139,7 @@ def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
         if steep > 0:
             apart = max(square * second - first * first, 0.0)
             step = min((-math.copysign(math.sqrt(change * change * apart / steep), change) - first) / second, step)
-        if not step > 0:
+        if not step > 1e-12:  # less moves nothing in float32
             break
         w[up], w[down] = w[up] + step, 0.0 if step == w[down] else w[down] - step
     return w
