@@ -544,9 +544,8 @@ def untrusted() -> dict[str, Any]:
     tests = Path(__file__).parents[1] / "test_untrusted.py"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-show-statistics"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, str(tests)], capture_output=True, text=True)
-    passed, failed = (
-        sum(map(int, re.findall(rf"(\d+) {word} examples", done.stdout))) for word in ("passing", "failing")
-    )
+    counts = [tuple(map(int, found)) for found in re.findall(r"(\d+) passing, (\d+) failing", done.stdout)]
+    passed, failed = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     broken = sum(map(int, re.findall(r"(\d+) (?:failed|error)", done.stdout.splitlines()[-1])))
     if done.returncode not in (0, 1) or not passed:
         raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
