@@ -29,7 +29,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -495,11 +494,10 @@ class Trials:
 def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
     """The run of two processes, started again once if one dies; what both ended with."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={port}", __file__, "--process-of", mode, str(folder)]
+    # the static rendezvous keeps the addresses of the processes that died
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command += [__file__, "--process-of", mode, str(folder)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-9000:]}")
