@@ -83,8 +83,8 @@ def peak(name: str, toy: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", choices=cases(COUNTS), help="the peak memory of this case, in this process")
-    parser.add_argument("--steps", type=int, default=4, help="steps a round, after one that warms up")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps a round, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--toy", action="store_true", help="a tiny model, at most 2 tasks: does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args()
