@@ -33,7 +33,8 @@ import peft
 import torch.distributed as dist
 from conftest import make_tiny_model
 from test_training import make_rows, quick
-from ftlib import distributed, joint
+import ftlib.training as training
+from ftlib import distributed
 from ftlib.multitask import Head, MultiTaskModel
 from ftlib.prediction import evaluate, logits_of, predict
 from ftlib.training import fit
