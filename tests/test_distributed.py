@@ -540,7 +540,7 @@ distributed.stop()
 def test_torchrun_starts_again_from_the_last_checkpoint(tmp_path):
     """One process killed in a step, then the other while it writes: the end is that of the run nobody killed."""
     (tmp_path / "killed.py").write_text(START + KILLED)
-    done = start(tmp_path / "killed.py", tmp_path, restarts=2)
+    done = start(tmp_path / "killed.py", tmp_path, restarts=2, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in tmp_path.glob("killed-*")} == {"killed-0-1", "killed-1-0"}
     for rank in (0, 1):
