@@ -219,10 +219,7 @@ def start(*arguments, processes=2, timeout=400, gpus="", restarts=0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    where = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    if restarts:  # the static rendezvous keeps the addresses of the processes that died
-        where = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-        where += [f"--max-restarts={restarts}"]
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}", f"--max-restarts={restarts}"]
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", *where]
     command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}

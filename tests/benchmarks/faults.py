@@ -495,7 +495,6 @@ def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[
     """The run of two processes, started again once if one dies; what both ended with."""
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    # the static rendezvous keeps the addresses of the processes that died
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     command += [__file__, "--process-of", mode, str(folder)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
