@@ -71,7 +71,7 @@ nbval: data  ## every notebook and every solution, outputs compared where tagged
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
 	  --durations 10 --durations-min 5 $(CHOSEN)
 
-BENCH := fine_tuning strategies multitask speed memory step_profile bert_base
+BENCH := fine_tuning strategies multitask task_growth speed memory step_profile bert_base
 
 # bert_base needs a GPU; without one it leaves what was last measured. fine_tuning, strategies and multitask measure what is missing.
 bench: data  ## programs of tests/benchmarks, then the tables of the README (ONLY="speed memory": these)

@@ -36,10 +36,10 @@ _HOME = {  # public name -> module that defines it
     "stored_results": "environment",
 }
 _MODULES = (
-    "adapters", "assets", "attention", "batching", "checkpoints", "corpora", "distributed", "environment",
-    "features", "losses", "masking", "memory", "metrics", "modes", "multitask", "optimizing", "plots",
-    "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings", "speedups", "steps",
-    "training", "tuning", "unpadding",
+    "adapters", "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed",
+    "environment", "features", "files", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask",
+    "optimizing", "plots", "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings",
+    "speedups", "steps", "training", "tuning", "unpadding",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

@@ -25,7 +25,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         run = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own errors, and what it lets through
         raise ValueError(f"{path}: not TOML ({error})") from None
     for key, value in run.items():
         if key not in _RUN_KEYS:

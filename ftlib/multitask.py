@@ -5,18 +5,28 @@ A head here is exactly what the stock task model puts on top of its encoder.  Fo
 output.  So the trunk runs once for a batch that mixes tasks, every head runs on its own rows with Transformers' own
 code, and one task can be taken out as a plain Transformers model.
 
-To copy this module you need: multitask.py, torch and transformers.
-Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2.
+Whose gradient wins where tasks disagree is the subject of `balancing`; its `pcgrad`, `cagrad`, `mgda` are here too.
+
+To copy this module you need: multitask.py, balancing.py, torch and transformers.
+Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;
+annealed sampling: Stickland & Murray 2019 (arXiv:1902.02671), 3.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from ftlib.balancing import cagrad, mgda, pcgrad
+
+__all__ = ["KINDS", "SAMPLERS", "Head", "MultiTaskModel", "TaskSampler", "cagrad", "mgda", "pcgrad"]
+
 KINDS = ("sequence-classification", "multi-label-classification", "regression", "token-classification")
+SAMPLERS = ("temperature", "uniform", "annealed", "remaining")
 _PROBLEM = {
     "sequence-classification": "single_label_classification",
     "multi-label-classification": "multi_label_classification",
@@ -77,7 +87,7 @@ class MultiTaskModel(nn.Module):
         if getattr(encoder, "base_model", encoder) is not encoder:
             raise ValueError(f"{type(encoder).__name__} has a head already; pass the bare encoder: load_model(name)")
         if not isinstance(heads, dict) or not heads:
-            raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}")
+            raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}, each name once")
         self.encoder = encoder
         self.config = encoder.config
         self.specs = dict(heads)
@@ -167,16 +177,23 @@ def _take(shared: Any, index: torch.Tensor) -> Any:
 
 
 class TaskSampler:
-    """Draw tasks with probability proportional to size ** (1 / temperature).
+    """Draw the task of every example, from {task: number of examples}; an epoch is as many draws as examples.
 
-    temperature 1 is proportional to the number of examples, a large one approaches uniform: small tasks are seen more
-    often, and large ones less.  Seeded: the same seed draws the same tasks.
+    - "temperature": with probability proportional to size ** (1 / temperature).  1 is proportional to the sizes, a
+      large one approaches uniform: small tasks are seen more often, and large ones less.
+    - "uniform": every task alike.
+    - "annealed": proportional to size ** a, with a falling evenly from 1 in the first of `epochs` to 0.2 in the last.
+    - "remaining": proportional to the examples that remain of the epoch, so every example comes once an epoch.
+    The same seed draws the same tasks.
 
     >>> TaskSampler({"big": 9000, "small": 1000}, temperature=2).probabilities
     {'big': 0.75, 'small': 0.25}
     """
 
-    def __init__(self, sizes: dict[str, int], temperature: float = 1.0, seed: int = 0):
+    def __init__(
+        self, sizes: dict[str, int], temperature: float = 1.0, seed: int = 0, *,
+        how: str = "temperature", epochs: int = 1,
+    ):  # fmt: skip
         if not sizes:
             raise ValueError("sizes is empty; pass {task name: number of examples}")
         for name, size in sizes.items():
@@ -184,16 +201,46 @@ class TaskSampler:
                 raise ValueError(f"task {name!r} has {size!r} examples; every task needs at least one")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be above 0 (1 proportional, large towards uniform)")
-        largest = max(sizes.values())  # shares of it, so that no power overflows
-        weights = {name: (size / largest) ** (1 / temperature) for name, size in sizes.items()}
-        total = sum(weights.values())
-        self.sizes, self.temperature = dict(sizes), temperature
-        self.probabilities = {name: weight / total for name, weight in weights.items()}
+        if how not in SAMPLERS:
+            raise ValueError(f"unknown sampler {how!r}; choose one of {', '.join(SAMPLERS)}")
+        if type(epochs) is not int or epochs < 1:
+            raise ValueError(f"epochs={epochs!r}: need a whole number of at least 1")
+        self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, epochs
         self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = 0
+        self.order: list[str] = []  # "remaining": the tasks of what is left of the epoch
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """{task: its probability in the next draw}."""
+        if self.how == "remaining":
+            left = self.order or list(self._repeated())
+            return {name: left.count(name) / len(left) for name in self.sizes}
+        power = 1 / self.temperature
+        if self.how == "uniform":
+            power = 0.0
+        elif self.how == "annealed" and self.epochs > 1:
+            epoch = min(self.drawn // sum(self.sizes.values()), self.epochs - 1)  # from 0
+            power = 1 - 0.8 * epoch / (self.epochs - 1)
+        largest = max(self.sizes.values())  # shares of it, so that no power overflows
+        weights = {name: (size / largest) ** power for name, size in self.sizes.items()}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
 
     def draw(self, count: int) -> list[str]:
         """The tasks of the next `count` examples."""
-        names = list(self.probabilities)
-        weights = torch.tensor([self.probabilities[name] for name in names], dtype=torch.float64)
+        if self.how == "remaining":
+            while len(self.order) < count:
+                names = list(self._repeated())
+                self.order += [names[i] for i in torch.randperm(len(names), generator=self.generator).tolist()]
+            drawn, self.order = self.order[:count], self.order[count:]
+            return drawn
+        probabilities = self.probabilities
+        names = list(probabilities)
+        weights = torch.tensor(list(probabilities.values()), dtype=torch.float64)
+        self.drawn += count
         drawn = torch.multinomial(weights, count, replacement=True, generator=self.generator)  # (count,)
         return [names[i] for i in drawn.tolist()]
+
+    def _repeated(self) -> Iterator[str]:
+        return chain.from_iterable([name] * size for name, size in self.sizes.items())

@@ -82,6 +82,17 @@ def parameter_groups(
     ]  # fmt: skip
 
 
+def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The optimizer a TrainConfig asks for, on the trainable parameters."""
+    groups = parameter_groups(
+        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
+    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+
+
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
     """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
 

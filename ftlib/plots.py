@@ -223,6 +223,39 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
     return ax
 
 
+def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, spreads=None, label: str = "gain"):
+    """Numbers in cells, blue above zero and red below: what trains with what (a transfer matrix), cosines of tasks.
+
+    values: (rows, columns), nan for a cell to leave grey; spreads: the same shape, written as ±. `label` says
+    what the numbers are. Raises ValueError for other shapes, and where no value is finite.
+
+    >>> heat_map([[0.0, -0.1], [0.2, float("nan")]], ["a", "b"], ["with a", "with b"]).get_title()
+    'gain'
+    """
+    values = _numbers(values)  # (rows, columns)
+    spreads = np.full(values.shape, np.nan) if spreads is None else _numbers(spreads)
+    wanted = (len(rows), len(columns))
+    if values.shape != wanted or spreads.shape != wanted or not np.isfinite(values).any():
+        raise ValueError(
+            f"values {values.shape}, spreads {spreads.shape}: expected {wanted}, with a finite number"
+        )
+    ax = _axes(ax, 2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows))
+    ax.spines[["top", "right"]].set_visible(True)
+    ax.set_facecolor("0.92")  # shows where a cell is empty
+    top = max(np.nanmax(np.abs(values[np.isfinite(values)])), 1e-12)
+    image = ax.imshow(values, cmap="RdBu", vmin=-top, vmax=top, interpolation="nearest", aspect="auto")
+    for row, column in np.argwhere(np.isfinite(values)):
+        value, spread = values[row, column], spreads[row, column]
+        text = f"{value:+.3f}" + (f"\n± {spread:.3f}" if np.isfinite(spread) else "")
+        color = "white" if abs(value) > 0.6 * top else "black"
+        ax.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
+    ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    ax.set_title(label, fontsize=11)
+    return ax
+
+
 def embedding_map(
     features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7
 ):

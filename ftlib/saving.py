@@ -1,26 +1,26 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
-To copy this module you need: saving.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
-speedups.py, torch, transformers and safetensors (multitask.py for models with several heads; peft for its adapters;
+To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
+speedups.py, torch, transformers and safetensors (multitask.py, balancing.py for several heads; peft for its adapters;
 pretrained.py and assets.py to find an adapter's base model by name).
 """
 
 import copy
 import json
+import math
 import os
-import shutil
-import uuid
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ftlib import adapters
+from ftlib.files import MARK, aside, read_json, read_tensors, shapes_of, tensors_of
 from ftlib.optimizing import tuning_of
 from ftlib.tuning import head_modules, tune
 
@@ -62,7 +62,11 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; save a model there first: ftlib.save(model, {str(folder)!r})")
+        remedy = f"save a model there first: ftlib.save(model, {str(folder)!r})"
+        for old in folder.parent.glob(".*.old"):
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.{MARK}\.old", old.name):
+                remedy = f"a process was killed while it replaced it; the model before lies in {old}: rename that"
+        raise FileNotFoundError(f"no folder {folder}; {remedy}")
     if (folder / "multitask.json").is_file():
         return _load_multitask(folder, base)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -102,18 +106,49 @@ def _load_stock(folder: Path) -> nn.Module:
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
+    _refuse_sizes(folder, config, kind)
     try:
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        if isinstance(error, (ValueError, OSError)):
-            raise
-        raise ValueError(f"{folder}: can't read the weights ({error}); damaged, or not safetensors") from error
+    except Exception as error:  # safetensors, torch and Transformers have many types for a damaged or foreign file
+        shown = OSError if isinstance(error, OSError) else ValueError
+        raise shown(f"{folder}: can't read the weights ({error}); damaged, or not those of config.json") from error
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
     return model.eval()
+
+
+def _refuse_sizes(folder: Path, config: dict, kind: type) -> None:
+    """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shapes |= shapes_of(path)
+    if not shapes:
+        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
+    largest = max([2**20, *(size for shape in shapes.values() for size in shape)])
+    for key, value in _whole_numbers(config):
+        if abs(value) > (max(len(shapes), 100) if key.endswith("layers") else largest):
+            raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
+    try:
+        with torch.device("meta"):
+            twin = kind(kind.config_class.from_dict(config))
+            twin.tie_weights()
+        asked = sum(p.numel() for p in twin.parameters())
+    except Exception as error:
+        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        raise ValueError(f"{folder}: weights missing: config.json describes {asked} numbers, the files hold {held}")
+
+
+def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            yield from _whole_numbers(inner, name)
+    elif isinstance(value, int):
+        yield key, value
 
 
 def _save_multitask(model: nn.Module, folder: Path) -> None:
@@ -132,21 +167,29 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
 
     specs = read_json(folder / "multitask.json").get("heads")
     if not isinstance(specs, dict):
-        raise ValueError(f"{folder}/multitask.json: no 'heads'")
+        raise ValueError(f"{folder}/multitask.json: no 'heads'; save the model again")
     try:
         heads = {
             name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
             for name, spec in specs.items()
         }
+        if not all(isinstance(name, str) for head in heads.values() for name in head.label_names or ()):
+            raise ValueError("label_names must be texts")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/multitask.json: {error}") from None
+    tensors = read_tensors(folder / "heads.safetensors")
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if any(head.num_labels > largest for head in heads.values()):
+        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json, which has more labels; mend it")
     adapted = (folder / "encoder" / "adapter_config.json").is_file()
+    if adapted:
+        _refuse_adapter_sizes(folder / "encoder")
     encoder = _base_of(folder / "encoder", base) if adapted else _load_stock(folder / "encoder")
     model = MultiTaskModel(encoder, heads)
     if adapted:
         _put_adapter(model, model.encoder, folder / "encoder")
     try:
-        model.heads.load_state_dict(read_tensors(folder / "heads.safetensors"))
+        model.heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json: {error}") from None
     return model.eval()
@@ -202,9 +245,21 @@ def _public_name(place: str) -> str | None:
 
 
 def _load_adapter(folder: Path, base: Any) -> nn.Module:
+    _refuse_adapter_sizes(folder)
     model = _base_of(folder, base)
     _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
     return model.eval()
+
+
+def _refuse_adapter_sizes(folder: Path) -> None:
+    """Raise ValueError where the settings describe larger matrices than the file holds, before they fill the memory."""
+    path = folder / "adapter_model.safetensors"
+    shapes = shapes_of(path).values() if path.is_file() else ()
+    largest = max([4096, *(size for shape in shapes for size in shape)])
+    for name in ("adapter_config.json", "ftlib.json"):
+        for key, value in _whole_numbers(read_json(folder / name) if (folder / name).is_file() else {}):
+            if abs(value) > largest and not key.endswith(("seed", "key")):
+                raise ValueError(f"{folder}/{name}: {key} is {value}, too large for the weights; mend it")
 
 
 def _base_of(folder: Path, base: Any) -> nn.Module:
@@ -239,34 +294,44 @@ def _guessed(folder: Path, config: dict) -> dict[str, Any]:
     return {"task": kinds[config["task_type"]], **labels}
 
 
+def _peft_settings(folder: Path) -> Any:
+    """PEFT's configuration in a folder, without what would load or compute first values: the file replaces those."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+        if hasattr(settings, name):
+            setattr(settings, name, None)
+    if hasattr(settings, "prompt_tuning_init"):
+        settings.prompt_tuning_init = "RANDOM"
+    if hasattr(settings, "prefix_projection"):
+        settings.prefix_projection = False  # the file holds what the projection made
+    if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
+        names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
+        settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
+    return settings
+
+
 def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: bool = False) -> None:
     """Put the adapter in a folder on a base model; `place` is the part of the model that it was saved from."""
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else {}
     tensors, heads = read_tensors(path), head_modules(place)
-    if note.get("strategy") in _OURS:
-        if not isinstance(note.get("options"), dict):
-            raise ValueError(f"{folder}/ftlib.json: no 'options'")
-        tune(model, note["strategy"], **note["options"])
+    ours = note.get("strategy") in _OURS
+    if ours and not isinstance(note.get("options"), dict):
+        raise ValueError(f"{folder}/ftlib.json: no 'options'; save the model again")
+    if config.get("megatron_config") is not None:
+        raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
+    try:
+        tune(model, note["strategy"], **note["options"]) if ours else tune(model, _peft_settings(folder))
+    except Exception as error:  # PEFT has many types for settings that make no sense
+        raise ValueError(f"{folder}: its settings make no adapter for this model ({error}); mend them") from error
+    if ours:
         wanted = {n.removeprefix("encoder.") for n in tuning_of(model).names if not n.startswith("heads.")}
         got = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     else:
         import peft
 
-        if config.get("megatron_config") is not None:
-            raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
-        settings = peft.PeftConfig.from_pretrained(str(folder))
-        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
-            if hasattr(settings, name):  # the prompt's first values, which the file replaces: no tokenizer is loaded
-                setattr(settings, name, None)
-        if hasattr(settings, "prompt_tuning_init"):
-            settings.prompt_tuning_init = "RANDOM"
-        if hasattr(settings, "prefix_projection"):
-            settings.prefix_projection = False  # the file holds what the projection made
-        if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
-            names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
-            settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
-        tune(model, settings)
         wrapper = tuning_of(model).peft
         fresh = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False)
         wanted, got = fresh.keys(), tensors
@@ -280,7 +345,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
             "head, pass base=a model that has it"
         )
     try:
-        if note.get("strategy") in _OURS:
+        if ours:
             extra = place.load_state_dict(got, strict=False).unexpected_keys
         else:
             extra = set(peft.set_peft_model_state_dict(wrapper, fresh | got).unexpected_keys) - wanted
@@ -288,59 +353,3 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
         raise ValueError(f"{path} does not fit its base model: {error}") from error
     if extra:
         raise ValueError(f"{path} has weights that the model lacks: {', '.join(sorted(extra)[:3])}")
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def tensors_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU: tied weights share memory, which safetensors refuses to guess about."""
-    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder holds no whole model")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder holds no whole model")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-@contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to `folder` that takes its place when all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    temporary, old = folder.with_name(f".{folder.name}.{mark}.new"), folder.with_name(f".{folder.name}.{mark}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)

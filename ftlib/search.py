@@ -53,7 +53,7 @@ def find_learning_rate(
         raise ValueError(f"steps={steps!r}: need a whole number of at least 10 to see a curve")
     config = replace(
         config or TrainConfig(), learning_rate=highest, schedule="range", warmup_fraction=0.0, max_steps=steps,
-        patience=None, checkpoint_dir=None, checkpoint_every=None, resume=None,
+        patience=None, max_bad_steps=1, checkpoint_dir=None, checkpoint_every=None, resume=None,
     )  # fmt: skip
     run = fit(copy.deepcopy(model), train_dataset, tokenizer=tokenizer, config=config)
     rates = [record["learning_rate"] for record in run.history]

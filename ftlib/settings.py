@@ -1,15 +1,19 @@
 """How to train and what came of it: `TrainConfig`, checked once; `Run`; the device and precision, with the reason.
 
-To copy this module you need: settings.py, optimizing.py, regularization.py, speedups.py and torch.
+To copy this module you need: settings.py, optimizing.py, regularization.py, speedups.py, balancing.py, multitask.py and
+torch.
 """
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ftlib.balancing import GRADIENTS, Combine, Weighting
+from ftlib.multitask import SAMPLERS
 from ftlib.optimizing import SCHEDULES
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -37,6 +41,7 @@ class TrainConfig:
     r_drop: float = 0.0  # weight of R-Drop, how far two passes with other dropout disagree; twice the time a step
     dropout: float | None = None  # all dropout rates of the model while it trains; None: its own
     max_grad_norm: float | None = 1.0  # clip the gradient to this length; None: do not
+    max_bad_steps: int = 5  # skip steps whose loss or gradient is not finite, stop after so many in a row; 1: at once
     precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
     compile: bool | str = False  # True: torch.compile each layer; "reduce-overhead": CUDA graphs, for small batches
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
@@ -48,16 +53,21 @@ class TrainConfig:
     metric: str = "loss"  # what "better" means; any name that evaluate returns
     checkpoint_dir: str | None = None
     checkpoint_every: int | None = None  # steps between checkpoints; None: after every epoch
-    keep_last: int = 2  # checkpoints to keep
+    keep_last: int = 2  # checkpoints to keep, and with `patience` the best one
     resume: str | None = None  # "auto": from the newest whole checkpoint in checkpoint_dir, if there is one
-    temperature: float = 1.0  # of the task sampler, when several datasets are trained together
+    task_sampler: str = "temperature"  # how several datasets are mixed: temperature, uniform, annealed or remaining
+    temperature: float = 1.0  # of the task sampler: 1 in proportion to the tasks' sizes, large towards uniform
+    task_weighting: str | Weighting = "fixed"  # fixed, uncertainty, gradnorm, dwa, random or famo: balancing.Weighting
+    task_gradients: str | Combine | None = None  # pcgrad, cagrad, mgda, or a function: jacobian -> gradient
+    task_cosines: int | None = None  # steps between records of the cosines between the tasks' gradients
     seed: int = 0  # of the order, of dropout and of the task sampler
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "keep_last"):
+        for name in ("epochs", "batch_size", "keep_last", "max_bad_steps"):
             _whole(name, getattr(self, name))
-        for name in ("max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every"):
+        for name in ("max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every",
+                     "task_cosines"):  # fmt: skip
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
         for name, low, high in (
@@ -72,7 +82,7 @@ class TrainConfig:
             _number("max_grad_norm", self.max_grad_norm, 1e-30, math.inf)
         for name, choices in (
             ("schedule", (*SCHEDULES, "range")), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS),
-            ("resume", (None, "auto")), ("distributed", DISTRIBUTED),
+            ("resume", (None, "auto")), ("distributed", DISTRIBUTED), ("task_sampler", SAMPLERS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, choices))}")
@@ -83,6 +93,13 @@ class TrainConfig:
             raise ValueError(f"compile={self.compile!r}: need True, False or 'reduce-overhead'")
         if self.compile == "reduce-overhead" and self.max_tokens:
             raise ValueError("compile='reduce-overhead' needs batches of few shapes: micro_batch_size, not max_tokens")
+        if self.task_sampler != "temperature" and self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature} has no meaning for task_sampler={self.task_sampler!r}")
+        if not isinstance(self.task_weighting, Weighting):
+            Weighting(self.task_weighting)  # checks the word
+        if not (self.task_gradients is None or callable(self.task_gradients) or self.task_gradients in list(GRADIENTS)):
+            choices = f"{', '.join(GRADIENTS)}, None or a function: jacobian (tasks, parameters) -> (parameters,)"
+            raise ValueError(f"task_gradients={self.task_gradients!r}: choose one of {choices}")
         if not isinstance(self.metric, str):
             raise ValueError(f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'")
         if type(self.seed) is not int or abs(self.seed) >= 2**40:
@@ -105,7 +122,7 @@ class TrainConfig:
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
     right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (right and low <= value <= high and value < math.inf):
+    if not (right and low <= value <= high and value <= sys.float_info.max):  # an int may be larger than any float
         above = f" to {high}" if high < math.inf else ", finite"
         raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
 
@@ -113,6 +130,8 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 def _whole(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
+    if value >= 2**31:
+        raise ValueError(f"{name} has {value.bit_length()} bits: need a whole number below 2**31")
 
 
 @dataclass

@@ -11,6 +11,8 @@
 `shortcuts(model)` switches `linear` and `dropout` on for a while.  To copy: this file alone.
 """
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -234,6 +236,28 @@ def _dropout_forward(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
     return dropout(input, module.p, module.training)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold an interrupt (Ctrl-C) back until the block, a short one, is done: so that it is done as a whole.
+
+    Only the main thread is ever interrupted; elsewhere, and where SIGINT does something else, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, held = signal.getsignal(signal.SIGINT), []
+    if before is not signal.default_int_handler:  # also inside another such block
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *what: held.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
 class SeenRows:
     """A word embedding that trains only the rows whose ids occur in the training data.
 
@@ -266,27 +290,27 @@ class SeenRows:
 
     def on(self) -> None:
         """Train the seen rows."""
-        if self.embedding is None:
+        if self.embedding is None or self.hook is not None:
             return
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             self.own.copy_(self.full[self.seen])
-        self.embedding.weight = self.own
-        if self.padding is not None:
-            self.embedding.padding_idx = int(self.lookup[self.padding])
-        self.hook = self.embedding.register_forward_pre_hook(lambda module, args: (self.lookup[args[0]], *args[1:]))
+            self.embedding.weight = self.own
+            if self.padding is not None:
+                self.embedding.padding_idx = int(self.lookup[self.padding])
+            self.hook = self.embedding.register_forward_pre_hook(lambda module, args: (self.lookup[args[0]], *args[1:]))
 
     def off(self, decay: bool = True) -> None:
         """Put the whole embedding back, with what was learnt, and (unless told not to) with what has decayed."""
         if self.hook is None:
             return
-        self.hook.remove()
-        self.hook = None
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
+            self.hook.remove()
+            self.hook = None
             if decay and self.pending != 1:
                 self.full.mul_(self.pending)
                 self.pending = 1.0
             self.full[self.seen] = self.own
-        self.embedding.weight, self.embedding.padding_idx = self.full, self.padding
+            self.embedding.weight, self.embedding.padding_idx = self.full, self.padding
 
     def decayed(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of a step's weight decay."""
@@ -317,12 +341,13 @@ class SeenRows:
             return
         pending = self.pending
         before = self.full.detach().clone() if decay and pending != 1 else None
-        self.off(decay)
         try:
+            self.off(decay)
             yield
         finally:
-            if before is not None:
-                self.full.data.copy_(before)
-                self.full.data[self.seen] = self.own.data
-            self.pending = pending
-            self.on()
+            with uninterrupted():
+                if before is not None:
+                    self.full.data.copy_(before)
+                    self.full.data[self.seen] = self.own.data
+                self.pending = pending
+                self.on()

@@ -1,6 +1,6 @@
 """What the steps of a run compute on: their rows in order, cut into micro-batches, smaller ones when memory runs out.
 
-To copy this module you need: steps.py, rows.py, batching.py, distributed.py, multitask.py and torch.
+To copy this module you need: steps.py, rows.py, batching.py, distributed.py, multitask.py, balancing.py and torch.
 """
 
 import gc
@@ -25,7 +25,7 @@ BUCKET = 16  # compile="reduce-overhead": tokens a row are rounded up to a multi
 def plan(parts: dict[str, list[dict]], config: Any) -> Iterator[list[dict]]:
     """The rows of every step, without end; the same for the same seed.
 
-    parts: {"": rows}, passed over epoch by epoch; or {task: rows}, mixed by a TaskSampler.
+    parts: {"": rows}, passed over epoch by epoch; or {task: rows}, mixed by a TaskSampler as config.task_sampler says.
     """
     if list(parts) == [""]:
         rows, epoch = parts[""], 0
@@ -34,7 +34,11 @@ def plan(parts: dict[str, list[dict]], config: Any) -> Iterator[list[dict]]:
             for start in range(0, len(rows), config.batch_size):
                 yield [rows[i] for i in order[start : start + config.batch_size]]
             epoch += 1
-    sampler = TaskSampler({name: len(rows) for name, rows in parts.items()}, config.temperature, config.seed)
+    sizes = {name: len(rows) for name, rows in parts.items()}
+    epochs = config.epochs
+    if config.max_steps:
+        epochs = math.ceil(config.max_steps / math.ceil(sum(sizes.values()) / config.batch_size))
+    sampler = TaskSampler(sizes, config.temperature, config.seed, how=config.task_sampler, epochs=epochs)
     streams = {name: _endless(rows, config, place) for place, (name, rows) in enumerate(parts.items())}
     while True:
         yield [next(streams[name]) for name in sampler.draw(config.batch_size)]
@@ -65,10 +69,47 @@ def digest(parts: dict[str, list[dict]], eval_rows: list[dict]) -> str:
     return found.hexdigest()
 
 
+def numbers(parts: dict[str, list[dict]], rows: list[dict]) -> list[int] | dict[str, list[int]]:
+    """Where the rows of a step stand in the training dataset, in each of several: {name: numbers}."""
+    own = {id(row) for row in rows}
+    found = {name: [i for i, row in enumerate(part) if id(row) in own] for name, part in parts.items()}
+    return found[""] if list(parts) == [""] else {name: places for name, places in found.items() if places}
+
+
+def skipped(record: dict[str, Any], history: list[dict], config: Any, total: int) -> None:
+    """Warn that the step of this record, the last of the history, was skipped.
+
+    Raises ValueError when that makes `max_bad_steps` in a row, or all `total` steps.
+    """
+    said = (
+        f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']} on the rows "
+        f"{record['skipped']} of train_dataset"
+    )
+    taken = [one for one in reversed(history) if "loss" in one]
+    in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
+    if in_a_row >= min(config.max_bad_steps, total):
+        raise ValueError(
+            f"{said}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Lower "
+            f"learning_rate ({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
+        )
+    if distributed.rank() == 0:
+        warnings.warn(f"{said}; the step is skipped", stacklevel=6)
+
+
 def items(label: Any, kind: str) -> int:
     """Labelled items of one row, as `losses.count_labelled` counts them; -100 marks what is not labelled."""
     values = label if isinstance(label, (list, tuple)) else [label]
     return len(values) if kind == "regression" else sum(value != IGNORE for value in values)
+
+
+def counts(rows: list[dict], tasks: dict[str, tuple[str, int]]) -> tuple[dict[str, int], dict[str, float]]:
+    """{task: labelled items of the step}, and {task: its share of the rows}, 0 without labelled items."""
+    found, shares = {}, {}
+    for task, (kind, _) in tasks.items():
+        own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
+        found[task] = sum(items(label, kind) for label in own)
+        shares[task] = len(own) / len(rows) if found[task] else 0.0
+    return found, shares
 
 
 # ------------------------------------------------------------------------------------------------ micro-batches
@@ -84,6 +125,15 @@ def cut(rows: list[dict], run: Any) -> list[tuple[list[dict], float]]:
 
 
 def _cut(rows: list[dict], run: Any) -> list[list[dict]]:
+    if run.config.task_gradients is None:
+        return _cut_by_size(rows, run)
+    alike: dict[tuple, list[dict]] = {}  # rows of the same tasks: no backward pass computes for rows of another task
+    for row in rows:
+        alike.setdefault(tuple(sorted(row["labels"])), []).append(row)
+    return [part for group in alike.values() for part in _cut_by_size(group, run)]
+
+
+def _cut_by_size(rows: list[dict], run: Any) -> list[list[dict]]:
     if not run.micro_batch_size and not run.max_tokens:
         return [rows] if rows else []
     lengths = [len(row["input_ids"]) for row in rows]

@@ -5,8 +5,8 @@ over labelled items and divided by the number of labelled items of the whole ste
 processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
 
 To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
-rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, distributed.py, checkpoints.py,
-saving.py, tuning.py, adapters.py, torch and transformers
+rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, joint.py, balancing.py, distributed.py,
+checkpoints.py, files.py, torch and transformers
 (metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
 """
 
@@ -15,19 +15,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from ftlib import checkpoints, distributed, losses, modes, optimizing, regularization, steps
+from ftlib import checkpoints, distributed, joint, losses, modes, optimizing, steps
 from ftlib.memory import measure
-from ftlib.optimizing import parameter_groups, schedule_factor
+from ftlib.optimizing import schedule_factor
 from ftlib.prediction import evaluate, parts_for, predict, rows_for, tasks_of
 from ftlib.settings import Run, TrainConfig, choose_device, choose_precision
-from ftlib.speedups import SeenRows
+from ftlib.speedups import SeenRows, uninterrupted
 
 __all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
 
@@ -45,7 +44,7 @@ def fit(
 
     Args:
         model: a Transformers model with a task head, or a MultiTaskModel.  Parameters with requires_grad move.
-        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler at `config.temperature`.
+        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler as `config.task_sampler` says.
         eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps).
         tokenizer: for the padding id; default: the model's config knows it.
         loss: (logits, labels) -> scalar, *summed* over the labelled items; default: the task's own,
@@ -55,9 +54,11 @@ def fit(
     history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
     the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
     When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
+    A step whose loss or gradient is not finite is skipped, with a warning and a record that name its rows; fp16
+    overflow is left to the loss scaler.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
-    ValueError naming the step and rows when the loss is not finite, MemoryError when a single row does not fit; both
-    with the weights of the step before.
+    ValueError after `max_bad_steps` such steps in a row, MemoryError when a single row does not fit; both with the
+    weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
@@ -122,21 +123,22 @@ class _Loop:
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
+        self.rows = sum(len(rows) for rows in parts.values())
+        self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
+        self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
         moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
         self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
         self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.wrapped = distributed.wrap(model)
         self.graphs = config.compile == "reduce-overhead"
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
-        self.loss = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
-        self.weight = {task: model.specs[task].weight if task else 1.0 for task in self.tasks}
+        functions = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
+        self.losses = joint.Losses(functions, self.tasks, config.r_drop, self.autocast)
         self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
         self.upcoming: list[dict] | None = None  # the rows of the step after this one
-        self.rows = sum(len(rows) for rows in parts.values())
-        self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
         self.warmup = math.ceil(config.warmup_fraction * self.total)
         self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
@@ -193,7 +195,7 @@ class _Loop:
             run.stopped = "interrupted"
             if distributed.world_size() > 1:  # at several steps: the processes can't go on together
                 raise
-            if config.checkpoint_dir and self.whole and run.steps > first:  # between two steps nothing is whole
+            if config.checkpoint_dir and self.whole and run.steps > first:
                 self._save()
         finally:
             bar.close()
@@ -216,7 +218,7 @@ class _Loop:
         begun = checkpoints.random_state(self.device)
         while True:
             try:
-                total, micro = self._gradients(rows)
+                total, batches = self._gradients(step, rows, begun)
                 break
             except RuntimeError as error:
                 if not steps.out_of_memory(error):
@@ -230,76 +232,68 @@ class _Loop:
         limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
         norm = float(distributed.whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
         value = float(total)
-        if not math.isfinite(value) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
-            raise ValueError(
-                f"step {step + 1}: loss {value}, gradient norm {norm} on {len(rows)} rows, the first with input_ids "
-                f"{rows[0]['input_ids'][:8]}...; the weights are those of the step before. Lower learning_rate "
-                f"({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
-            )
-        self.whole = False
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
-            self.seen.decayed(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
-        run.history.append({
+        scale = self.scaler.get_scale()  # fp16's overflow is the scaler's, until nothing is left to scale down
+        good = math.isfinite(value) and (math.isfinite(norm) or (self.scaler.is_enabled() and scale >= 1))
+        record = {
             "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": value,
             "learning_rate": config.learning_rate * factor, "grad_norm": norm, "examples": len(rows),
-            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": micro, "seconds": run.seconds,
-        })  # fmt: skip
-        self.random_state = checkpoints.random_state(self.device)
-        self.whole = True
+            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": len(batches),
+        } | ({} if good else {"skipped": steps.numbers(self.parts, rows)})  # fmt: skip
+        with uninterrupted():  # weights, optimizer, history and random state go on together
+            self.whole = False
+            if good:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if good and self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
+                self.seen.decayed(self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.joint and good:
+                record |= self.joint.end(lambda: self._look(rows, batches, begun))
+            run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
+            run.history.append(record | {"seconds": run.seconds})
+            self.random_state = checkpoints.random_state(self.device)
+            self.whole = True
+        if not good:
+            try:
+                steps.skipped(record, run.history, config, self.total)
+            except ValueError:
+                if config.checkpoint_dir:
+                    self._save()
+                raise
 
-    def _gradients(self, rows: list[dict]) -> tuple[torch.Tensor, int]:
-        """This process's share of the step's loss, its gradients added up; and in how many micro-batches."""
-        scale = self._scales(rows)
+    def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
+        """This process's share of the step's loss, its gradients added up; and the micro-batches."""
+        items, shares = steps.counts(rows, self.tasks)
         batches = self.ahead.take(rows)
+        if self.joint:
+            self.joint.begin(step, shares, lambda: self._look(rows, batches, begun), cut=len(batches) > 1)
         total = torch.zeros((), device=self.device)
         for place, (batch, weight) in enumerate(batches):
             last = place + 1 == len(batches)
             with nullcontext() if last else distributed.hold_gradients(self.wrapped):
-                with self.autocast():
-                    part = self._loss(batch, scale) * weight
+                # taken apart, gradients are exchanged by `joint`
+                forward = self.model if self.joint and self.joint.apart else self.forward
+                parts = self.losses.parts(forward, batch, items, weight)
+                part = self.joint.add(parts) if self.joint else sum(parts.values())
                 # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
                 if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
                     self.scaler.scale(part * distributed.world_size()).backward()
             total += part.detach()
             if self.graphs and not last:
                 modes.own_gradients(self.trainable)
+        if self.joint:
+            self.joint.finish()
         if self.upcoming is not None:
             self.ahead.make(self.upcoming)
-        return total, len(batches)
+        return total, batches
 
-    def _loss(self, batch: dict, scale: dict[str, float]) -> torch.Tensor:
-        """The micro-batch's share of the step's loss: summed over items, times 1 / items of the whole step."""
-        labels = batch.pop("labels")
-        logits, again = self.forward(**batch), self.forward(**batch) if self.config.r_drop else None
-        if not isinstance(labels, dict):
-            labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
-        parts = []
-        for task in labels:
-            value = self.loss[task](logits[task], labels[task])
-            if not isinstance(value, torch.Tensor) or value.dim():
-                got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
-            if again is not None:
-                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
-                value = (value + self.loss[task](again[task], labels[task])) / 2 + self.config.r_drop * apart
-            parts.append(value * scale[task])
-        if "" in self.tasks and not parts[0].requires_grad:
-            raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
-        return sum(parts)
-
-    def _scales(self, rows: list[dict]) -> dict[str, float]:
-        """{task: weight / labelled items of the step}; with several tasks also times the task's share of the rows."""
-        out = {}
-        for task, (kind, _) in self.tasks.items():
-            own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
-            items = sum(steps.items(label, kind) for label in own)
-            out[task] = self.weight[task] * len(own) / len(rows) / max(items, 1)
-        return out
+    def _look(self, rows: list[dict], batches: list, begun: dict) -> torch.Tensor:
+        """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
+        now = checkpoints.random_state(self.device)
+        checkpoints.set_random_state(begun, self.device)
+        means = self.losses.means(self.model, batches, steps.counts(rows, self.tasks)[0])
+        checkpoints.set_random_state(now, self.device)
+        return means
 
     def _save(self) -> None:
         with self.seen.whole(decay=False):  # what has decayed stands beside it
@@ -322,14 +316,17 @@ class _Loop:
             if config.metric not in metrics:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
-            if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
-                self.best = {"metrics": metrics, "weights": [p.detach().clone() for p in self._kept()]}
-                self.evaluations_since_best = 0
-            else:
-                self.evaluations_since_best += 1
-        run.metrics = metrics
-        record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
-        run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
+        with uninterrupted():  # the best weights and the record of them
+            if config.patience:
+                if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
+                    weights = [p.detach().clone() for p in self._kept()]
+                    self.best = {"metrics": metrics, "weights": weights, "step": run.steps}
+                    self.evaluations_since_best = 0
+                else:
+                    self.evaluations_since_best += 1
+            run.metrics = metrics
+            record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
+            run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
         return bool(config.patience) and self.evaluations_since_best >= config.patience
 
     def _score(self, metrics: dict[str, float]) -> float:
@@ -353,28 +350,7 @@ class _Loop:
             tqdm.write(f"precision {self.run_.precision}: {self.run_.reason}")
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
-        free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
-        free += ("gradient_checkpointing",)  # the same numbers
-        config = {name: value for name, value in asdict(self.config).items() if name not in free}
-        return {
-            "config": config, "steps": self.total, "rows": {name: len(rows) for name, rows in self.parts.items()},
-            "data": self.digest, "model": self.model_digest,
-        }  # fmt: skip
-
-
 _SMOOTHED = ("sequence-classification", "token-classification")
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(
-        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
-    )
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def _smoothing(kind: str, config: TrainConfig) -> float:

@@ -14,6 +14,10 @@ from ftlib.batching import (
     to_device,
     tokenize,
 )
+from ftlib.features import extract_features
+from ftlib.prediction import predict
+from ftlib.settings import TrainConfig
+from ftlib.training import fit
 
 LOOSE = settings(
     deadline=None, max_examples=200, derandomize=True,
@@ -132,6 +136,33 @@ def test_truncation(tiny_tokenizer, ids):
     assert len(tokenize(long, tiny_tokenizer)["input_ids"][0]) == tiny_tokenizer.model_max_length == 40
     with pytest.raises(ValueError, match=r"row 0: 62 tokens, the limit is 40"):
         tokenize(long, tiny_tokenizer, truncation=False)
+
+
+def test_a_text_of_50000_tokens_is_cut_or_refused_as_asked(tiny_model, tiny_tokenizer):
+    """Nowhere does it reach a model that takes 40."""
+    text = "film " * 49_998  # [CLS] and [SEP] make 50,000
+    data = Dataset.from_dict({"text": ["good", text]})
+    assert len(tokenize(data, tiny_tokenizer)["input_ids"][1]) == 40
+    assert len(tokenize(data, tiny_tokenizer, max_length=17)["input_ids"][1]) == 17
+    whole = tokenize(data, tiny_tokenizer, max_length=50_000)
+    assert len(whole["input_ids"][1]) == 50_000
+    model = tiny_model()
+    for call in (
+        lambda: tokenize(data, tiny_tokenizer, truncation=False),
+        lambda: extract_features(model, ["good", text], tokenizer=tiny_tokenizer, truncation=False),
+    ):
+        with pytest.raises(ValueError, match=r"row 1: 50000 tokens, the limit is 40"):
+            call()
+    for call in (
+        lambda: predict(model, whole),
+        lambda: fit(model, whole.add_column("labels", [0, 1]), config=TrainConfig(progress=False)),
+    ):
+        with pytest.raises(ValueError, match=r"row 1, column 'input_ids': 50000 tokens, the model takes 40"):
+            call()
+    cut = ["good", " ".join(["film"] * 38)]
+    for call in (extract_features, predict):
+        long, short = (call(model, texts, tokenizer=tiny_tokenizer) for texts in (["good", text], cut))
+        assert (long == short).all()
 
 
 @pytest.mark.parametrize("max_length", [0, 2, -1, 3.5, "5", True])

@@ -136,6 +136,23 @@ def test_report_picks_the_best_method_against_the_fastest_rival(program, monkeyp
     assert "a=1: 1.20 ×" in shown and "`c`; GPU X, 4 threads; torch 2; 2026-01-01" in shown
 
 
+def test_pins_are_what_is_imported_and_their_tests_are_counted(program, tmp_path):
+    installed = program("record").installed(("torch", "transformers"))
+    pair = ",".join(f"{name}=={number}" for name, number in installed.items())
+    options = ["--results", str(tmp_path), "--tests", "tests/test_masking.py", pair]
+    subprocess.run([sys.executable, str(PROGRAMS / "pins.py"), *options], check=True, capture_output=True)
+    [row] = json.loads((tmp_path / "pins.json").read_text())["rows"]
+    assert row["pins"] == pair and row["outcome"] == "passed" and row["tests"] > 5 and row["failed"] == 0
+
+
+def test_many_rows_program_at_toy_size(tmp_path):
+    command = [sys.executable, str(PROGRAMS / "long_features.py"), "2000", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "long_features.json").read_text())["rows"]
+    assert [(row["part"], row["rows"]) for row in rows] == [("tokenize", 2000), ("extract_features", 2000)]
+    assert all(0.1 < row["before_gb"] <= row["at_tenth_gb"] <= row["peak_gb"] for row in rows)
+
+
 def toy(folder: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(PROGRAMS / arguments[0]), "--toy", "--results", str(folder), *arguments[1:]]
     subprocess.run(command, check=True, capture_output=True)
@@ -201,3 +218,34 @@ def test_training_texts_of_every_class(program):
     rows = strategies.chosen(labels, 30, seed=1)
     assert sorted(labels[row] for row in rows) == [0] * 10 + [1] * 10 + [2] * 10 and len(set(rows)) == 30
     assert rows == strategies.chosen(labels, 30, seed=1) != strategies.chosen(labels, 30, seed=2)
+
+
+def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["multitask.py", "--toy", "--seeds", "1", "--results", str(tmp_path)])
+    trained = program("multitask")
+    trained.main()
+    rows = json.loads((tmp_path / "multitask.json").read_text())["rows"]
+    assert all(row["size"] == "toy" and row["mean"] <= 1 for row in rows)
+    for part in ("methods-atis", "methods-four"):
+        own = [row for row in rows if row["part"] == part and "TorchJD" not in row["method"]]
+        methods = ["fixed", "uncertainty", "gradnorm", "dwa", "random", "famo", "pcgrad", "cagrad", "mgda"]
+        assert [row["method"] for row in own] == methods and len({row["steps"] for row in own}) == 1
+    own = [row for row in rows if row["part"] == "transfer"]
+    assert len(own) == 4 + 6 and len({row["tasks"] for row in own}) == 10
+    alone = {row["tasks"]: row["scores"][row["tasks"]] for row in own[:4]}
+    for row in own[4:]:
+        gain = {task: row["scores"][task] - alone[task] for task in row["gain"]}
+        assert row["gain"] == pytest.approx(gain, nan_ok=True)
+    monkeypatch.setattr(trained, "train", None)
+    trained.main()  # the second time all rows are there
+    assert json.loads((tmp_path / "multitask.json").read_text())["rows"] == rows
+
+
+def test_growth_program_at_toy_size(program, monkeypatch, tmp_path):
+    options = ["--toy", "--steps", "1", "--rounds", "1", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["task_growth.py", *options])
+    program("task_growth").main()
+    rows = json.loads((tmp_path / "task_growth.json").read_text())["rows"]
+    assert [row["tasks"] for row in rows] == [0, 1, *[2] * 8]
+    assert rows[0]["against_stock"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert all(row["seconds_a_step"]["median"] > 0 and row["peak_mb"] > 100 for row in rows)

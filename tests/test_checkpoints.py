@@ -2,21 +2,32 @@
 
 import json
 import os
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_training import LABELS, make_rows, quick, raising, same, weights
 
 import ftlib.checkpoints as checkpoints
+import ftlib.files as files
+import ftlib.speedups as speedups
 import ftlib.training as training
 from ftlib.batching import collate
 from ftlib.checkpoints import damage
 from ftlib.multitask import Head, MultiTaskModel
 from ftlib.saving import load, save
-from ftlib.training import fit
+from ftlib.training import evaluate, fit
 from ftlib.tuning import tune
 from ftlib.unpadding import is_unpadded, unpad
 
@@ -40,13 +51,15 @@ def stop_after(monkeypatch, count):
 
 
 def resumed(monkeypatch, build, data, config, stops, **options):
-    """Runs that are killed after so many steps each, then a last one to the end."""
-    for stop in stops:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_after(patch, stop)
-            fit(build(), data, config=config, **options)
-    model = build()
-    return model, fit(model, data, config=config, **options)
+    """Runs that are killed after so many steps each, then a last one to the end; no checkpoint may be skipped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="skipped checkpoint")
+        for stop in stops:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                stop_after(patch, stop)
+                fit(build(), data, config=config, **options)
+        model = build()
+        return model, fit(model, data, config=config, **options)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +100,16 @@ def test_resuming_several_tasks_and_early_stopping_is_exact(tiny_model, tmp_path
     assert history(run) == history(expected) and same(weights(model), weights(whole))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_resuming_is_exact_on_a_gpu_with_deterministic_settings():
+    """The tests above once more, where the settings are made before the GPU is first used."""
+    code = "import sys, pytest, torch; torch.use_deterministic_algorithms(True); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-p", "no:xdist", __file__, "-k", "resuming and exact and not gpu"]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("where", ["forward", "evaluation"])
 def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, where):
     """Ctrl-C in the middle of a step (dropout has drawn already), or of an evaluation (its record is missing)."""
@@ -111,12 +134,70 @@ def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, w
 
 
 def test_an_interrupt_between_weights_and_history_writes_nothing(tiny_model, tmp_path, monkeypatch):
+    """Raised by a signal handler of the user's own, which fit leaves alone."""
+    calls = []
+
     def interrupt(*args):
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.amp.GradScaler, "update", interrupt)
-    run = fit(tiny_model(), make_rows(4), config=quick(checkpoint_dir=str(tmp_path / "c")))
-    assert run.stopped == "interrupted" and not list(tmp_path.glob("c/*"))
+    run = fit(tiny_model(), make_rows(16), config=quick(checkpoint_dir=str(tmp_path / "c")))
+    assert run.stopped == "interrupted" and run.steps == 2 and not list(tmp_path.glob("c/*"))
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a program at a terminal has it; in the background of a script it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        (torch.optim.AdamW, "step"), (torch.amp.GradScaler, "update"), (checkpoints, "random_state"),
+        (training._Loop, "_gradients"), (training._Loop, "_score"), (speedups.SeenRows, "off"),
+        (speedups.SeenRows, "on"), (checkpoints, "save_training"), (checkpoints, "save_file"),
+        (files, "_sync"), (training, "evaluate"),
+    ],
+    ids=lambda where: where[1],
+)  # fmt: skip
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_control_c_loses_nothing(tiny_model, tmp_path, monkeypatch, interruptible, where, at):
+    """The signal itself, at the end of one of the functions a step is made of; then the run goes on."""
+    rows, held_out = make_rows(20), make_rows(6, seed=1)
+    build = lambda: tiny_model(hidden_dropout_prob=0.3, vocab_size=200)  # noqa: E731
+    options = dict(patience=9, eval_every=2, weight_decay=0.1)
+    whole = build()
+    expected = fit(whole, rows, eval_dataset=held_out, config=quick(**options))
+    config = quick(**options, checkpoint_dir=str(tmp_path), checkpoint_every=1, resume="auto")
+    model, calls = build(), []
+    with monkeypatch.context() as patch:
+        real = getattr(*where)
+
+        def then_interrupted(*args, **options):
+            value = real(*args, **options)
+            calls.append(1)
+            if len(calls) == (at - 3 if where[1] in ("evaluate", "_score") else at):
+                os.kill(os.getpid(), signal.SIGINT)
+            return value
+
+        patch.setattr(*where, then_interrupted)
+        stopped = fit(model, rows, eval_dataset=held_out, config=config)
+    assert stopped.stopped == "interrupted" and 0 < stopped.steps < 10
+    assert [r["step"] for r in stopped.history if "loss" in r] == [*range(1, stopped.steps + 1)]
+    assert f"step-{stopped.steps:08d}" in [path.name for path in checkpoints._folders(tmp_path)]
+    assert all(damage(path) is None for path in tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    evaluate(model, held_out)  # usable, and so
+    assert all(p.grad is None for p in model.parameters())
+    save(model, tmp_path.with_suffix(".model"))
+    again = build()
+    run = fit(again, rows, eval_dataset=held_out, config=config)
+    assert history(run) == history(expected) and same(weights(again), weights(whole))
 
 
 def test_a_finished_run_is_not_run_again(tiny_model, tmp_path):
@@ -245,6 +326,174 @@ def test_a_new_run_does_not_mix_with_an_old_one(tiny_model, two_checkpoints):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_best_one_is_kept_too(tiny_model, tmp_path, monkeypatch):
+    values = iter([0.6, 0.5, 0.7, 0.4, 0.8, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(training, "evaluate", lambda *args, **options: {"loss": next(values)})
+    seen, real = [], checkpoints.save_training
+    monkeypatch.setattr(checkpoints, "save_training", lambda loop: (real(loop), seen.append(names(tmp_path))))
+    options = dict(checkpoint_every=1, eval_every=1, patience=9, keep_last=1, weight_decay=0.0)
+    config = quick(**options, checkpoint_dir=str(tmp_path))
+    run = fit(tiny_model(), make_rows(16), eval_dataset=make_rows(2), config=config)
+    step = "step-{:08d}".format
+    assert seen == [[step(i)] if i in (1, 2, 4) else [step(2 if i < 4 else 4), step(i)] for i in range(1, 9)]
+    assert run.metrics == {"loss": 0.4}
+    state = json.loads((tmp_path / step(8) / "state.json").read_text())
+    assert state["best_step"] == 4 and state["best"] == {"loss": 0.4}
+    best = load_file(tmp_path / step(4) / "state.safetensors")
+    last = load_file(tmp_path / step(8) / "state.safetensors")
+    parameters = [name for name, _ in tiny_model().named_parameters()]
+    assert all(torch.equal(best[f"model.{name}"], last[f"best.{i}"]) for i, name in enumerate(parameters))
+
+
+def test_a_damaged_later_checkpoint_does_not_push_the_whole_ones_out(tiny_model, tmp_path, monkeypatch):
+    """The one at step 6 can't be read; killed again after step 5, the run still has that."""
+    options = dict(checkpoint_dir=str(tmp_path), checkpoint_every=1, resume="auto")
+    fit(tiny_model(), make_rows(12), config=quick(**options, keep_last=3))
+    break_file("truncated state.safetensors", tmp_path / "step-00000006")
+    break_file("empty manifest.json", tmp_path / "step-00000005")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), pytest.warns(UserWarning, match="step-00000006"):
+        stop_after(patch, 5)
+        fit(tiny_model(), make_rows(12), config=quick(**options, keep_last=1))
+    assert names(tmp_path) == ["step-00000005", "step-00000006"] and damage(tmp_path / "step-00000005") is None
+    with pytest.warns(UserWarning, match="skipped checkpoint step-00000006: state.safetensors has"):
+        run = fit(tiny_model(), make_rows(12), config=quick(**options, keep_last=1))
+    assert run.steps == 6 and names(tmp_path) == ["step-00000006"]
+
+
+def test_what_a_killed_process_left_is_swept_away(tiny_model, two_checkpoints):
+    folder, config, _, _ = two_checkpoints
+    (folder / ".step-00000006.0123abcd.new").mkdir()
+    (folder / ".step-00000006.0123abcd.new" / "state.json").write_text("{")
+    (folder / "step-00000006").rename(folder / ".step-00000006.4567abcd.old")  # killed between the two renames
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000004.4567abcd.old")
+    (folder / ".step-mine").mkdir()
+    (folder / "step-00000003").write_text("a file")
+    run = fit(tiny_model(hidden_dropout_prob=0.3), make_rows(12), config=config)
+    assert run.steps == 6
+    assert names(folder) == [".step-mine", "step-00000003", "step-00000004", "step-00000006"]
+    assert damage(folder / "step-00000006") is None
+
+
+def test_folders_are_synced_after_the_files_and_after_the_rename(tiny_model, tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (sync(handle), done.append(os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(os, "rename", lambda *names: (rename(*names), done.append("rename")))
+    fit(tiny_model(), make_rows(4), config=quick(epochs=1, checkpoint_dir=str(tmp_path / "c")))
+    done = [Path(name).name.split(".")[-1] if "." in name else name.removeprefix(str(tmp_path)) for name in done]
+    assert sorted(done[:-3]) == ["json", "json", "safetensors"] and done[-3:] == ["new", "rename", "/c"]
+
+
+def tampered(folder, what):
+    """A change that the manifest agrees with, as if another program had written the files."""
+    state, tensors = json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
+    first = next(name for name in tensors if name.startswith("optimizer."))
+    weight = "model.classifier.weight"
+    {
+        "no field": lambda: state.pop("scaler"),
+        "a field": lambda: state.update(since_best="two"),
+        "no history": lambda: state.update(history=[]),
+        "no fingerprint": lambda: state.update(fingerprint=None),
+        "embedding": lambda: (state.update(embedding="x"), tensors.update(seen=torch.tensor([1]))),
+        "no weight": lambda: tensors.pop(weight),
+        "a weight": lambda: tensors.update({weight: tensors[weight].T.contiguous()}),
+        "no moment": lambda: tensors.pop(first),
+        "moment": lambda: tensors.update({first: torch.zeros(3)}),
+        "foreign": lambda: tensors.update({"optimizer.99.step": torch.tensor(1.0)}),
+        "random state": lambda: tensors.update({"rng.cpu.0": torch.zeros(3, dtype=torch.uint8)}),
+    }[what]()
+    (folder / "state.json").write_text(json.dumps(state))
+    save_file(tensors, folder / "state.safetensors")
+    found = {name: folder / name for name in ("state.json", "state.safetensors")}
+    manifest = {n: {"bytes": path.stat().st_size, "sha256": checkpoints._sha256(path)} for n, path in found.items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no field", "state.json: scaler is missing"), ("a field", "state.json: since_best is two"),
+        ("no history", "state.json: history is no list of records"),
+        ("no fingerprint", "state.json: fingerprint is None"), ("embedding", "state.json: embedding is x"),
+        ("no weight", "model.classifier.weight is missing, not (2, 16)"),
+        ("a weight", "model.classifier.weight is (16, 2), not (2, 16)"),
+        ("no moment", "state.safetensors: optimizer.0.exp_avg is missing"), ("moment", "exp_avg is (3,), not "),
+        ("foreign", "optimizer.99.step is no part of this run"), ("random state", "rng.cpu.0 is (3,), not (5056,)"),
+    ],
+)  # fmt: skip
+def test_whole_files_of_another_make_are_skipped_and_never_half_loaded(tiny_model, two_checkpoints, what, said):
+    folder, config, expected, run = two_checkpoints
+    shutil.rmtree(folder / "step-00000004")
+    tampered(folder / "step-00000006", what)
+    model = tiny_model(hidden_dropout_prob=0.3)
+    with pytest.warns(UserWarning, match=f"skipped checkpoint step-00000006: .*{re.escape(said)}"):
+        again = fit(model, make_rows(12), config=config)
+    assert history(again) == history(run) and same(weights(model), weights(expected))
+
+
+def test_a_manifest_that_lists_other_files(two_checkpoints):
+    folder = two_checkpoints[0] / "step-00000006"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"../../etc/passwd": {"bytes": 1, "sha256": ""}}))
+    assert damage(folder) == (
+        "manifest.json lists state.json, state.safetensors, ../../etc/passwd, not state.json and state.safetensors"
+    )
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["state.safetensors", "state.json", "manifest.json"]), st.data())
+def test_any_cut_and_any_flipped_bit_is_found(two_checkpoints, file, data):
+    folder = two_checkpoints[0] / "step-00000006"
+    path, whole = folder / file, (folder / file).read_bytes()
+    content = bytearray(whole)
+    place = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        del content[place:]
+    else:
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        path.write_bytes(content)
+        found = damage(folder)
+        if file == "manifest.json" and found is None:  # a change that says the same, such as another white space
+            assert json.loads(content) == json.loads(whole)
+        else:
+            assert file in found or file == "manifest.json"
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it_and_says_so(tiny_model, tmp_path):
+    """A real limit: no file of this process may grow beyond so many bytes; the state outgrows it at step 3."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = quick(checkpoint_dir=str(tmp_path), checkpoint_every=1, resume="auto")
+    model, real = tiny_model(), training._Loop.step
+
+    def step(self, number, rows):
+        if number == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        real(self, number, rows)
+
+    said = (
+        r"could not write .*step-00000003 \(.*File too large.*\); what was there before is as it was. "
+        r"The last checkpoint is step-00000002; make room, or mend the disk, and go on with resume='auto'"
+    )
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=said):
+        patch.setattr(training._Loop, "step", step)
+        try:
+            fit(model, make_rows(12), config=config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert all(damage(path) is None for path in tmp_path.iterdir())
+    evaluate(model, make_rows(4))
+    whole, again = tiny_model(), tiny_model()
+    expected, run = fit(whole, make_rows(12), config=quick()), fit(again, make_rows(12), config=config)
+    assert history(run) == history(expected) and same(weights(again), weights(whole))
+
+
 def test_a_failed_write_leaves_the_checkpoints_before_it(tiny_model, tmp_path, monkeypatch):
     calls, real = [], checkpoints.save_file
 
@@ -256,7 +505,7 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tiny_model, tmp_path, m
         real(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*The last checkpoint is step-00000002"):
         fit(tiny_model(), make_rows(12), config=quick(checkpoint_dir=str(tmp_path), checkpoint_every=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
     assert all(damage(path) is None for path in tmp_path.iterdir())
@@ -405,7 +654,11 @@ def test_a_failed_save_leaves_the_old_model(tiny_model, tmp_path, monkeypatch, b
 
 
 def test_there_is_no_such_folder(tmp_path):
+    (tmp_path / ".nowhere2.0123abcd.old").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; save a model there first"):
+        load(tmp_path / "nowhere")
+    (tmp_path / ".nowhere.0123abcd.old").mkdir()  # killed between the two renames
+    with pytest.raises(FileNotFoundError, match=r"killed while it replaced it; the model before lies in .*abcd.old"):
         load(tmp_path / "nowhere")
 
 

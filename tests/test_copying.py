@@ -16,6 +16,7 @@ SNIPPETS = {
     "attention": "q = torch.ones(1, 2, 3, 4); assert scaled_dot_product_attention(q, q, q).shape == (1, 2, 3, 4)",
     "masking": "assert causal_mask(2).tolist() == [[True, False], [True, True]]",
     "losses": "assert task_loss('regression')(torch.ones(1, 1), torch.zeros(1)).item() == 1.0",
+    "balancing": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
     "rows": "assert checked_rows(ROWS, {'': ('sequence-classification', 2)})[0]['labels'] == 1",
     "batching": "assert collate(ROWS)['labels'].tolist() == [1, 0]; assert split_by_size([0], [1])",
     "unpadding": "unpad(model); model(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])); repad(model)",
@@ -26,6 +27,8 @@ SNIPPETS = {
     "features": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
     "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
     "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
+    "files": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
+    "assert read_json(folder / 'x' / 'a.json') == {}",
     "saving": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
     "checkpoints": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
     "memory": "with measure() as cost: pass\nassert cost.seconds >= 0",
@@ -33,8 +36,12 @@ SNIPPETS = {
     "modes": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32', shortcuts=True,\n"
     "    dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
-    "steps": "config = SimpleNamespace(shuffle=False, batch_size=2, micro_batch_size=1, max_tokens=None)\n"
-    "assert len(cut(next(plan({'': ROWS}, config)), config)) == 2",
+    "steps": "config = SimpleNamespace(shuffle=False, batch_size=2, task_gradients=None)\n"
+    "run = SimpleNamespace(config=config, micro_batch_size=1, max_tokens=None)\n"
+    "assert len(cut(next(plan({'': ROWS}, config)), run)) == 2",
+    "joint": "config = SimpleNamespace(task_weighting='fixed', task_gradients=None, task_cosines=None, seed=0)\n"
+    "tasks = SimpleNamespace(tasks={'a': ('regression', 1)}, encoder=model.bert)\n"
+    "assert Joint(tasks, config, 'fp32', 1).how == 'fixed'",
     "settings": "assert TrainConfig(epochs=2).epochs == 2; assert choose_precision(torch.device('cpu'))[0] == 'fp32'",
     "prediction": "assert predict(model, ['a b'], tokenizer=tokenizer).shape == (1,); assert tasks_of(model)",
     "training": "config = TrainConfig(epochs=2, batch_size=1, progress=False, checkpoint_dir=str(folder / 'c'))\n"

@@ -107,6 +107,32 @@ if world > 1:
     except ValueError as error:
         out["several heads"] = str(error)
 record("ddp tasks", model, fit(model, data, config=quick(batch_size=3, optimizer="sgd", micro_batch_size=1)))
+for name, options in {
+    "pcgrad": dict(task_gradients="pcgrad", task_cosines=2), "cosines": dict(task_cosines=2),
+    "uncertainty": dict(task_weighting="uncertainty"), "gradnorm": dict(task_weighting="gradnorm"),
+    "famo": dict(task_weighting="famo", task_gradients="mgda"),
+}.items():
+    model = MultiTaskModel(make_tiny_model("encoder"), heads)
+    config = quick(batch_size=3, optimizer="sgd", task_sampler="uniform", **options)
+    record(f"ddp {name}", model, fit(model, data, config=config))
+
+# not finite in one process's rows only: the processes skip the same steps
+def nan_in_one(logits, labels):
+    calls.append(rank)
+    bad = len(calls) in (2, 3) and rank == world - 1
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * (float("nan") if bad else 1.0)
+
+
+for mode in ("ddp", "fsdp")[:world]:
+    calls = []
+    model = make_tiny_model()
+    run = fit(model, make_rows(16), config=quick(optimizer="sgd", distributed=mode), loss=nan_in_one)
+    record(f"{mode} skips", model, run)
+    calls = []
+    try:
+        fit(make_tiny_model(), make_rows(16), config=quick(distributed=mode, max_bad_steps=2), loss=nan_in_one)
+    except ValueError as error:
+        out[f"{mode} stopped"] = str(error)
 
 # the processes that see a row, by its label; 12 rows and 4 a step, so that none runs only to take part
 seen = []
@@ -188,13 +214,14 @@ distributed.stop()
 """
 
 
-def start(*arguments, processes=2, timeout=400, gpus=""):
+def start(*arguments, processes=2, timeout=400, gpus="", restarts=0):
     """Run `python *arguments` under torchrun (alone for processes=1)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
-    command = [sys.executable, *([*torchrun, f"--master-port={port}"] if processes > 1 else []), *map(str, arguments)]
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}", f"--max-restarts={restarts}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", *where]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
@@ -222,8 +249,9 @@ def test_the_processes_found_each_other(runs):
     assert [runs[key]["world"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 2, 2]
 
 
+TASKS = ["tasks", "pcgrad", "cosines", "uncertainty", "gradnorm", "famo"]
 ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
-DDP = [*ALIKE, "stops", "tasks", "gradual-unfreezing", "l2-sp"]
+DDP = [*ALIKE, "stops", *TASKS, "gradual-unfreezing", "l2-sp"]
 
 
 @pytest.mark.parametrize("name", [*(f"ddp {n}" for n in DDP), *(f"fsdp {n}" for n in ALIKE)])
@@ -293,6 +321,21 @@ def test_what_looks_at_whole_weights_is_not_sharded(runs):
 
 def test_several_heads_are_not_sharded(runs):
     assert "use distributed='ddp'" in runs[2, 0]["several heads"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_step_not_finite_in_one_process_is_skipped_by_all(runs, folder, mode):
+    one, two, other = (runs[key][f"{m} skips"][0] for key, m in (((1, 0), "ddp"), ((2, 0), mode), ((2, 1), mode)))
+    skipped = [record.get("skipped") for record in one]
+    assert [rows is not None for rows in skipped] == [False, True, True, *[False] * 5]
+    assert skipped == [r.get("skipped") for r in two] == [r.get("skipped") for r in other]
+    files = ("1-0-ddp", f"2-0-{mode}", f"2-1-{mode}")
+    weights = [torch.load(folder / f"{name} skips.pt") for name in files]
+    for key, expected in weights[0].items():
+        assert_close(weights[1][key], expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(weights[1][key], weights[2][key])
+    for rank in (0, 1):
+        assert "not finite in 2 steps in a row" in runs[2, rank][f"{mode} stopped"]
 
 
 def test_every_row_is_seen_once_an_epoch(runs):
@@ -433,6 +476,73 @@ def test_one_bad_process_ends_all(tmp_path):
     done = start(tmp_path / "bad.py", timeout=200)
     assert done.returncode == 1
     assert "ValueError: one bad process" in done.stderr and "rank      : 1" in done.stderr
+
+
+KILLED = """
+import os, signal
+import torch
+from conftest import make_tiny_model
+from test_training import make_rows, quick, same, weights
+import ftlib.checkpoints as checkpoints
+import ftlib.training as training
+from ftlib import distributed
+from ftlib.training import fit
+
+folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+distributed.start()
+rank = distributed.rank()
+rows, held_out = make_rows(13, "token-classification"), make_rows(5, "token-classification", seed=9)
+real_step, real_save = training._Loop._gradients, checkpoints.save_file
+
+
+def killed():
+    (folder / f"killed-{attempt}-{rank}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def gradients(self, step, *args):  # in the middle of step 5, the other process waits for the gradients
+    if disturbed and (attempt, rank, mode, step) == (0, 1, "ddp", 4):
+        killed()
+    return real_step(self, step, *args)
+
+
+def save_file(tensors, path):  # in the middle of the checkpoint of step 6
+    if disturbed and (attempt, rank, mode) == (1, 0, "fsdp") and "step-00000006" in str(path):
+        path.write_bytes(b"half")
+        killed()
+    real_save(tensors, path)
+
+
+training._Loop._gradients, checkpoints.save_file = gradients, save_file
+
+
+def run(**options):
+    model = make_tiny_model("token-classification", 3, hidden_dropout_prob=0.3)
+    done = fit(model, rows, eval_dataset=held_out, config=quick(distributed=mode, micro_batch_size=1, **options))
+    return model, [{k: v for k, v in record.items() if k != "seconds"} for record in done.history]
+
+
+out = []
+for mode in ("ddp", "fsdp"):
+    disturbed = True
+    model, history = run(checkpoint_dir=str(folder / mode), checkpoint_every=2, resume="auto")
+    disturbed = False
+    whole, expected = run()
+    out.append([same(weights(model), weights(whole)), history == expected, len(history)])
+(folder / f"{rank}.json").write_text(json.dumps([attempt, out]))
+distributed.stop()
+"""
+
+
+def test_torchrun_starts_again_from_the_last_checkpoint(tmp_path):
+    """One process killed in a step, then the other while it writes: the end is that of the run nobody killed."""
+    (tmp_path / "killed.py").write_text(START + KILLED)
+    done = start(tmp_path / "killed.py", tmp_path, restarts=2, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("killed-*")} == {"killed-0-1", "killed-1-0"}
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [2, [[True, True, 10], [True, True, 10]]]
+    assert sorted(path.name for path in (tmp_path / "fsdp").iterdir()) == ["step-00000006", "step-00000008"]
 
 
 def test_one_bad_process_ends_the_program(program):

@@ -18,6 +18,7 @@ from ftlib.plots import (
     compare_tasks,
     confusion_matrix,
     embedding_map,
+    heat_map,
     learning_curves,
     most_confused,
     points_with_errors,
@@ -323,6 +324,25 @@ def test_points_with_errors_adds_lines_and_turns_logarithmic():
 def test_points_with_errors_refuses(values):
     with pytest.raises(ValueError, match=r"equally long|must be finite"):
         points_with_errors(*values, "probe")
+
+
+def test_heat_map_writes_numbers_and_spreads_around_zero():
+    values = np.array([[np.nan, 0.02], [-0.05, np.nan]])
+    ax = heat_map(values, ["a", "b"], ["a", "b"], spreads=[[0.0, 0.01], [math.nan, 0.0]], label="gain")
+    assert [text.get_text() for text in ax.texts] == ["+0.020\n± 0.010", "-0.050"]
+    assert [text.get_position() for text in ax.texts] == [(1, 0), (0, 1)]
+    low, high = ax.images[0].get_clim()
+    assert low == -high == -0.05  # zero is in the middle of the colours
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "spreads"),
+    [([[1.0, 2.0]], None), ([1.0, 2.0], None), ([[1.0], [2.0]], [[1.0, 2.0]]), ([[math.nan], [math.inf]], None)],
+)
+def test_heat_map_refuses(values, spreads):
+    with pytest.raises(ValueError, match=r"expected \(2, 1\), with a finite number"):
+        heat_map(values, ["a", "b"], ["c"], spreads=spreads)
 
 
 def test_every_function_draws_into_a_given_axes():

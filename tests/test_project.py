@@ -20,14 +20,14 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
-    {"attention", "losses", "masking", "speedups"},
-    {"assets", "memory", "rows"},
+    {"attention", "balancing", "losses", "masking", "speedups"},
+    {"assets", "files", "memory", "rows"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"adapters", "features", "multitask", "regularization", "unpadding"},
     {"optimizing"},
     {"tuning"},
     {"distributed", "saving"},
-    {"checkpoints", "modes", "prediction", "settings", "steps"},
+    {"checkpoints", "joint", "modes", "prediction", "settings", "steps"},
     {"training"},
     {"plots", "environment"},
     {"search"},

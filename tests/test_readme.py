@@ -19,6 +19,7 @@ def test_results_are_the_stored_ones():
     shown = README[README.index(report.START) : README.index(report.END) + len(report.END)]
     assert shown == report.section(), "run python tests/benchmarks/report.py"
     assert report.memory_section() in README, "run python tests/benchmarks/report.py"
+    assert report.faults_section() in README, "run python tests/benchmarks/report.py"
 
 
 def test_names_in_code_exist():

@@ -1,7 +1,6 @@
 """Rows in order and in micro-batches; a step that ran out of memory is done again in smaller ones, to the same end."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.testing import assert_close
 import ftlib.training as training
 from ftlib import distributed
 from ftlib.batching import collate
+from ftlib.settings import Run, TrainConfig
 from ftlib.steps import Ahead, cut, halve, out_of_memory
 from ftlib.training import fit
 from ftlib.unpadding import unpad
@@ -101,7 +101,7 @@ def test_a_single_row_that_does_not_fit_says_what_helps(tiny_model):
 
 
 def test_several_processes_are_told_the_size_to_start_with(tiny_model, monkeypatch):
-    run = SimpleNamespace(micro_batch_size=None, max_tokens=None)
+    run = Run(TrainConfig())
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(MemoryError, match=r"process 0 is out of memory with 4 rows at a time; .*micro_batch_size=2"):
         halve(make_rows(8), run, 9)
@@ -160,7 +160,7 @@ def test_the_next_batches_are_there_before_a_result_is_looked_at(tiny_model, mon
 
 
 def test_batches_made_for_another_size_are_made_again():
-    rows, run = make_rows(8), SimpleNamespace(micro_batch_size=None, max_tokens=None)
+    rows, run = make_rows(8), Run(TrainConfig())
     ahead = Ahead(run, 0, CPU)
     ahead.make(rows)
     run.micro_batch_size = 3
@@ -175,7 +175,7 @@ def test_batches_made_for_another_size_are_made_again():
 
 def test_cut_gives_every_process_its_rows_once(monkeypatch):
     rows = make_rows(7)
-    run = SimpleNamespace(micro_batch_size=2, max_tokens=None)
+    run = Run(TrainConfig(), micro_batch_size=2)
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     seen = []
     for rank in range(3):

@@ -393,27 +393,98 @@ def test_shortcuts_train_the_same_weights(tiny_model, optimizer):
             torch.testing.assert_close(b, a, atol=2e-5, rtol=0, msg=name)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(tiny_model):
-    seen = []
+def not_finite(*calls, gradient=False):
+    """Cross-entropy, but not finite at these calls: the loss itself, or its gradient alone."""
+    count = 0
 
-    def breaking(logits, labels):
-        seen.append(weights(model))
+    def loss(logits, labels):
+        nonlocal count
+        count += 1
         good = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        return good * (float("nan") if len(seen) == 3 else 1.0)
+        if count not in calls:
+            return good
+        return good + (logits.sum() * 0).sqrt() if gradient else good * math.nan
 
-    model = tiny_model()
-    with pytest.raises(ValueError, match=r"step 3: loss nan.* on 4 rows, .*learning_rate \(0.01\)"):
-        fit(model, make_rows(16), config=quick(warmup_fraction=0.0, shortcuts=False), loss=breaking)
-    assert same(weights(model), seen[2]) and not same(seen[2], seen[0])
-    assert all(value.isfinite().all() for value in weights(model).values())
+    return loss
 
 
-def test_weights_that_are_not_finite_are_said_before_a_step(tiny_model):
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_that_is_not_finite_is_skipped(tiny_model, optimizer, gradient):
+    """As if its rows were not there: no weight, momentum or decay moves."""
+    rows = make_rows(20)
+    options = dict(epochs=1, shuffle=False, schedule="constant", warmup_fraction=0.0, shortcuts=False)
+    config = quick(**options, optimizer=optimizer)
+    model, twin = tiny_model(), tiny_model()
+    said = r"step 3: loss .*, gradient norm nan on the rows \[8, 9, 10, 11\] of train_dataset; the step is skipped"
+    with pytest.warns(UserWarning, match=said) as warned:
+        run = fit(model, rows, config=config, loss=not_finite(3, gradient=gradient))
+    assert warned[0].filename == __file__
+    fit(twin, rows[:8] + rows[12:], config=config)
+    assert same(weights(model), weights(twin))
+    assert [record.get("skipped") for record in run.history] == [None, None, [8, 9, 10, 11], None, None]
+    assert math.isnan(run.history[2]["grad_norm"]) and math.isnan(run.history[2]["loss"]) is not gradient
+
+
+def test_skipped_rows_are_numbered_in_their_own_dataset(tiny_model):
+    data = {"a": make_rows(5), "b": make_rows(6, seed=2)}
+    model = MultiTaskModel(tiny_model("encoder"), {"a": Head(), "b": Head()})
+    with pytest.warns(UserWarning, match="step 1: loss nan"):
+        run = fit(model, data, config=quick(epochs=2, batch_size=11), loss=not_finite(1))
+    skipped = run.history[0]["skipped"]
+    assert set(skipped) == {"a", "b"} and set(skipped["a"]) <= set(range(5)) and set(skipped["b"]) <= set(range(6))
+
+
+@pytest.mark.filterwarnings("ignore:step .* is skipped")
+def test_too_many_steps_that_are_not_finite_stop_the_run(tiny_model, tmp_path):
+    rows, seen = make_rows(40), []
+
+    def looking(model, loss):
+        return lambda logits, labels: (seen.append(weights(model)), loss(logits, labels))[1]
+
+    options = dict(epochs=1, shortcuts=False, max_bad_steps=3, warmup_fraction=0.0, checkpoint_every=3)
+    config = quick(**options, checkpoint_dir=str(tmp_path), resume="auto")
+    model, bad = tiny_model(), not_finite(2, 3, 5, 6, 7)
+    said = r"step 7: loss nan, .* on the rows \[.*\] of train_dataset, not finite in 3 steps in a row; .*\(0.01\)"
+    with pytest.raises(ValueError, match=said):
+        fit(model, rows, config=config, loss=looking(model, bad))
+    assert len(seen) == 7 and same(weights(model), seen[4]) and not same(seen[4], seen[3])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000006", "step-00000007"]  # its state
+    run = fit(model, rows, config=config)  # it goes on from there
+    assert run.steps == 10 and [r["step"] for r in run.history if "skipped" in r] == [2, 3, 5, 6, 7]
+    twin = tiny_model()
+    config = quick(**options | {"checkpoint_every": None, "max_bad_steps": 9})
+    fit(twin, rows, config=config, loss=not_finite(2, 3, 5, 6, 7))
+    assert same(weights(model), weights(twin))
+
+
+def test_one_bad_step_stops_where_so_asked_and_so_do_all(tiny_model):
+    with pytest.raises(ValueError, match=r"step 3: .* not finite in 1 steps in a row"):
+        fit(tiny_model(), make_rows(16), config=quick(max_bad_steps=1), loss=not_finite(3))
     model = tiny_model()
     with torch.no_grad():
         model.classifier.bias.fill_(float("inf"))
-    with pytest.raises(ValueError, match="step 1: loss nan"):
+    with (
+        pytest.warns(UserWarning, match="step 1: loss nan"),
+        pytest.raises(ValueError, match=r"step 2: loss nan.* not finite in 2 steps in a row"),
+    ):
         fit(model, make_rows(4), config=quick())
+
+
+def test_overflow_in_fp16_is_the_scalers(tiny_model, monkeypatch, recwarn):
+    """With the scale of 65,536 it begins with, 1,000 times the loss has gradients beyond fp16's 65,504."""
+    monkeypatch.setattr(training, "choose_precision", lambda device, wanted: ("fp16", "a test"))
+    large = lambda logits, labels: 1e3 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum")  # noqa: E731
+    model = tiny_model()
+    before = weights(model)
+    run = fit(model, make_rows(64), config=quick(epochs=1, warmup_fraction=0.0), loss=large)
+    norms = [record["grad_norm"] for record in run.history]
+    assert len(norms) == 16 and not any(map(math.isfinite, norms[:6])) and all(map(math.isfinite, norms[-3:]))
+    assert not any("skipped" in record for record in run.history) and not recwarn
+    assert not same(weights(model), before) and all(p.isfinite().all() for p in model.parameters())
+    with pytest.warns(UserWarning, match="step 18: "), pytest.raises(ValueError, match=r"step 20: .* 3 steps in a row"):
+        always = not_finite(*range(99), gradient=True)  # no scale helps
+        fit(model, make_rows(200), config=quick(epochs=1, max_bad_steps=3), loss=always)
 
 
 def test_a_batch_without_a_label_moves_nothing(tiny_model):
@@ -422,6 +493,33 @@ def test_a_batch_without_a_label_moves_nothing(tiny_model):
     before = weights(model)
     run = fit(model, rows, config=quick(epochs=1, weight_decay=0.0))
     assert steps(run) == [0.0] and same(weights(model), before)
+
+
+def test_a_label_that_never_occurs(tiny_model):
+    """Its class trains like any other, as one that is never right; the metrics count the classes that occur."""
+    rows = [row | {"labels": 2 * row["labels"]} for row in make_rows(12)]  # of 4 classes, 1 and 3 are not there
+    model = tiny_model(num_labels=4)
+    run = fit(model, rows, eval_dataset=rows, config=quick())
+    assert all(map(math.isfinite, [*steps(run), *run.metrics.values()])) and len(run.metrics) > 2
+    tags = [row | {"labels": [0] * len(row["input_ids"])} for row in make_rows(4)]
+    assert math.isfinite(steps(fit(tiny_model("token-classification", 3), tags, config=quick()))[-1])
+
+
+def test_one_example_only(tiny_model):
+    """Of every kind; an evaluation of it gives numbers, or NaN where one example has none (a correlation)."""
+    for task, labels in LABELS.items():
+        row = make_rows(1, task)
+        run = fit(tiny_model(task, labels), row, eval_dataset=row, config=quick(epochs=3, patience=9))
+        assert len(steps(run)) == 3 and steps(run)[-1] < steps(run)[0]
+        assert math.isfinite(run.metrics["loss"])
+
+
+def test_an_ignored_batch_among_others_is_a_step_without_gradient(tiny_model):
+    rows = [*make_rows(4), *[row | {"labels": -100} for row in make_rows(4, seed=1)], *make_rows(4, seed=2)]
+    model = tiny_model()
+    run = fit(model, rows, config=quick(epochs=1, shuffle=False))
+    assert steps(run)[1] == 0.0 and steps(run, "grad_norm")[1] == 0.0 and "skipped" not in run.history[1]
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_regression_counts_a_label_of_minus_100(tiny_model):

@@ -12,6 +12,7 @@ from ftlib.environment import mean_std, results_table, stored_results
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- results: python tests/benchmarks/report.py -->", "<!-- end of results -->"
 MEMORY_START, MEMORY_END = "<!-- memory: python tests/benchmarks/report.py -->", "<!-- end of memory -->"
+FAULTS_START, FAULTS_END = "<!-- faults: python tests/benchmarks/report.py -->", "<!-- end of faults -->"
 
 
 def rows_of(name: str, **wanted) -> list[dict]:
@@ -135,6 +136,73 @@ def multitask() -> str:
         "At this small budget sharing gains nothing measurable. The sampling temperature says how often small tasks "
         "are drawn: at 1 in proportion to their size, above it more evenly.\n\n"
         f"{second}\n\n*{source('multitask')}*"
+    )
+
+
+FOUR = ("sentiment", "similarity", "pairs", "intents")
+
+
+def told_apart(points: dict[str, tuple[float, float]]) -> dict[str, str]:
+    """Mean ± deviation, bold for the best and what ties with it."""
+    equal = ties(points)
+    shown = {name: f"{mean:.3f} ± {std:.3f}" for name, (mean, std) in points.items()}
+    return {name: f"**{text}**" if name in equal else text for name, text in shown.items()}
+
+
+def methods() -> str:
+    """Every method of balancing on atis and on four unlike tasks; the transfer matrix; what more tasks cost."""
+    size = "full" if rows_of("multitask", part="methods-four", size="full") else "small"
+    table: dict[str, dict] = {}
+    for part, names in (("methods-atis", ("intent", "slots")), ("methods-four", FOUR)):
+        rows = rows_of("multitask", part=part, size=size)
+        every = list(dict.fromkeys(row["method"] for row in rows))
+        for task in (*names, "mean"):
+            of = {m: [r["scores"].get(task, r["mean"]) for r in rows if r["method"] == m] for m in every}
+            for method, text in told_apart({m: mean_std(values) for m, values in of.items()}).items():
+                words = task if task != "mean" else "mean of two" if part == "methods-atis" else "mean of four"
+                table.setdefault(method, {"method": f"`{method}`"})[words] = text
+    seeds = len({row["seed"] for row in rows_of("multitask", part="methods-four", size=size)})
+    grid = []
+    for task in FOUR:
+        own = rows_of("multitask", part="transfer", size=size, tasks=task)
+        line = {"task": task, "alone": spread([{"score": row["scores"][task]} for row in own], "score")}
+        for partner in FOUR:
+            pairs = [r for r in rows_of("multitask", part="transfer", size=size) if {task, partner} == {*r["scores"]}]
+            gains = [row["gain"][task] for row in pairs if "gain" in row]
+            mean, std = mean_std(gains) if gains else (0.0, 0.0)
+            shown = f"{mean:+.3f} ± {std:.3f}"
+            line[f"with {partner}"] = "" if not gains else f"**{shown}**" if abs(mean) > std else shown
+        grid.append(line)
+    return (
+        f"**Balancing several tasks** (notebook 05b), {seeds} seeds: accuracy, F1 of the slots, Pearson's r of the "
+        "similarity; the same rows, rate and steps for every method, tasks drawn alike. **Bold: the best of the column "
+        f"and all that tie with it.** On atis 1,000 sentences with both labels, 4 passes; the four tasks have 400 film "
+        "reviews, 300 sentence pairs with a similarity, 300 with a paraphrase label and 200 bank questions of ten "
+        f"intents, 4 passes.\n\n{results_table(list(table.values()))._repr_markdown_()}\n\n"
+        "**Transfer**: what a task gains from a partner (score together minus score alone, same seed, same passes over "
+        "its rows). Bold: further from 0 than one deviation; everything else is a tie.\n\n"
+        f"{results_table(grid)._repr_markdown_()}\n\n*{source('multitask')}*\n\n{growth()}"
+    )
+
+
+def growth() -> str:
+    """A step against the number of tasks: seconds as a ratio to a stock model with one task, memory as it is."""
+    rows = rows_of("task_growth")
+    table = []
+    for tasks in sorted({row["tasks"] for row in rows if row["tasks"]}):
+        line: dict = {"tasks": tasks}
+        for row in (r for r in rows if r["tasks"] == tasks):
+            peak = round(row["peak_gpu_mb"] or row["peak_mb"])
+            words = "added up" if row["method"] == "added up" else f"`{row['method']}`"
+            line[f"{words}, {row['labels']}"] = f"{row['against_stock']['median']:.2f} × · {peak:,} MB"
+        table.append(line)
+    names = dict.fromkeys(name for line in table for name in line)
+    table = [{name: line.get(name, "") for name in names} for line in table]
+    return (
+        "**More tasks**: a step of 32 rows, unpadded, against the same step of a stock model with one task (median of "
+        "ratios within rounds), and the peak memory of the process. \"One label a row\": the rows take turns, so more "
+        "tasks are not more rows; \"all labels\": every row has a label of every task.\n\n"
+        f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')}*"
     )
 
 
@@ -337,18 +405,65 @@ def strategies_picture() -> None:
     figure.savefig(ROOT / "tests/benchmarks/results/strategies.png", dpi=110)
 
 
+FAULTS = (
+    "SIGKILL at a random moment", "SIGKILL while a checkpoint is written", "SIGKILL before each line of the writing",
+    "SIGKILL of one of two processes under torchrun", "Ctrl-C at a random moment", "a full disk",
+    "the newest checkpoint damaged", "a loss or gradient that is NaN or infinite",
+    "files, data and settings made to break it",
+)  # fmt: skip
+BESIDE = {
+    "left a half-written checkpoint": "{} left a half-written checkpoint", "lines": "all {} lines",
+    "returned a run with all its steps": "{} returned a run, the others came before the first step",
+    "how": "on a small {}",
+}  # fmt: skip
+
+
+def reliability() -> str:
+    """What was tried on runs, what on versions, and a million rows; "not measured yet" where no row is stored."""
+    found = {row["fault"]: row for row in rows_of("faults")}
+    table = []
+    for fault in FAULTS:
+        row = found.get(fault, {})
+        beside = "; ".join(words.format(row[key]) for key, words in BESIDE.items() if key in row)
+        table.append({"fault": fault, **{key: row.get(key) for key in ("tried", "survived", "lost")}, "beside": beside})
+    parts = [results_table(table)._repr_markdown_(), f"*{source('faults')}*"]
+    table = []
+    for part in ("tokenize", "extract_features"):
+        rows = rows_of("long_features", part=part)
+        row = max(rows, key=lambda row: row["rows"], default={})
+        names = {
+            "rows": "rows",
+            "GB before": "before_gb",
+            "GB after a tenth": "at_tenth_gb",
+            "GB at the peak": "peak_gb",
+        }
+        table.append({"many short rows": f"`{part}`", **{name: row.get(key) for name, key in names.items()}})
+    parts += [results_table(table, digits=2)._repr_markdown_(), f"*{source('long_features')}*"]
+    keys = ("pins", "what", "outcome", "tests", "skipped", "failed")
+    table = [{key: row.get(key, "") for key in keys} for row in rows_of("pins")]
+    parts.append(results_table(table)._repr_markdown_())
+    said = [f"{row['pins']}: {row['why']}" for row in rows_of("pins", outcome="not installed")]
+    days = sorted({f"{row['device']}, {row['date']}" for row in rows_of("pins")})
+    parts.append(f"*`python tests/benchmarks/pins.py PINS`; {'; '.join([*days, *said])}.*")
+    return "\n\n".join(parts)
+
+
 def section() -> str:
-    return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{speed()}\n\n{END}"
+    return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{methods()}\n\n{speed()}\n\n{END}"
 
 
 def memory_section() -> str:
     return f"{MEMORY_START}\n\n{memory()}\n\n{MEMORY_END}"
 
 
+def faults_section() -> str:
+    return f"{FAULTS_START}\n\n{reliability()}\n\n{FAULTS_END}"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for new in (section(), memory_section()):
+    for new in (section(), memory_section(), faults_section()):
         first, *_, last = new.splitlines()
         text = re.sub(f"{re.escape(first)}.*{re.escape(last)}", lambda _, new=new: new, text, flags=re.DOTALL)
     readme.write_text(text, encoding="utf-8")

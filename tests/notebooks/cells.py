@@ -17,6 +17,7 @@ NOTEBOOKS = ROOT / "notebooks"
 BADGE_START = "[![Open in Colab]"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+COMPARED = "nbval-check-output"  # the tag of cells whose output the tests compare
 METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 
 

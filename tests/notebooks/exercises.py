@@ -86,7 +86,7 @@ def check_checker(cell: dict, exercise: int, stored: str) -> Iterator[tuple[str,
     asserts = [node for node in ast.walk(function) if isinstance(node, ast.Assert)]
     if not asserts or any(node.msg is None for node in asserts):
         yield f"{name} has no assert, or one without a hint", 'write `assert condition, "hint"`'
-    if "nbval-check-output" not in cells.tags(cell):
+    if cells.COMPARED not in cells.tags(cell):
         yield "an exercise-check whose output is not compared", "tag it nbval-check-output too"
     shown = "".join(cells.output_text(output) for output in cell.get("outputs", ())).strip()
     if shown != f"Exercise {exercise}: {stored}":

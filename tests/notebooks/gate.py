@@ -22,7 +22,7 @@ MAX_LINES = 25
 MAX_BYTES = 1_000_000
 KNOWN_TAGS = {
     "setup",
-    "nbval-check-output",
+    cells.COMPARED,
     "nbval-ignore-output",
     "raises-exception",
     "exercise",
@@ -95,7 +95,7 @@ def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
             )
         if any("javascript" in mime for mime in data):
             yield "a JavaScript output", "show a PNG figure instead"
-    if "nbval-check-output" in tagged:
+    if cells.COMPARED in tagged:
         yield from check_compared(outputs)
 
 

@@ -1,9 +1,10 @@
 """Execute the notebooks in fresh kernels of this environment and say what each one took.
 
-python tests/notebooks/run.py [--solutions] [--refresh] [NN ...]
+python tests/notebooks/run.py [--solutions] [--refresh] [--twice] [NN ...]
   NN           notebooks whose file name starts so (03, 03_tuning); none: all of them
   --solutions  the notebooks of notebooks/solutions/ too
   --refresh    write the executed notebooks back into notebooks/, without what differs from machine to machine
+  --twice      each a second time in a new kernel; outputs that the tests compare must be the same again
 
 Each runs in an empty working directory, as a reader may start it anywhere; build/notebooks/ gets the copies.
 Ends with a table (notebook, seconds, peak memory, result), and with exit status 1 when a notebook fails.
@@ -201,6 +202,21 @@ def portable(text: str) -> str:
     return text.replace(f"{cells.ROOT}/", "").replace(str(Path.home()), "~")
 
 
+def changed(first: nbformat.NotebookNode, second: nbformat.NotebookNode) -> str:
+    """The first cell whose output is compared by the tests and is another the second time, "" where there is none."""
+    shown = [
+        [
+            "".join(map(cells.output_text, cell["outputs"])) if cells.COMPARED in cells.tags(cell) else ""
+            for cell in clean(json.loads(json.dumps(notebook)))["cells"]
+        ]
+        for notebook in (first, second)
+    ]
+    for number, (before, after) in enumerate(zip(*shown, strict=True), 1):
+        if before != after:
+            return f"cell {number} gives another output the second time\n\n{indent(before)}\n\n{indent(after)}"
+    return ""
+
+
 def table(outcomes: list[Outcome]) -> str:
     width = max(len("notebook"), *(len(outcome.name) for outcome in outcomes))
     rows = [f"{'notebook':<{width}}  {'seconds':>7}  {'peak MB':>7}  result"]
@@ -228,6 +244,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NN")
     parser.add_argument("--solutions", action="store_true")
     parser.add_argument("--refresh", action="store_true")
+    parser.add_argument("--twice", action="store_true")
     options = parser.parse_args(arguments)
     try:
         paths = choose(options.names, options.solutions)
@@ -240,6 +257,10 @@ def main(arguments: list[str]) -> int:
         relative = path.relative_to(cells.NOTEBOOKS)
         label = f"[{place}/{len(paths)}] {relative.with_suffix('').as_posix()}"
         notebook, outcome = execute(path, label)
+        if options.twice and outcome.result == "ok":
+            again, second = execute(path, f"{label}, again")
+            outcome.result = second.result if second.result != "ok" else changed(notebook, again) or "ok"
+            outcome.seconds, outcome.peak_mb = outcome.seconds + second.seconds, max(outcome.peak_mb, second.peak_mb)
         outcome.name = relative.with_suffix("").as_posix()
         outcomes.append(outcome)
         progress(f"{label}  {outcome.result.splitlines()[0]}  {outcome.seconds:.1f} s", final=True)

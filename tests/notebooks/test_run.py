@@ -65,6 +65,18 @@ def test_a_cell_that_should_raise_must_raise(series, capsys):
     assert "cell 2 is tagged raises-exception but raised nothing" in capsys.readouterr().out
 
 
+def test_what_is_compared_must_be_the_same_the_second_time(series, tmp_path, capsys):
+    count = f"import pathlib\nfile = pathlib.Path({str(tmp_path / 'count')!r})\nfile.open('a').write('x')\n"
+    series("01_one", count + "print('runs:', len(file.read_text()))")
+    assert run.main(["--twice"]) == 0  # not compared
+    series("02_two", "print('the same')", count + "print('runs:', len(file.read_text()))", tags=[cells.COMPARED])
+    assert run.main(["--twice", "02"]) == 1
+    out = capsys.readouterr().out
+    assert "02_two: cell 3 gives another output the second time" in out and "runs: 3" in out and "runs: 4" in out
+    series("02_two", "print('the same')", tags=[cells.COMPARED])
+    assert run.main(["--twice", "02"]) == 0
+
+
 def test_names_choose_notebooks(series, capsys):
     series("01_one"), series("02_two"), series("solutions/02_two")
     assert [path.stem for path in run.choose(["02"], solutions=False)] == ["02_two"]

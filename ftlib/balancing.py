@@ -1,0 +1,271 @@
+"""When tasks pull one encoder in several directions: what each task's loss weighs, and how their gradients are joined.
+
+Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss with respect to the
+shared parameters, and returns one gradient (parameters,).  All three methods here are weighted sums of the rows, and
+the weights follow from the rows' inner products alone, the Gramian (tasks, tasks).  Any function of that signature
+does as well, e.g. TorchJD's aggregators.
+
+Loss weighting, `Weighting` and `TaskWeights`, is one number a task: one backward pass serves all tasks.
+
+To copy this module you need: balancing.py and torch.
+Source, named as in TrainConfig: pcgrad: Yu et al. 2020 (arXiv:2001.06782), algorithm 1; cagrad: Liu et al. 2021
+(arXiv:2110.14048), algorithm 1; mgda: Désidéri 2012 and Sener & Koltun 2018 (arXiv:1810.04650); uncertainty: Kendall
+et al. 2018 (arXiv:1705.07115); gradnorm: Chen et al. 2018 (arXiv:1711.02257); dwa: Liu et al. 2019
+(arXiv:1803.10704); random: Lin et al. 2022 (arXiv:2111.10603); famo: Liu et al. 2023 (arXiv:2306.03792).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Combine = Callable[[torch.Tensor], torch.Tensor]  # (tasks, parameters) -> (parameters,)
+
+# ------------------------------------------------------------------------------------------- joining gradients
+
+
+def pcgrad(jacobian: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """PCGrad: from each task's gradient take away what points against another task's; add up what is left.
+
+    Row i meets the other rows in random order: where its rest has a negative inner product with row j, it is projected
+    onto the plane at right angles to row j.  Where no two rows conflict the result is the plain sum.
+    generator: of the order (on the CPU; default: the global one); two tasks need none.
+
+    >>> pcgrad(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
+    tensor([0.5000, 1.5000])
+    """
+    gramian = _gramian(jacobian)
+    count = len(gramian)
+    total = np.zeros(count)
+    for i in range(count):
+        weights = np.eye(count)[i]
+        for j in torch.randperm(count, generator=generator).tolist():
+            against = gramian[j] @ weights
+            if j != i and against < 0:
+                weights[j] -= against / gramian[j, j]
+        total += weights
+    return _weighted(total, jacobian)
+
+
+def mgda(jacobian: torch.Tensor) -> torch.Tensor:
+    """MGDA: the shortest vector among all weighted means of the rows.
+
+    Going against it lowers every task's loss at the same rate (at first order), or it is zero: no direction helps all.
+
+    >>> mgda(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    tensor([0.4000, 0.8000])
+    """
+    gramian = _gramian(jacobian)
+    return _weighted(_least(gramian, np.zeros(len(gramian)), 1.0), jacobian)
+
+
+def cagrad(jacobian: torch.Tensor, c: float = 0.5) -> torch.Tensor:
+    """CAGrad: near the mean gradient, the direction that does most for the task it does least for.
+
+    The d with the largest min_i <row i, d> among those no farther than c * |mean| from the mean row; 0 <= c < 1 keeps
+    the mean loss falling.  c=0 is the mean row; the larger c, the nearer to mgda's direction.  (LibMTL divides the
+    result by 1 + c**2; the paper and TorchJD do not.)
+
+    >>> cagrad(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), c=0.0)
+    tensor([1.0000, 0.5000])
+    """
+    if not 0 <= c < math.inf:
+        raise ValueError(f"c={c}: need a number of at least 0, below 1 to keep the mean loss falling")
+    gramian = _gramian(jacobian)
+    mean = np.full(len(gramian), 1 / len(gramian))
+    radius = c * math.sqrt(max(mean @ gramian @ mean, 0.0))
+    worst = _least(gramian, gramian @ mean, radius)
+    length = math.sqrt(worst @ gramian @ worst + _SMALL * np.trace(gramian))
+    return _weighted(mean + radius / max(length, 1e-300) * worst, jacobian)
+
+
+def cosines(jacobian: torch.Tensor) -> torch.Tensor:
+    """The cosine between every two rows, float64 (tasks, tasks); nan for a row of zeros.
+
+    >>> cosines(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))[0, 1].item()
+    -0.7071067811865475
+    """
+    gramian = _gramian(jacobian)
+    with np.errstate(invalid="ignore"):
+        lengths = np.sqrt(np.diag(gramian))
+        return torch.from_numpy(gramian / np.outer(lengths, lengths))
+
+
+def _gramian(jacobian: torch.Tensor) -> np.ndarray:
+    """The rows' inner products, float64 (tasks, tasks)."""
+    if not isinstance(jacobian, torch.Tensor) or jacobian.dim() != 2 or not jacobian.is_floating_point():
+        got = f"{jacobian.dtype} {tuple(jacobian.shape)}" if isinstance(jacobian, torch.Tensor) else type(jacobian)
+        raise ValueError(f"the jacobian is {got}; pass a float tensor (tasks, parameters)")
+    if not len(jacobian):
+        raise ValueError("the jacobian has no rows; pass a float tensor (tasks, parameters), a row a task")
+    if jacobian.device.type == "mps":  # has no float64
+        jacobian = jacobian.cpu()
+    parts = (part.double() for part in jacobian.detach().split(2**20, dim=1))  # float64, not all of it at a time
+    return sum(part @ part.T for part in parts).cpu().numpy()
+
+
+def _weighted(weights: np.ndarray, jacobian: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(weights).to(jacobian) @ jacobian
+
+
+_SMALL = 1e-12  # of the squared lengths, under the root: where the weighted rows cancel, its slope has no direction
+
+
+def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
+    """The weights w >= 0 of sum 1 with the least linear·w + c |Σ w_i row_i|, float64 (tasks,).
+
+    Moves weight from the task where the function rises most to the one where it falls most, as far as it falls, until
+    no exchange helps: sequential minimal optimization (Platt 1998).  The best step has a closed form.
+    """
+    w = np.full(len(gramian), 1 / len(gramian))
+    trace = np.trace(gramian)
+    for _ in range(20_000):
+        inner = gramian @ w
+        square = w @ inner + _SMALL * trace
+        if w @ inner <= 1e-20 * trace:
+            break
+        slope = linear + c * inner / math.sqrt(square)  # (tasks,)
+        up, down = int(slope.argmin()), int(np.where(w > 0, slope, -math.inf).argmax())
+        rounding = 1e-12 * np.abs(slope).max() + 1e-15 * c * trace / math.sqrt(square)
+        if not slope[down] - slope[up] > rounding:
+            break
+        # along the exchange, |Σ w_i row_i|² is square + 2 t first + t² second, and the rest is t change
+        first = inner[up] - inner[down]
+        second = gramian[up, up] + gramian[down, down] - 2 * gramian[up, down]
+        change = linear[up] - linear[down]
+        step, steep = w[down], c * c * second - change * change
+        if steep > 0:
+            apart = max(square * second - first * first, 0.0)
+            step = min((-math.copysign(math.sqrt(change * change * apart / steep), change) - first) / second, step)
+        if not step > 1e-12:  # less moves nothing in float32
+            break
+        w[up], w[down] = w[up] + step, 0.0 if step == w[down] else w[down] - step
+    return w
+
+
+GRADIENTS: dict[str, Combine] = {"pcgrad": pcgrad, "cagrad": cagrad, "mgda": mgda}
+
+# -------------------------------------------------------------------------------------------- weighting losses
+
+WEIGHTINGS = ("fixed", "uncertainty", "gradnorm", "dwa", "random", "famo")
+_LEARNT = ("uncertainty", "gradnorm", "famo")
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How the tasks' losses are weighted.  Except for "uncertainty" a weight of 1 is the average one.
+
+    - "fixed": as `Head.weight` says.
+    - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² learnt for each task by the
+      likelihood: the weighted loss plus s / 2 falls.  So a task weighs the less, the larger its loss.
+    - "gradnorm": learnt, so that the gradients of the weighted losses on the last shared layer are equally long, longer
+      for a task whose loss has fallen less than the others', by the power `alpha`.
+    - "dwa": the softmax of (mean loss of the last epoch / of the one before) / `temperature`; 1 in the first two.
+    - "random": the softmax of normal draws, new every step.
+    - "famo": learnt, so that all losses fall by equal factors.  One forward pass more a step, after the step.
+
+    rate: of Adam on what is learnt, apart from the model's learning rate (0.025 as in GradNorm's and FAMO's papers).
+    decay: FAMO's, of what is learnt towards equal weights.
+    """
+
+    how: str = "fixed"
+    rate: float = 0.025
+    alpha: float = 1.5
+    temperature: float = 2.0
+    decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.how not in WEIGHTINGS:
+            raise ValueError(f"task weighting {self.how!r}: choose one of {', '.join(WEIGHTINGS)}")
+        for name, low in (("rate", 0.0), ("alpha", 0.0), ("temperature", 1e-6), ("decay", 0.0)):
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: need a number from {low:g}, finite")
+
+
+class TaskWeights:
+    """The weights of a `Weighting` while they change; `state` is all they go by, to save and put back.
+
+    kinds: of the tasks, as in `Head.task`.  All tensors here are float64 on the CPU, (tasks,) unless said otherwise.
+    Ask for `weights` before a step, and tell `learn` after it what came of it; a loss of nan is a task that was not
+    in the step.
+    """
+
+    def __init__(self, weighting: Weighting, kinds: list[str], *, seed: int = 0):
+        self.weighting, self.seed = weighting, seed
+        self.half = torch.tensor([0.5 if kind == "regression" else 1.0 for kind in kinds], dtype=torch.float64)
+        zero, unknown = torch.zeros_like(self.half), torch.full_like(self.half, math.nan)
+        self.state: dict[str, torch.Tensor] = {}  # replaced, never changed in place
+        if weighting.how in _LEARNT:
+            self.state = {"value": zero, "mean": zero, "square": zero, "steps": zero[:1]}
+        if weighting.how == "gradnorm":
+            self.state["first"] = unknown
+        if weighting.how == "dwa":
+            self.state = {"sum": zero, "count": zero, "before": unknown, "last": unknown}
+
+    def weights(self, step: int, losses: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights in step `step` (0-based); "famo" needs the `losses` of the step."""
+        how, count, state = self.weighting.how, len(self.half), self.state
+        if how == "uncertainty":
+            return self.half * torch.exp(-state["value"])
+        if how == "gradnorm":
+            return count * state["value"].softmax(0)
+        if how == "dwa":
+            ratio = (state["last"] / state["before"]).nan_to_num(1.0, posinf=1.0)
+            return count * (ratio / self.weighting.temperature).softmax(0)
+        if how == "random":
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+            return count * torch.randn(count, generator=generator, dtype=torch.float64).softmax(0)
+        if how == "famo":
+            if (losses < 0).any():
+                raise ValueError(f"'famo' takes logarithms of losses, and one is {losses.nan_to_num(0.0).min():g}")
+            share = state["value"].softmax(0) / (losses + 1e-8)  # nan where a task is not there
+            return (share * (~share.isnan()).sum() / share.nansum()).nan_to_num(0.0)
+        return torch.ones_like(self.half)
+
+    def learn(
+        self, losses: torch.Tensor, *, lengths: torch.Tensor | None = None, after: torch.Tensor | None = None
+    ) -> None:
+        """Go on from a step's mean losses.
+
+        lengths: of the gradients of the losses (without weights) on the last shared layer, for "gradnorm".
+        after: the losses on the same batch after the step, for "famo".
+        """
+        weighting, state = self.weighting, self.state
+        there = ~losses.isnan()
+        if weighting.how == "uncertainty":
+            self._adam(torch.where(there, 0.5 - self.weights(0) * losses, 0.0))
+        elif weighting.how == "gradnorm":
+            state["first"] = torch.where(state["first"].isnan(), losses, state["first"])
+            rate = losses / state["first"]
+            weights = self.weights(0)
+            found = weights * lengths
+            target = found[there].mean() * (rate / rate[there].mean()) ** weighting.alpha
+            slope = weights * torch.where(there, (found - target).sign() * lengths, 0.0)
+            self._adam(slope - weights * slope.sum() / len(slope))  # through the softmax
+        elif weighting.how == "dwa":
+            state["sum"] = state["sum"] + losses.nan_to_num(0.0)
+            state["count"] = state["count"] + there
+        elif weighting.how == "famo":
+            fall = torch.where(there, torch.log(losses + 1e-8) - torch.log(after + 1e-8), 0.0)
+            share = torch.where(there, state["value"].softmax(0), 0.0)
+            share = share / share.sum()
+            self._adam(share * (fall - share @ fall) + weighting.decay * state["value"])
+
+    def end_epoch(self) -> None:
+        """Tell that an epoch is over, for "dwa"."""
+        if self.weighting.how == "dwa":
+            last = self.state["sum"] / self.state["count"]  # nan for a task that never came
+            self.state |= {"before": self.state["last"], "last": last}
+            self.state |= {"sum": torch.zeros_like(last), "count": torch.zeros_like(last)}
+
+    def _adam(self, slope: torch.Tensor) -> None:
+        """A step of Adam (Kingma & Ba 2015) on what is learnt."""
+        state = self.state
+        state["steps"] = state["steps"] + 1
+        state["mean"] = 0.9 * state["mean"] + 0.1 * slope
+        state["square"] = 0.999 * state["square"] + 0.001 * slope**2
+        mean = state["mean"] / (1 - 0.9 ** state["steps"])
+        square = state["square"] / (1 - 0.999 ** state["steps"])
+        state["value"] = state["value"] - self.weighting.rate * mean / (square.sqrt() + 1e-8)

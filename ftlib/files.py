@@ -1,0 +1,99 @@
+"""Folders that appear whole or not at all; JSON and safetensors read with a word on what is wrong.
+
+To copy this module you need: files.py, torch and safetensors.
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+MARK = "[0-9a-f]{8}"  # between the name of a folder and .new or .old
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder next to `folder` that takes its place, safe against a power cut, when all went well.
+
+    Raises OSError naming the folder where it can't be written; what was there before stays.
+    """
+    mark = uuid.uuid4().hex[:8]
+    temporary, old = folder.with_name(f".{folder.name}.{mark}.new"), folder.with_name(f".{folder.name}.{mark}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {folder} ({error}); what was there before is as it was") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def tensors_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU: tied weights share memory, which safetensors refuses to guess about."""
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the folder holds no whole model")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, from its header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the folder holds no whole model")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
