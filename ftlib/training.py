@@ -123,8 +123,7 @@ class _Loop:
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
-        self.rows = sum(len(rows) for rows in parts.values())
-        self.steps_per_epoch = math.ceil(self.rows / config.batch_size)
+        self.steps_per_epoch = math.ceil(sum(map(len, parts.values())) / config.batch_size)
         self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
         moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
         self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
@@ -349,6 +348,7 @@ class _Loop:
         if not hidden and self.run_.precision != "fp32":
             tqdm.write(f"precision {self.run_.precision}: {self.run_.reason}")
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
+
 
 _SMOOTHED = ("sequence-classification", "token-classification")
 

@@ -202,7 +202,8 @@ def growth() -> str:
         "**More tasks**: a step of 32 rows, unpadded, against the same step of a stock model with one task (median of "
         "ratios within rounds), and the peak memory of the process. \"One label a row\": the rows take turns, so more "
         "tasks are not more rows; \"all labels\": every row has a label of every task.\n\n"
-        f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')}*"
+        f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')[:-1]}; {rows[0]['rounds']} rounds, "
+        f"{rows[0]['threads']} thread{'; ' + rows[0]['remark'] if 'remark' in rows[0] else ''}.*"
     )
 
 

@@ -105,7 +105,7 @@ def main() -> None:
                 measured = [r["seconds"] for r in results[name][1:]]
                 base = [r["seconds"] for r in results[STOCK][1:]]
                 row = {"tasks": tasks, "labels": labels, "method": method if tasks else STOCK}
-                row |= {"seconds_a_step": spread(measured), "rounds": args.rounds}
+                row |= {"seconds_a_step": spread(measured), "rounds": args.rounds, "threads": torch.get_num_threads()}
                 row["against_stock"] = spread([own / stock for own, stock in zip(measured, base, strict=True)])
                 rows.append(row | (peak(name, True) if args.toy else alone(__file__, "--one", name)))
     table.replace({"part": "growth", "device": device_name()}, rows)
