@@ -76,10 +76,10 @@ def numbers(parts: dict[str, list[dict]], rows: list[dict]) -> list[int] | dict[
     return found[""] if list(parts) == [""] else {name: places for name, places in found.items() if places}
 
 
-def skipped(record: dict[str, Any], history: list[dict], config: Any, total: int) -> None:
-    """Warn that the step of this record, the last of the history, was skipped.
+def skipped(record: dict[str, Any], history: list[dict], config: Any, total: int) -> str | None:
+    """Warn that the step of this record, the last of the history, was skipped; or why the run must end.
 
-    Raises ValueError when that makes `max_bad_steps` in a row, or all `total` steps.
+    It must when that makes `max_bad_steps` in a row, or all `total` steps.
     """
     said = (
         f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']} on the rows "
@@ -88,12 +88,13 @@ def skipped(record: dict[str, Any], history: list[dict], config: Any, total: int
     taken = [one for one in reversed(history) if "loss" in one]
     in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
     if in_a_row >= min(config.max_bad_steps, total):
-        raise ValueError(
+        return (
             f"{said}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Lower "
             f"learning_rate ({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
         )
     if distributed.rank() == 0:
         warnings.warn(f"{said}; the step is skipped", stacklevel=6)
+    return None
 
 
 def items(label: Any, kind: str) -> int:

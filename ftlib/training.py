@@ -252,13 +252,10 @@ class _Loop:
             run.history.append(record | {"seconds": run.seconds})
             self.random_state = checkpoints.random_state(self.device)
             self.whole = True
-        if not good:
-            try:
-                steps.skipped(record, run.history, config, self.total)
-            except ValueError:
-                if config.checkpoint_dir:
-                    self._save()
-                raise
+        if not good and (reason := steps.skipped(record, run.history, config, self.total)):
+            if config.checkpoint_dir:
+                self._save()
+            raise ValueError(reason)
 
     def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
         """This process's share of the step's loss, its gradients added up; and the micro-batches."""
