@@ -17,8 +17,8 @@ def build():
 
 draw = random.Random(0)
 rows = [{"input_ids": [draw.randrange(5, 99) for _ in range(8)], "labels": draw.randrange(2)} for _ in range(64)]
-options = dict(max_steps=300, batch_size=8, learning_rate=1e-3, checkpoint_every=10)
-config = ftlib.TrainConfig(**options, checkpoint_dir="checkpoints", resume="auto")
+options = dict(max_steps=300, batch_size=8, learning_rate=1e-3)
+config = ftlib.TrainConfig(**options, checkpoint_dir="checkpoints", checkpoint_every=10, resume="auto")
 model = build()
 """
 STOPPED = """
