@@ -160,7 +160,8 @@ def wrap(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+    # buffers here are positions, alike everywhere; sent before every forward, they spoil the backward of the one before
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
