@@ -11,6 +11,7 @@ Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arX
 import copy
 import inspect
 import math
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -261,7 +262,8 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
             "use peft.PromptTuningConfig, or a BERT, RoBERTa or ELECTRA model"
         )
     _fill(model, config, head)
-    inner = copy.copy(model)
+    inner = copy.copy(model)  # called inside the model's own call: hooks run once, out there
+    vars(inner).update({name: OrderedDict() for name in vars(model) if name.startswith(("_forward_", "_backward_"))})
     try:
         wrapper = peft.get_peft_model(inner, config)
     except ValueError as error:

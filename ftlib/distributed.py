@@ -9,6 +9,7 @@ Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023
 """
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -161,7 +162,9 @@ def wrap(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     # buffers here are positions, alike everywhere; sent before every forward, they spoil the backward of the one before
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has a new name for it
+    unsent = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, **unsent)
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:

@@ -110,7 +110,8 @@ record("ddp tasks", model, fit(model, data, config=quick(batch_size=3, optimizer
 for name, options in {
     "pcgrad": dict(task_gradients="pcgrad", task_cosines=2), "cosines": dict(task_cosines=2),
     "uncertainty": dict(task_weighting="uncertainty"), "gradnorm": dict(task_weighting="gradnorm"),
-    "famo": dict(task_weighting="famo", task_gradients="mgda"),
+    # not together: MGDA makes the losses fall alike, and FAMO learns from the difference, which is then rounding
+    "famo": dict(task_weighting="famo"), "mgda": dict(task_gradients="mgda"),
 }.items():
     model = MultiTaskModel(make_tiny_model("encoder"), heads)
     config = quick(batch_size=3, optimizer="sgd", task_sampler="uniform", **options)
@@ -249,7 +250,7 @@ def test_the_processes_found_each_other(runs):
     assert [runs[key]["world"] for key in ((1, 0), (2, 0), (2, 1))] == [1, 2, 2]
 
 
-TASKS = ["tasks", "pcgrad", "cosines", "uncertainty", "gradnorm", "famo"]
+TASKS = ["tasks", "pcgrad", "cosines", "uncertainty", "gradnorm", "famo", "mgda"]
 ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
 DDP = [*ALIKE, "stops", *TASKS, "gradual-unfreezing", "l2-sp"]
 

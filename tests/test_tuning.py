@@ -438,6 +438,17 @@ def test_a_tagger_with_a_prompt_tags_the_text(tiny_model, kind):
     assert_close(found.loss, expected)
 
 
+def test_hooks_of_a_model_with_a_prompt_run_once(tiny_model):
+    """PEFT calls a copy of the model inside the model's own call, with the prompt; FSDP's hooks must not see that."""
+    peft = pytest.importorskip("peft")
+    model, seen = tiny_model(), []
+    model.register_forward_hook(lambda *args: seen.append("before"))
+    tune(model, peft.PromptTuningConfig(num_virtual_tokens=4))
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
+    model(input_ids=torch.tensor([[5, 6]]))
+    assert seen == [["input_ids"], "before"]
+
+
 # ------------------------------------------------------------------------------------------------------- copies
 
 

@@ -445,7 +445,7 @@ def reliability() -> str:
     parts.append(results_table(table)._repr_markdown_())
     said = [f"{row['pins']}: {row['why']}" for row in rows_of("pins", outcome="not installed")]
     days = sorted({f"{row['device']}, {row['date']}" for row in rows_of("pins")})
-    parts.append(f"*`python tests/benchmarks/pins.py PINS`; {'; '.join([*days, *said])}.*")
+    parts.append(f"*`python tests/benchmarks/pins.py --notebooks -- PINS`; {'; '.join([*days, *said])}.*")
     return "\n\n".join(parts)
 
 
