@@ -39,7 +39,7 @@ _MODULES = (
     "adapters", "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed",
     "environment", "features", "files", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask",
     "optimizing", "plots", "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings",
-    "speedups", "steps", "training", "tuning", "unpadding",
+    "speedups", "steps", "training", "tuning", "unpadding", "wheels",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOME]

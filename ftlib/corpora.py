@@ -12,7 +12,7 @@ What every corpus goes through, in this order, and what data/README.md counts fo
 5. in pair tasks, pairs that share a sentence with one held out (test, then validation) leave the others;
 6. rows are put in a fixed shuffled order, so the first n rows of a split are a fair sample of it.
 
-Needs: assets.py. `datasets` is imported when a corpus is loaded.
+Needs: assets.py and wheels.py. `datasets` is imported when a corpus is loaded.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
 To copy this module you need: features.py, speedups.py, batching.py, rows.py, torch and transformers (pretrained.py and
-assets.py only to load by name).
+assets.py, wheels.py only to load by name).
 """
 
 import copy

@@ -59,9 +59,7 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not keys or not named or smooth < 1:
-        raise ValueError(
-            f"needs a run, a key and smooth >= 1: {len(named)} runs, keys={keys}, smooth={smooth}"
-        )
+        raise ValueError(f"needs a run, a key and smooth >= 1: {len(named)} runs, keys={keys}, smooth={smooth}")
     lines = []  # (run number, key number, label, key, points (2, n))
     for i, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
@@ -149,9 +147,7 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     shown = np.where(total > 0, counts / np.maximum(total, 1) if normalize else counts, np.nan)
     ax.set_facecolor("0.92")  # shows where a row is empty
     top = 1 if normalize else counts.max()
-    image = ax.imshow(
-        shown, norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues", interpolation="nearest"
-    )
+    image = ax.imshow(shown, norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues", interpolation="nearest")
     unit = "share of the true class" if normalize else "examples"
     title = f"{counts.sum():,} examples, {counts.trace() / counts.sum():.1%} right"
     if small:
@@ -160,9 +156,7 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
         ax.set_yticks(range(len(names)), names)
         for row, column in np.argwhere(np.isfinite(shown)):
             value = shown[row, column]
-            look = dict(
-                ha="center", va="center", fontsize=9, color="white" if value > 0.55 * top else "black"
-            )
+            look = dict(ha="center", va="center", fontsize=9, color="white" if value > 0.55 * top else "black")
             ax.text(column, row, f"{value:.2f}" if normalize else f"{value:.0f}", **look)
         ax.set(xlabel="predicted class", ylabel="true class")
         title += f"\ncells: {unit}"
@@ -201,9 +195,7 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
     """
     weights = _numbers(weights)  # (queries, keys)
     if weights.ndim != 2 or weights.size == 0:
-        raise ValueError(
-            f"weights have shape {weights.shape}: expected (queries, keys) of one layer and head"
-        )
+        raise ValueError(f"weights have shape {weights.shape}: expected (queries, keys) of one layer and head")
     for row, column in np.argwhere(~np.isfinite(weights))[:1]:
         raise ValueError(f"weights row {row}, column {column} is {weights[row, column]}")
     queries = tokens if query_tokens is None else query_tokens
@@ -236,9 +228,7 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
     spreads = np.full(values.shape, np.nan) if spreads is None else _numbers(spreads)
     wanted = (len(rows), len(columns))
     if values.shape != wanted or spreads.shape != wanted or not np.isfinite(values).any():
-        raise ValueError(
-            f"values {values.shape}, spreads {spreads.shape}: expected {wanted}, with a finite number"
-        )
+        raise ValueError(f"values {values.shape}, spreads {spreads.shape}: expected {wanted}, with a finite number")
     ax = _axes(ax, 2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows))
     ax.spines[["top", "right"]].set_visible(True)
     ax.set_facecolor("0.92")  # shows where a cell is empty
@@ -256,9 +246,7 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
     return ax
 
 
-def embedding_map(
-    features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7
-):
+def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7):
     """Vectors in two dimensions, a colour and a marker for each label.
 
     features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the
@@ -362,9 +350,7 @@ def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training 
         raise ValueError(f"x and means of {label!r} must be finite: {x.tolist()}, {means.tolist()}")
     ax = _axes(ax, 7.0, 3.8)
     i = len(ax.containers)
-    style = dict(
-        color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6
-    )
+    style = dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6)
     ax.errorbar(x, means, stds, label=label, elinewidth=1.1, capsize=3, **style)
     ticks = np.unique(np.concatenate([line.lines[0].get_xdata() for line in ax.containers]))
     if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0]:

@@ -4,7 +4,7 @@
     model = load_model("minilm", task="sequence-classification", num_labels=2)
 
 Weights are float32 and the model is in eval mode unless you ask otherwise. No remote code is ever run, and
-safetensors files are preferred to pickles. Needs: assets.py (for the short names), torch and transformers.
+safetensors files are preferred to pickles. Needs: assets.py, wheels.py (short names), torch and transformers.
 """
 
 import contextlib

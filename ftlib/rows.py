@@ -1,4 +1,4 @@
-"""Check rows of token ids and labels against a model before it sees them, and name the first bad one.
+"""Check texts, and rows of token ids and labels against a model before it sees them, and name the first bad one.
 
 A label outside the model's classes is an index error inside a GPU kernel, a float label trains the wrong loss, and a
 row padded by hand feeds padding to the model as if it were text.  All of it is found here, before any training.
@@ -6,7 +6,7 @@ row padded by hand feeds padding to the model as if it were text.  All of it is 
 To copy this module you need: rows.py alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -40,7 +40,7 @@ def to_rows(dataset: Any, name: str = "dataset") -> list[Row]:
     out = []
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or "input_ids" not in row:
-            raise ValueError(f"{name} row {i}: expected a dict with 'input_ids', got {_short(row)}; use ftlib.tokenize")
+            raise ValueError(f"{name} row {i}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
         if isinstance(row.get("labels"), dict):  # Arrow fills tasks a row does not have with None
             row = {**row, "labels": {task: value for task, value in row["labels"].items() if value is not None}}
         out.append(row)
@@ -95,7 +95,7 @@ def checked_rows(
     for i, row in enumerate(rows):
         where = f"{name} row {i}"
         if not isinstance(row, dict) or "input_ids" not in row:
-            raise ValueError(f"{where}: expected a dict with 'input_ids', got {_short(row)}; use ftlib.tokenize")
+            raise ValueError(f"{where}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
         row = {key: _plain(value) for key, value in row.items()}
         ids = row["input_ids"] = _numbers(row["input_ids"], vocab_size, f"{where}, column 'input_ids'")
         if row.get("token_type_ids") is not None:
@@ -143,11 +143,11 @@ def _kept(values: list, mask: list[int]) -> list:
 
 def _numbers(values: Any, size: int | None, where: str) -> list[int]:
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{where}: expected a list of whole numbers, got {_short(values)}")
+        raise TypeError(f"{where}: expected a list of whole numbers, got {short(values)}")
     if not set(map(type, values)) <= {int}:
         for value in values:
             if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{where}: {_short(value)} is no whole number")
+                raise TypeError(f"{where}: {short(value)} is no whole number")
         values = [int(value) for value in values]
     if size is not None and values and not 0 <= min(values) <= max(values) < size:
         bad = max(values) if max(values) >= size else min(values)
@@ -181,33 +181,76 @@ def _checked_label(label: Any, kind: str, num_labels: int, length: int, where: s
             raise ValueError(f"{where}: {len(values)} values for {num_labels} outputs")
         for value in values:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where}: {_short(value)} is no number; regression needs a float")
+                raise TypeError(f"{where}: {short(value)} is no number; regression needs a float")
             if not abs(value) < _LARGEST:
-                raise ValueError(f"{where}: the value is {_short(value)}; drop the row or fill it in")
+                raise ValueError(f"{where}: the value is {short(value)}; drop the row or fill it in")
         return [float(value) for value in values] if num_labels > 1 else float(values[0])
     if kind == "multi-label-classification":
         if not many or len(values) != num_labels:
-            got = f"{_short(label)}; multi-label needs a list of {num_labels} values, each 0.0 or 1.0"
+            got = f"{short(label)}; multi-label needs a list of {num_labels} values, each 0.0 or 1.0"
             raise ValueError(f"{where}: {got}")
         for value in values:
             if value not in (0, 1, IGNORE):
-                raise ValueError(f"{where}: {_short(value)} is neither 0, 1 nor {IGNORE} (ignored)")
+                raise ValueError(f"{where}: {short(value)} is neither 0, 1 nor {IGNORE} (ignored)")
         return [float(value) for value in values]
     if kind == "token-classification":
         if not many or len(values) != length:
-            got = f"{len(values)} labels" if many else _short(label)
+            got = f"{len(values)} labels" if many else short(label)
             raise ValueError(f"{where}: {got} for {length} tokens; one label per token, {IGNORE} to ignore")
     elif many:
         raise ValueError(f"{where}: a list of {len(values)} labels, but the model gives one label per text")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{where}: {_short(value)} is no class number; cross-entropy needs whole numbers (int)")
+            raise TypeError(f"{where}: {short(value)} is no class number; cross-entropy needs whole numbers (int)")
         if value != IGNORE and not 0 <= value < num_labels:
             remedy = f"give the model num_labels={value + 1}" if value >= num_labels else "count labels from 0"
             raise ValueError(f"{where}: label {value} is outside 0..{num_labels - 1}; {remedy} or mend the label")
     return [int(value) for value in values] if many else int(label)
 
 
-def _short(value: Any) -> str:
+# ------------------------------------------------------------------------------------------------------- texts
+
+
+def text_iterator(texts: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over texts; TypeError for one text alone, and for what is no collection."""
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts is {short(texts)}; pass a list of texts, even for one: [text]")
+    return iter(texts)
+
+
+def checked_texts(texts: Sequence[Any], indices: Sequence[int]) -> tuple[list, list | None]:
+    """First and second texts (None where there are no pairs); ValueError or TypeError naming the row: `indices`."""
+    pairs = len(texts) > 0 and isinstance(texts[0], tuple)
+    for row, value in zip(indices, texts, strict=True):
+        if pairs != isinstance(value, tuple) or (pairs and len(value) != 2):
+            raise ValueError(f"row {row}: {short(value)}; either all texts are (text, text_pair) tuples or none is")
+    first = [checked_text(t[0] if pairs else t, row, "text") for t, row in zip(texts, indices, strict=True)]
+    second = None
+    if pairs:
+        second = [checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)]
+    return first, second
+
+
+def checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any:
+    """The text, or list of words, as it is; ValueError or TypeError naming row and column for one that is none."""
+    where = f"row {row}, column {column!r}"
+    if isinstance(value, (list, tuple)) and not inside:
+        if not value:
+            raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
+        return [checked_text(word, row, f"{column}[{i}]", inside=True) for i, word in enumerate(value)]
+    if not isinstance(value, str):
+        got = f"{short(value)} ({type(value).__name__})"
+        raise TypeError(f"{where}: expected text, got {got}; drop the row or fill it in")
+    if not value.strip():
+        raise ValueError(f"{where}: the text is empty; drop the row or give it text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
+    return value
+
+
+def short(value: Any) -> str:
+    """How a message shows a value: at most 60 signs of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

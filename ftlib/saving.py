@@ -2,7 +2,7 @@
 
 To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
 speedups.py, torch, transformers and safetensors (multitask.py, balancing.py for several heads; peft for its adapters;
-pretrained.py and assets.py to find an adapter's base model by name).
+pretrained.py, assets.py, wheels.py to find an adapter's base model by name).
 """
 
 import copy

