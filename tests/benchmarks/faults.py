@@ -233,8 +233,10 @@ def start(
         raise RuntimeError(f"{threads} threads are running; a fork would copy one of them and the locks of all")
     folder.mkdir(parents=True, exist_ok=True)
     hear, tell = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can say that it came
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(tell)
         return pid, hear
     status = 1
@@ -242,6 +244,7 @@ def start(
         os.close(hear)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.stderr = open(folder / "stderr.txt", "a")  # closed by nobody: the process ends without tidying up
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if prepare:
             prepare()
         fit_in_child(name, folder, tell, bad)
