@@ -194,7 +194,7 @@ def _resume(loop: Any) -> int | None:
         if loop.joint:
             loop.joint.weights.state = {name: tensors[f"tasks.{name}"] for name in loop.joint.weights.state}
         if state["best"] is not None:
-            best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop.trainable)]
+            best = [distributed.cut(tensors[f"best.{i}"].to(loop.device), p) for i, p in enumerate(loop._kept())]
             loop.best = {"metrics": state["best"], "weights": best, "step": state["best_step"]}
         return state["step"]
     return None

@@ -221,9 +221,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every process has, spread as `like` is; where that is a plain tensor, as it is."""
+    """A whole tensor, which every process has, spread as `like` is; where that is a plain one, in its memory layout."""
     if not hasattr(like, "full_tensor"):
-        return tensor
+        if tensor.stride() == like.stride():
+            return tensor  # in another layout the optimizer's numbers differ in the last bit
+        return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -133,6 +133,22 @@ def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, w
     assert history(run) == history(expected) and same(weights(model), weights(whole))
 
 
+def test_weights_that_lie_transposed_in_memory(tiny_model, tmp_path, monkeypatch):
+    """The optimizer's state lies as they do, also after resuming: in another layout its last bits differ."""
+
+    def build():
+        model = tiny_model(hidden_dropout_prob=0.3)
+        weight = model.classifier.weight.detach()
+        model.classifier.weight = torch.nn.Parameter(weight.T.contiguous().T)
+        return model
+
+    rows, whole = make_rows(20), build()
+    fit(whole, rows, config=quick())
+    config = quick(checkpoint_dir=str(tmp_path / "c"), checkpoint_every=1, resume="auto")
+    again, _ = resumed(monkeypatch, build, rows, config, [3])
+    assert same(weights(again), weights(whole))
+
+
 def test_an_interrupt_between_weights_and_history_writes_nothing(tiny_model, tmp_path, monkeypatch):
     """Raised by a signal handler of the user's own, which fit leaves alone."""
     calls = []
