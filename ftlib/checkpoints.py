@@ -52,7 +52,10 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
     What a process left that was killed while it wrote a checkpoint is swept away.
     """
     parent = Path(parent)
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"checkpoint_dir={str(parent)!r} can't be a folder ({error}); choose another") from error
     if distributed.rank() == 0:
         for left in parent.glob(".step-*"):
             if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)):
@@ -264,11 +267,17 @@ def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
     if theirs == ours:
         return
     config = theirs.get("config", {})
-    changed = [f"config.{k}" for k in ours["config"] if config.get(k) != ours["config"][k]]
-    changed += [k for k in ours if k != "config" and theirs.get(k) != ours[k]]
+    pairs = {f"config.{k}": (config.get(k), value) for k, value in ours["config"].items()}
+    pairs |= {k: (theirs.get(k), value) for k, value in ours.items() if k != "config"}
+    hashes = ("data", "model")  # nothing to see in them
+    changed = [
+        f"{key} differs" if key in hashes else f"{key} was {was!r} and is {now!r}"
+        for key, (was, now) in pairs.items()
+        if was != now
+    ]
     raise ValueError(
-        f"{folder} is from another run: {', '.join(changed) or 'its settings'} differ; "
-        "use the same settings and data, or another checkpoint_dir"
+        f"{folder} is from another run: {', '.join(changed) or 'its settings differ'}; "
+        "use the same settings, model and data, or another checkpoint_dir"
     )
 
 

@@ -83,7 +83,13 @@ def parameter_groups(
 
 
 def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
-    """The optimizer a TrainConfig asks for, on the trainable parameters."""
+    """The optimizer a TrainConfig asks for, on the trainable parameters; ValueError where one of them is float16."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} would train in float16, where small steps vanish and Adam divides by zero; load the model "
+                "with dtype=torch.float32, and let precision='fp16' compute in half"
+            )
     groups = parameter_groups(
         model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
     )

@@ -133,6 +133,13 @@ def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, w
     assert history(run) == history(expected) and same(weights(model), weights(whole))
 
 
+def test_a_folder_for_checkpoints_that_can_be_none(tiny_model, tmp_path):
+    (tmp_path / "c").write_text("notes")
+    with pytest.raises(OSError, match=r"checkpoint_dir='.*c' can't be a folder .*; choose another"):
+        fit(tiny_model(), make_rows(4), config=quick(checkpoint_dir=str(tmp_path / "c")))
+    assert (tmp_path / "c").read_text() == "notes"
+
+
 def test_weights_that_lie_transposed_in_memory(tiny_model, tmp_path, monkeypatch):
     """The optimizer's state lies as they do, also after resuming: in another layout its last bits differ."""
 
@@ -296,14 +303,14 @@ def test_all_checkpoints_damaged_means_from_the_start(tiny_model, two_checkpoint
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(learning_rate=1e-3), r"config.learning_rate differ"),
-        (dict(seed=1), r"config.seed"),
-        (dict(epochs=3), r"steps"),
-        (dict(batch_size=2), r"config.batch_size, steps"),
-        ("rows", r"rows, data"),
-        ("labels", r"data differ"),
-        ("frozen", r"model differ"),
-        ("wider", r"model differ"),
+        (dict(learning_rate=1e-3), r"config.learning_rate was 0.01 and is 0.001; use"),
+        (dict(seed=1), r"config.seed was 0 and is 1; use"),
+        (dict(epochs=3), r"steps was 6 and is 9"),
+        (dict(batch_size=2), r"config.batch_size was 4 and is 2, steps was 6 and is 12; use"),
+        ("rows", r"rows was {'': 12} and is {'': 11}, data differs; use"),
+        ("labels", r"data differs; use"),
+        ("frozen", r"model differs; use"),
+        ("wider", r"model differs; use"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tiny_model, two_checkpoints, change, said):

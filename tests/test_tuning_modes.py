@@ -189,7 +189,7 @@ def test_another_strategy_is_another_run(tiny_model, tmp_path):
     fit(tuned(tiny_model, "l2-sp"), ROWS, config=config)
     model = tiny_model()
     tune(model, "l2-sp", strength=0.5)
-    with pytest.raises(ValueError, match="is from another run: model differ"):
+    with pytest.raises(ValueError, match="is from another run: model differs; use"):
         fit(model, ROWS, config=config)
 
 
