@@ -566,7 +566,8 @@ def test_alone_nothing_is_wrapped():
     assert distributed.all_sum(tensor) is tensor and tensor.tolist() == [1, 1]
     assert [part.tolist() for part in distributed.gather(tensor, cpu)] == [[1, 1]]
     assert distributed.from_first(0.1, cpu) == 0.1
-    assert distributed.whole(tensor) is tensor and distributed.cut(tensor, like=model.weight) is tensor
+    assert distributed.whole(tensor) is tensor and distributed.cut(tensor, like=model.bias) is tensor
+    assert distributed.cut(torch.ones(2, 3), like=torch.ones(3, 2).T).stride() == (1, 2)  # in memory as it is there
     assert distributed.to_first({"a": tensor})["a"].tolist() == [1, 1]
     with distributed.one_first(), distributed.hold_gradients(model):
         model(torch.ones(1, 2)).sum().backward()

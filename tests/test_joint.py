@@ -376,10 +376,10 @@ def test_a_checkpoint_of_another_method_is_refused(build, tmp_path):
     data = rows_with_all(4)
     fit(build(), data, config=quick(checkpoint_dir=str(tmp_path), task_gradients="pcgrad"))
     other = quick(checkpoint_dir=str(tmp_path), resume="auto", task_gradients=balancing.mgda)
-    with pytest.raises(ValueError, match=r"config\.task_gradients differ"):
+    with pytest.raises(ValueError, match=r"config\.task_gradients was .* and is"):
         fit(build(), data, config=other)
     other = quick(checkpoint_dir=str(tmp_path), resume="auto", task_gradients="pcgrad", task_weighting=Weighting("dwa"))
-    with pytest.raises(ValueError, match=r"config\.task_weighting differ"):
+    with pytest.raises(ValueError, match=r"config\.task_weighting was .* and is"):
         fit(build(), data, config=other)
 
 
