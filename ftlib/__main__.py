@@ -71,6 +71,8 @@ def train(path: str) -> int:
     if run.get("limit"):
         rows = rows.shuffle(seed=config.seed).select(range(min(run["limit"], len(rows))))
     result = ftlib.fit(model, rows, eval_dataset=tokenized["validation"], tokenizer=tokenizer, config=config)
+    if result.stopped == "interrupted":  # what an earlier run wrote stays
+        raise KeyboardInterrupt
     test = ftlib.evaluate(model, tokenized["test"], tokenizer=tokenizer, shared=True)
     if first:
         ftlib.save(ftlib.repad(model), output / "model", tokenizer)

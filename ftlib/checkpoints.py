@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -54,8 +55,10 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
     parent = Path(parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        if distributed.rank() == 0:
+            tempfile.TemporaryDirectory(prefix=".try-", dir=parent).cleanup()
     except OSError as error:
-        raise OSError(f"checkpoint_dir={str(parent)!r} can't be a folder ({error}); choose another") from error
+        raise OSError(f"checkpoint_dir={str(parent)!r} can't be written to ({error}); choose another") from error
     if distributed.rank() == 0:
         for left in parent.glob(".step-*"):
             if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)):
@@ -216,9 +219,13 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         written = entry if isinstance(entry, dict) else {}
-        if path.stat().st_size != written.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes, {written.get('bytes')} were written"
-        if _sha256(path) != written.get("sha256"):
+        try:
+            size, digest = path.stat().st_size, _sha256(path)
+        except OSError as error:  # a dying disk
+            return f"{name} can't be read ({error})"
+        if size != written.get("bytes"):
+            return f"{name} has {size} bytes, {written.get('bytes')} were written"
+        if digest != written.get("sha256"):
             return f"{name}: its SHA-256 is not the one that was written"
     return None
 
@@ -238,6 +245,11 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
             return f"state.json: {key} is {str(state.get(key, 'missing'))[:40]}"
     if not state["history"] or not all(isinstance(record, dict) for record in state["history"]):
         return "state.json: history is no list of records"
+    if [record["step"] for record in state["history"] if "loss" in record] != [*range(1, state["step"] + 1)]:
+        return f"state.json: step is {state['step']}, and the history has others"
+    for key in ("micro_batch_size", "max_tokens"):
+        if state[key] is not None and state[key] < (loop.longest if key == "max_tokens" else 1):
+            return f"state.json: {key} is {state[key]}"
     kept = loop._kept()
     wanted = {f"model.{name}": tensor.shape for name, tensor in loop.model.state_dict().items()}
     if state["best"] is not None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +49,14 @@ def aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_kernels(value: Any, where: str) -> None:
+    """Raise ValueError where a model's config wants attention (or experts) from a hub: code would come from there."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if str(key).endswith("_implementation") and "/" in str(inner):
+            raise ValueError(f"{where}: {key} is {inner!r}, code from a hub; refused: take it out, or write 'sdpa'")
+        refuse_kernels(inner, where)
 
 
 def _sync(path: Path) -> None:

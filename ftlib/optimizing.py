@@ -6,6 +6,8 @@
 To copy this module you need: optimizing.py, regularization.py, speedups.py and torch.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,13 +85,7 @@ def parameter_groups(
 
 
 def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
-    """The optimizer a TrainConfig asks for, on the trainable parameters; ValueError where one of them is float16."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(
-                f"{name} would train in float16, where small steps vanish and Adam divides by zero; load the model "
-                "with dtype=torch.float32, and let precision='fp16' compute in half"
-            )
+    """The optimizer a TrainConfig asks for, on the trainable parameters."""
     groups = parameter_groups(
         model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
     )
@@ -148,16 +144,35 @@ def follows_steps(model: nn.Module) -> bool:
     return tuning is not None and bool(tuning.stages or tuning.start)
 
 
-def check_distributed(model: nn.Module, how: str) -> None:
-    """ValueError for a strategy that needs whole weights, where they are to be spread over processes."""
+def check(model: nn.Module, how: str) -> None:
+    """ValueError for weights that train in float16, and for a strategy that needs them whole where they are spread."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} would train in float16, where small steps vanish and Adam divides by zero; load the model "
+                "with dtype=torch.float32, and let precision='fp16' compute in half"
+            )
     if how == "fsdp" and follows_steps(model):
         raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
 
 
 def described(model: nn.Module) -> str:
-    """The strategy and its options in words, for a run that is to go on later."""
-    tuning = tuning_of(model)
-    return "" if tuning is None else repr((tuning.strategy, sorted(tuning.options.items())))
+    """The model and its strategy in words, for a run that is to go on later: what must not be another then."""
+    said: dict[str, Any] = {
+        "parameters": [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()],
+        "dropout": [m.p for m in model.modules() if isinstance(m, nn.Dropout)],
+        "heads": {name: repr(spec) for name, spec in getattr(model, "specs", {}).items()},
+    }
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    said |= {key: value for key, value in config.items() if "drop" in key or key in ("hidden_act", "activation")}
+    if (tuning := tuning_of(model)) is not None:
+        starts = hashlib.sha256()
+        for start in [*dict(sorted(tuning.start.items())).values(), *regularization.mixout_starts(model)]:
+            starts.update(start.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        said |= {"strategy": tuning.strategy, "options": tuning.options, "starts": starts.hexdigest()}
+        if tuning.peft is not None:
+            said["peft"] = tuning.peft.active_peft_config.to_dict()
+    return json.dumps(said, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else repr(x))
 
 
 def trainer_options(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> dict[str, Any]:

@@ -4,13 +4,14 @@
     model = load_model("minilm", task="sequence-classification", num_labels=2)
 
 Weights are float32 and the model is in eval mode unless you ask otherwise. No remote code is ever run, and
-safetensors files are preferred to pickles. Needs: assets.py, wheels.py (short names), torch and transformers.
+safetensors files are preferred to pickles. Needs: files.py, assets.py, wheels.py, torch and transformers.
 """
 
 import contextlib
 import logging
 import os
 import re
+from pathlib import Path
 
 from ftlib import assets
 
@@ -143,6 +144,10 @@ def _locate(name, kwargs) -> str:
             raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
         return str(assets.path(name))
     if os.path.isdir(name):
+        if os.path.isfile(os.path.join(name, "config.json")):
+            from ftlib.files import read_json, refuse_kernels
+
+            refuse_kernels(read_json(Path(name) / "config.json"), f"{name}/config.json")
         return name
     models = [asset for asset, entry in known.items() if entry["kind"] == "model"]
     looks_local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
@@ -167,6 +172,11 @@ def _explain(name, place):
             f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which "
             f"failed: {reason} Without the hub, use one of: {models}"
         ) from error
+    except (ValueError, TypeError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # Transformers has many types for settings that make no sense
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"'{name}': Transformers can't use its files ({reason}); mend config.json") from error
 
 
 def _labels_of_checkpoint(place: str, ending: str, kwargs) -> int | None:

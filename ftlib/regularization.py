@@ -91,6 +91,12 @@ def _mixed(linear: nn.Linear, start: torch.Tensor, p: float, x: torch.Tensor) ->
     return F.linear(x, weight, linear.bias)
 
 
+def mixout_starts(model: nn.Module) -> list[torch.Tensor]:
+    """The pretrained weights that `add_mixout` keeps, in the order of the modules."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    return [forward.args[1] for forward in forwards if getattr(forward, "func", None) is _mixed]
+
+
 def remove_mixout(model: nn.Module) -> None:
     """Undo `add_mixout`."""
     for module in model.modules():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ftlib import adapters
-from ftlib.files import MARK, aside, read_json, read_tensors, shapes_of, tensors_of
+from ftlib.files import MARK, aside, read_json, read_tensors, refuse_kernels, shapes_of, tensors_of
 from ftlib.optimizing import tuning_of
 from ftlib.tuning import head_modules, tune
 
@@ -98,6 +98,7 @@ def _load_stock(folder: Path) -> nn.Module:
     import transformers
 
     config = read_json(folder / "config.json")
+    refuse_kernels(config, f"{folder}/config.json")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     try:

@@ -156,7 +156,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if not (ONEDNN and usable(x) and weight.dtype == torch.float32 and x.numel() >= 16 * x.shape[-1]):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    # on rows, so that what comes out is no view that PyTorch would forbid to change in place
+    return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
@@ -263,7 +264,7 @@ class SeenRows:
 
     A row that never occurs has gradient zero at every step, so an optimizer without weight decay leaves it alone, and
     one with (decoupled) weight decay multiplies it by 1 - lr * decay a step: `decayed` counts that, and it is done
-    when the whole embedding is next needed.  While active, `embedding.weight` is a parameter of the seen rows only.
+    when the whole embedding is next needed.  Once it is `on`, `embedding.weight` is a parameter of the seen rows only.
     Where nothing is to be saved (frozen or shared weights, most rows seen) it does nothing.
     """
 
@@ -286,7 +287,6 @@ class SeenRows:
         self.lookup = torch.full((len(full),), -1, device=full.device)
         self.lookup[seen] = torch.arange(len(seen), device=full.device)
         self.own = nn.Parameter(full.detach()[seen])
-        self.on()
 
     def on(self) -> None:
         """Train the seen rows."""

@@ -59,13 +59,15 @@ def _endless(rows: list[dict], config: Any, stream: int) -> Iterator[dict]:
 
 
 def digest(parts: dict[str, list[dict]], eval_rows: list[dict]) -> str:
-    """SHA-256 of all token ids and labels."""
+    """SHA-256 of all token ids, their types, and labels."""
     found = hashlib.sha256()
     for name, rows in [*parts.items(), ("eval", eval_rows)]:
         found.update(name.encode())
         for row in rows:
             found.update(array("q", row["input_ids"]).tobytes())
             found.update(repr(row["labels"]).encode())
+            if any(kinds := row.get("token_type_ids") or ()):  # all zero is the same as none
+                found.update(array("q", kinds).tobytes())
     return found.hexdigest()
 
 
@@ -76,25 +78,28 @@ def numbers(parts: dict[str, list[dict]], rows: list[dict]) -> list[int] | dict[
     return found[""] if list(parts) == [""] else {name: places for name, places in found.items() if places}
 
 
-def skipped(record: dict[str, Any], history: list[dict], config: Any, total: int) -> str | None:
-    """Warn that the step of this record, the last of the history, was skipped; or why the run must end.
-
-    It must when that makes `max_bad_steps` in a row, or all `total` steps.
-    """
-    said = (
-        f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']} on the rows "
-        f"{record['skipped']} of train_dataset"
-    )
+def hopeless(history: list[dict], config: Any, total: int) -> str | None:
+    """Why a run must end that has skipped its last `max_bad_steps` steps, or all `total`; None where it has not."""
     taken = [one for one in reversed(history) if "loss" in one]
     in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
-    if in_a_row >= min(config.max_bad_steps, total):
-        return (
-            f"{said}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Lower "
-            f"learning_rate ({config.learning_rate:g}), keep max_grad_norm, or look for bad labels"
-        )
+    if in_a_row < min(config.max_bad_steps, total):
+        return None
+    return (
+        f"{_bad(taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Look "
+        f"for bad labels, or for numbers in the weights that are not finite; or begin anew, in another checkpoint_dir, "
+        f"with a lower learning_rate ({config.learning_rate:g}) and with max_grad_norm"
+    )
+
+
+def warn_of(record: dict[str, Any]) -> None:
+    """Say which rows were in a step that was skipped."""
     if distributed.rank() == 0:
-        warnings.warn(f"{said}; the step is skipped", stacklevel=6)
-    return None
+        warnings.warn(f"{_bad(record)}; the step is skipped", stacklevel=6)
+
+
+def _bad(record: dict[str, Any]) -> str:
+    numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    return f"step {record['step']}: {numbers} on the rows {record['skipped']} of train_dataset"
 
 
 def items(label: Any, kind: str) -> int:

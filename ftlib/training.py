@@ -119,15 +119,28 @@ class _Loop:
             raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(kinds))}")
         if config.r_drop and any(kind == "regression" for kind in kinds):
             raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
-        optimizing.check_distributed(model, config.distributed)
+        optimizing.check(model, config.distributed)
         self.pad = getattr(tokenizer, "pad_token_id", None)
         if self.pad is None:
             self.pad = getattr(model.config, "pad_token_id", None) or 0
         self.steps_per_epoch = math.ceil(sum(map(len, parts.values())) / config.batch_size)
         self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
-        moving = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-        self.model_digest = hashlib.sha256(repr((moving, optimizing.described(model))).encode()).hexdigest()
-        self.seen = SeenRows(model, self._words())  # from here on the embedding is another, so nothing may fail
+        if config.checkpoint_dir:
+            self.model_digest = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
+            self.digest = steps.digest(parts, eval_rows or [])
+        self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
+        self.evaluations_since_best = 0
+        self.seen = SeenRows(model, self._words())
+        try:
+            self.seen.on()
+            self._begin(model, loss)
+        except BaseException:
+            self.seen.off()
+            raise
+
+    def _begin(self, model: nn.Module, loss: Any) -> None:
+        """What belongs to the parameters that train, some words of the embedding among them."""
+        config = self.config
         self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
@@ -136,15 +149,12 @@ class _Loop:
         self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
         functions = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
         self.losses = joint.Losses(functions, self.tasks, config.r_drop, self.autocast)
-        self.ahead = steps.Ahead(self.run_, self.pad, device, self.longest if self.graphs else None)
+        self.ahead = steps.Ahead(self.run_, self.pad, self.device, self.longest if self.graphs else None)
         self.upcoming: list[dict] | None = None  # the rows of the step after this one
         self.total = config.max_steps or config.epochs * self.steps_per_epoch
         self.warmup = math.ceil(config.warmup_fraction * self.total)
-        self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
-        self.evaluations_since_best = 0
         self.whole = True  # weights, optimizer, history and random state all stand at the same step
-        self.random_state = checkpoints.random_state(device)
-        self.digest = steps.digest(parts, eval_rows or []) if config.checkpoint_dir else ""
+        self.random_state = checkpoints.random_state(self.device)
 
     def _words(self) -> Iterator[int] | None:
         """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
@@ -177,19 +187,21 @@ class _Loop:
         try:
             # a run that was interrupted while evaluating does that first
             unfinished = first > 0 and "loss" in run.history[-1]
-            stop = unfinished and self._evaluation_due() and self.evaluate()
+            stop = self._out_of_patience() or (unfinished and self._evaluated())
             self.upcoming = next(plan)
             while not stop and run.steps < self.total:
                 rows, self.upcoming = self.upcoming, next(plan) if run.steps + 1 < self.total else None
                 self.step(run.steps, rows)
                 bar.update()
                 bar.set_postfix(loss=f"{run.history[-1]['loss']:.3f}", refresh=False)
-                stop = self._evaluation_due() and self.evaluate()
+                stop = self._evaluated()
                 last = run.steps == self.total
-                if config.checkpoint_dir and not stop and (last or self._due(config.checkpoint_every)):
+                if config.checkpoint_dir and (stop or last or self._due(config.checkpoint_every)):
                     self._save()
             if stop:
                 run.stopped = "early stopping"
+            elif reason := steps.hopeless(run.history, config, self.total):  # gone on with until no step was left
+                raise ValueError(reason)
         except KeyboardInterrupt:
             run.stopped = "interrupted"
             if distributed.world_size() > 1:  # at several steps: the processes can't go on together
@@ -252,10 +264,12 @@ class _Loop:
             run.history.append(record | {"seconds": run.seconds})
             self.random_state = checkpoints.random_state(self.device)
             self.whole = True
-        if not good and (reason := steps.skipped(record, run.history, config, self.total)):
-            if config.checkpoint_dir:
-                self._save()
-            raise ValueError(reason)
+        if not good:
+            if reason := steps.hopeless(run.history, config, self.total):
+                if config.checkpoint_dir:
+                    self._save()
+                raise ValueError(reason)
+            steps.warn_of(record)
 
     def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
         """This process's share of the step's loss, its gradients added up; and the micro-batches."""
@@ -299,6 +313,15 @@ class _Loop:
         """The trainable parameters, with the whole word embedding in the place of its seen rows."""
         return [self.seen.full if p is self.seen.own else p for p in self.trainable]
 
+    def _evaluated(self) -> bool:
+        """Evaluate if it is time; True when patience has run out.  An error costs no step: they are saved first."""
+        try:
+            return self._evaluation_due() and self.evaluate()
+        except Exception:
+            if self.config.checkpoint_dir and distributed.world_size() == 1:
+                self._save()
+            raise
+
     def evaluate(self) -> bool:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         with self.seen.whole():
@@ -323,7 +346,10 @@ class _Loop:
             run.metrics = metrics
             record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
             run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
-        return bool(config.patience) and self.evaluations_since_best >= config.patience
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.config.patience) and self.evaluations_since_best >= self.config.patience
 
     def _score(self, metrics: dict[str, float]) -> float:
         """Larger is better; a metric that is not a number is the worst."""

@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, w
 
 def test_a_folder_for_checkpoints_that_can_be_none(tiny_model, tmp_path):
     (tmp_path / "c").write_text("notes")
-    with pytest.raises(OSError, match=r"checkpoint_dir='.*c' can't be a folder .*; choose another"):
+    with pytest.raises(OSError, match=r"checkpoint_dir='.*c' can't be written to .*; choose another"):
         fit(tiny_model(), make_rows(4), config=quick(checkpoint_dir=str(tmp_path / "c")))
     assert (tmp_path / "c").read_text() == "notes"
 

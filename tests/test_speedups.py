@@ -209,6 +209,7 @@ def test_seen_rows_train_as_the_whole_embedding(optimizer):
     seen.load_state_dict(whole.state_dict())
     batches = [torch.randint(0, 12, (4, 9)) for _ in range(6)]
     rows = speedups.SeenRows(seen, {int(i) for batch in batches for i in batch.flatten()})
+    rows.on()
     assert seen.words.weight.shape == (12, 24)
     for model, note in ((whole, False), (seen, True)):
         steps = optimizer(model.parameters(), lr=0.05, **decay)
@@ -231,6 +232,7 @@ def test_seen_rows_without_decay_keep_the_account_open():
     model = Small()
     first = model.words.weight.detach().clone()
     rows = speedups.SeenRows(model, [1, 2])
+    rows.on()
     rows.decayed(torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.5))
     with rows.whole(decay=False):
         assert torch.equal(model.words.weight, first)
@@ -244,7 +246,7 @@ def test_seen_rows_without_decay_keep_the_account_open():
 
 def test_seen_rows_refuse_an_id_that_was_not_announced():
     model = Small()
-    speedups.SeenRows(model, [1, 2])
+    speedups.SeenRows(model, [1, 2]).on()
     with pytest.raises(IndexError):
         model(torch.tensor([[30]]))
 
@@ -259,6 +261,7 @@ def test_seen_rows_do_nothing_where_nothing_is_saved(case):
         model.decoder.weight = model.words.weight
     before = dict(model.named_parameters())
     rows = speedups.SeenRows(model, range(45) if case == "most seen" else [1])
+    rows.on()
     with rows.whole():
         rows.decayed(torch.optim.SGD(model.parameters(), lr=0.1))
     rows.off()
