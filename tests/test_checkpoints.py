@@ -140,6 +140,93 @@ def test_a_folder_for_checkpoints_that_can_be_none(tiny_model, tmp_path):
     assert (tmp_path / "c").read_text() == "notes"
 
 
+def test_a_run_stopped_by_bad_steps_never_finishes(tiny_model, tmp_path):
+    """However often it is started again: every time another step is tried, and none moves anything."""
+    config = quick(checkpoint_dir=str(tmp_path / "c"), resume="auto")
+    model = tiny_model()
+    for at in (5, 6, 7, 8, 8, 8):  # 8 steps in all
+        with pytest.raises(ValueError, match=rf"step {at}: loss nan.* not finite in {at} steps in a row"):
+            fit(model, make_rows(14), config=config, loss=lambda logits, labels: logits.sum() * float("nan"))
+    assert same(weights(model), weights(tiny_model()))
+
+
+def test_a_checkpoint_that_can_not_be_read_is_skipped(tiny_model, two_checkpoints, monkeypatch):
+    _, config, expected, run = two_checkpoints
+    real = checkpoints._sha256
+
+    def dying(path):
+        if path.parent.name == "step-00000006":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "_sha256", dying)
+    model = tiny_model(hidden_dropout_prob=0.3)
+    with pytest.warns(UserWarning, match=r"skipped checkpoint step-00000006: .* can't be read .*Input/output error"):
+        again = fit(model, make_rows(12), config=config)
+    assert history(again) == history(run) and same(weights(model), weights(expected))
+
+
+def test_an_error_in_the_evaluation_costs_no_step(tiny_model, tmp_path):
+    config = quick(checkpoint_dir=str(tmp_path / "c"), patience=1, metric="acuracy", epochs=1)
+    with pytest.raises(ValueError, match="metric='acuracy'"):
+        fit(tiny_model(), make_rows(12), eval_dataset=make_rows(4), config=config)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000003"]
+
+
+def test_early_stopping_leaves_a_checkpoint_at_its_end(tiny_model, tmp_path):
+    options = dict(checkpoint_dir=str(tmp_path / "c"), patience=1, eval_every=1, epochs=30, learning_rate=0.1)
+    config = quick(**options, resume="auto")
+    runs = [fit(tiny_model(), make_rows(12), eval_dataset=make_rows(6, seed=1), config=config) for _ in range(2)]
+    assert runs[0].stopped == runs[1].stopped == "early stopping" and runs[0].steps < 90
+    assert history(runs[0]) == history(runs[1]) and runs[0].metrics == runs[1].metrics
+    assert f"step-{runs[0].steps:08d}" in [path.name for path in (tmp_path / "c").iterdir()]
+
+
+def _other_start(model):
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.weight.add_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("what", ["dtype", "dropout", "types", "l2-sp", "mixout", "peft", "head"])
+def test_what_makes_a_run_another(tiny_model, tmp_path, what):
+    rows, config = make_rows(8), quick(checkpoint_dir=str(tmp_path / "c"), resume="auto")
+
+    def build(other):
+        model = tiny_model(hidden_dropout_prob=0.2 if other and what == "dropout" else 0.1)
+        if what == "head":
+            heads = {"a": Head(weight=50.0 if other else 1.0)}
+            return MultiTaskModel(tiny_model("encoder"), heads)
+        if what in ("l2-sp", "mixout"):
+            model = _other_start(model) if other else model
+            tune(model, what)
+        elif what == "peft":
+            peft = pytest.importorskip("peft")
+            tune(model, peft.LoraConfig(r=2, lora_alpha=64 if other else 4))
+        return model.to(torch.bfloat16) if other and what == "dtype" else model
+
+    data = {"a": rows} if what == "head" else rows
+    fit(build(False), data, config=config)
+    assert fit(build(False), data, config=config).steps == 4  # the same run: nothing is left to do
+    if what == "types":
+        data = [row | {"token_type_ids": [1] * len(row["input_ids"])} for row in rows]
+    with pytest.raises(ValueError, match=rf"is from another run: {'data' if what == 'types' else 'model'} differs"):
+        fit(build(True), data, config=config)
+
+
+def test_a_set_of_targets_is_the_same_in_every_process(tiny_model):
+    from ftlib.optimizing import described
+
+    names = [f"name{i}" for i in range(20)]
+    found = []
+    for targets in (set(names), set(reversed(names)), frozenset(names)):
+        model = tiny_model()
+        tune(model, "lora")
+        model.tuning.options["targets"] = targets
+        found.append(described(model))
+    assert len(set(found)) == 1 and str(sorted(names))[1:9].replace("'", '"') in found[0]
+
+
 def test_weights_that_lie_transposed_in_memory(tiny_model, tmp_path, monkeypatch):
     """The optimizer's state lies as they do, also after resuming: in another layout its last bits differ."""
 

@@ -1,5 +1,6 @@
 """The command line: what a run.toml may say, a whole run on a tiny model, the list of data, the doctor."""
 
+import dataclasses
 import json
 import re
 
@@ -118,6 +119,15 @@ def test_train_a_model_that_can_not_be_unpadded(tiny_run, tiny_model, tiny_token
     tiny_tokenizer.save_pretrained(tmp_path / "mpnet")
     assert tiny_run("", "max_steps = 1\n", model=tmp_path / "mpnet") == 0
     assert "with padding: unpad can't handle model type 'mpnet'" in capsys.readouterr().out
+
+
+def test_an_interrupted_training_replaces_nothing(tiny_run, monkeypatch, capsys):
+    assert tiny_run("", "max_steps = 1\n") == 0
+    before = {path.name: path.read_bytes() for path in (tiny_run.output / "model").iterdir()}
+    real = ftlib.fit
+    monkeypatch.setattr(ftlib, "fit", lambda *a, **k: dataclasses.replace(real(*a, **k), stopped="interrupted"))
+    assert tiny_run("", "max_steps = 1\n") == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    assert {path.name: path.read_bytes() for path in (tiny_run.output / "model").iterdir()} == before
 
 
 def test_an_interrupt_has_an_exit_status(tiny_run, monkeypatch, capsys):

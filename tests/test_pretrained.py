@@ -1,11 +1,13 @@
 """Names, heads, seeds and refusals on tiny random checkpoints; then the real MiniLM."""
 
+import json
 import logging
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import ftlib
 from ftlib import assets
 from ftlib.pretrained import load_model, load_tokenizer
 
@@ -187,6 +189,25 @@ def test_hub_id_goes_to_transformers_without_remote_code(monkeypatch):
     with pytest.raises(OSError):
         load_tokenizer("someone/some-model", revision="abc")
     assert seen == {"place": "someone/some-model", "trust_remote_code": False, "revision": "abc"}
+
+
+@pytest.mark.parametrize("load", [load_model, ftlib.load])
+def test_a_config_that_wants_code_from_a_hub_is_refused(tiny_model, tmp_path, load):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for inside in ({"_attn_implementation": "kernels-community/x@main"}, {"a": {"experts_implementation": "me/x"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | inside))
+        with pytest.raises(ValueError, match=r"_implementation is '.*/x.*', code from a hub; refused"):
+            load(tmp_path)
+
+
+def test_settings_that_make_no_sense_are_our_error(tiny_model, tmp_path):
+    tiny_model("encoder").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ({"hidden_act": "evil"}, {"layer_norm_eps": "much"}, {"quantization_config": 5}):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises((ValueError, TypeError)):
+            load_model(tmp_path)
 
 
 def test_folder_without_tokenizer_files_is_refused(encoder_folder):

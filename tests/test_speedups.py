@@ -111,6 +111,17 @@ def test_linear_takes_onednn_where_it_is_the_quicker_one(monkeypatch):
     assert calls == [1]
 
 
+def test_what_a_linear_layer_gives_may_be_changed_in_place():
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    with speedups.shortcuts(layer):
+        layer(x).sum().backward()
+        out = layer[0](x)
+        out -= 0.5
+    assert x.grad.shape == x.shape
+    torch.testing.assert_close(out, F.linear(x, layer[0].weight, layer[0].bias) - 0.5)
+
+
 def test_linear_without_onednn_is_the_ordinary_one(monkeypatch):
     monkeypatch.setattr(speedups, "ONEDNN", False)
     x, weight = torch.randn(64, 8), torch.randn(4, 8)

@@ -347,8 +347,30 @@ def test_metrics_that_are_not_there(tiny_model):
 
 def test_weights_in_float16_do_not_train(tiny_model):
     message = r"weight would train in float16, where .* load the model with dtype=torch\.float32, and"
+    model = tiny_model(vocab_size=400).half()
     with pytest.raises(ValueError, match=message):
-        fit(tiny_model().half(), make_rows(4), config=quick())
+        fit(model, make_rows(4), config=quick())
+    assert model.get_input_embeddings().weight.shape == (400, 16)
+
+
+@pytest.mark.parametrize(
+    "where", [(training.optimizing, "optimizer"), (training.SeenRows, "on"), (training.steps, "Ahead")]
+)
+def test_an_interrupt_before_the_first_step_leaves_the_model_whole(tiny_model, monkeypatch, where):
+    """The word embedding is swapped for its seen rows meanwhile."""
+    model = tiny_model(vocab_size=400)
+    real = getattr(*where)
+
+    def interrupted(*args, **options):
+        real(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, interrupted)
+        fit(model, make_rows(4), config=quick())
+    embedding = model.get_input_embeddings()
+    assert embedding.weight.shape == (400, 16) and not embedding._forward_pre_hooks
+    assert same(weights(model), weights(tiny_model(vocab_size=400)))
 
 
 # ---------------------------------------------------------------------------------------------- when it goes wrong
