@@ -331,9 +331,10 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
         share = {label: size * len(ids) / len(rows) for label, ids in by_label.items()}
         take = {label: int(share[label]) for label in by_label}
         # Largest remainders get the seats left over; a label with one row keeps it for training.
-        for label in sorted(by_label, key=lambda label: (take[label] - share[label], str(label))):
-            if sum(take.values()) < size and take[label] + 1 < len(by_label[label]):
-                take[label] += 1
+        while sum(take.values()) < size:  # once, unless rare labels leave most seats to one
+            for label in sorted(by_label, key=lambda label: (take[label] - share[label], str(label))):
+                if sum(take.values()) < size and take[label] + 1 < len(by_label[label]):
+                    take[label] += 1
         chosen = {i for label, ids in by_label.items() for i in ids[: take[label]]}
         splits[split] = [rows[i] for i in sorted(chosen)]
         splits["train"] = [row for i, row in enumerate(rows) if i not in chosen]

@@ -297,6 +297,12 @@ def test_hold_out_has_the_size_asked_for_and_empties_no_label(counts, data):
     assert {r["label"] for r in splits["train"]} == set(range(len(counts)))
 
 
+def test_hold_out_where_rare_labels_leave_the_seats_to_one():
+    rows = [row("a", 0), row("b", 1), *(row(f"c{i}", 2) for i in range(5))]
+    splits = corpora._hold_out({"train": rows, "validation": [], "test": []}, {"test": 4})
+    assert [r["label"] for r in splits["test"]] == [2] * 4 and len(splits["train"]) == 3
+
+
 def test_hold_out_by_hand_is_proportional():
     rows = [row(str(i), "a" if i < 60 else "b") for i in range(80)]
     held = corpora._hold_out({"train": rows, "test": []}, {"test": 20})["test"]
