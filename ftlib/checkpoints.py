@@ -245,8 +245,11 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
             return f"state.json: {key} is {str(state.get(key, 'missing'))[:40]}"
     if not state["history"] or not all(isinstance(record, dict) for record in state["history"]):
         return "state.json: history is no list of records"
-    if [record["step"] for record in state["history"] if "loss" in record] != [*range(1, state["step"] + 1)]:
+    taken = [record.get("step") for record in state["history"] if "loss" in record]
+    if state["step"] != len(taken) or taken != [*range(1, len(taken) + 1)]:
         return f"state.json: step is {state['step']}, and the history has others"
+    if state["best"] is not None and not isinstance(state["best"].get(loop.config.metric), (int, float)):
+        return f"state.json: best has no {loop.config.metric}"
     for key in ("micro_batch_size", "max_tokens"):
         if state[key] is not None and state[key] < (loop.longest if key == "max_tokens" else 1):
             return f"state.json: {key} is {state[key]}"
@@ -267,6 +270,11 @@ def _unfit(loop: Any, state: dict, tensors: dict[str, torch.Tensor]) -> str | No
     for name, size in wanted.items():
         if (found := getattr(tensors.get(name), "shape", None)) != size:
             return f"state.safetensors: {name} is {'missing' if found is None else tuple(found)}, not {tuple(size)}"
+    for name in (name for name in tensors if name.startswith("rng.cpu.")):
+        try:
+            torch.Generator().set_state(tensors[name])
+        except (RuntimeError, TypeError) as error:
+            return f"state.safetensors: {name} is no random state ({error})"
     more = [name for name in tensors if name not in wanted and name != "seen" and not name.startswith("rng.")]
     if more:
         return f"state.safetensors: {more[0]} is no part of this run"

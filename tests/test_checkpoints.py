@@ -150,6 +150,34 @@ def test_a_run_stopped_by_bad_steps_never_finishes(tiny_model, tmp_path):
     assert same(weights(model), weights(tiny_model()))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rng.cpu.0", torch.zeros(5056, dtype=torch.uint8)), ("rng.cpu.0", torch.zeros(5056)),
+        ("step", 10**13), ("best", {}), ("micro_batch_size", -3),
+    ],
+)  # fmt: skip
+def test_a_whole_checkpoint_of_nonsense_is_skipped(tiny_model, tmp_path, key, value):
+    """Its sizes and hashes fit; nothing of it is loaded."""
+    config = quick(checkpoint_dir=str(tmp_path), patience=9, eval_every=1, resume="auto")
+    run = [fit(tiny_model(), make_rows(12), eval_dataset=make_rows(4), config=config) for _ in range(2)][1]
+    folder = tmp_path / "step-00000006"
+    if isinstance(value, torch.Tensor):
+        save_file(load_file(folder / "state.safetensors") | {key: value}, folder / "state.safetensors")
+    else:
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {key: value}))
+    names = ("state.json", "state.safetensors")
+    sizes = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": checkpoints._sha256(folder / name)} for name in names
+    }
+    (folder / "manifest.json").write_text(json.dumps(sizes))
+    assert damage(folder) is None
+    with pytest.warns(UserWarning, match=rf"skipped checkpoint step-00000006: state.*{key}"):
+        again = fit(tiny_model(), make_rows(12), eval_dataset=make_rows(4), config=config)
+    assert history(again) == history(run)
+
+
 def test_a_checkpoint_that_can_not_be_read_is_skipped(tiny_model, two_checkpoints, monkeypatch):
     _, config, expected, run = two_checkpoints
     real = checkpoints._sha256
