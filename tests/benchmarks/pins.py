@@ -77,11 +77,9 @@ def main() -> int:
         names = [Path(test).stem.removeprefix("test_") for test in options.tests or []]
         what["unit tests and doctests" + f" of {', '.join(names)}" * bool(names)] = options.tests or []
     if options.notebooks is not None:
-        paths = [next((ROOT / "notebooks").glob(f"{name}*.ipynb")) for name in options.notebooks]
-        chosen = paths or [ROOT / "notebooks"]
-        what[" ".join(["cells of notebooks", *options.notebooks]) if paths else "cells of all notebooks"] = [
-            *SERIES, *map(str, chosen)
-        ]  # fmt: skip
+        folder = ROOT / "notebooks"
+        paths = [next(folder.glob(f"{name}*.ipynb")) for name in options.notebooks] or [folder]
+        what[f"cells of notebooks {' '.join(options.notebooks) or '(all)'}"] = [*SERIES, *map(str, paths)]
     failed = 0
     for pair in options.pins:
         table.stamp["versions"] = dict(pin.split("==") for pin in pair.split(","))
