@@ -10,48 +10,57 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> module that defines it
-    "load_corpus": "corpora",
-    "load_tokenizer": "pretrained",
-    "load_model": "pretrained",
-    "tokenize": "batching",
-    "unpad": "unpadding",
-    "repad": "unpadding",
-    "tune": "tuning",
-    "merge": "tuning",
-    "extract_features": "features",
-    "MultiTaskModel": "multitask",
-    "Head": "multitask",
-    "TaskSampler": "multitask",
-    "TrainConfig": "training",
-    "Run": "training",
-    "fit": "training",
-    "find_learning_rate": "search",
-    "evaluate": "training",
-    "predict": "training",
-    "save": "saving",
-    "load": "saving",
-    "setup": "environment",
-    "measure": "memory",
-    "stored_results": "environment",
+_HOME = {  # public name -> room and module that define it
+    "load_corpus": "inputs.corpora",
+    "load_tokenizer": "inputs.pretrained",
+    "load_model": "inputs.pretrained",
+    "tokenize": "inputs.tokenizing",
+    "unpad": "methods.unpadding",
+    "repad": "methods.unpadding",
+    "tune": "methods.tuning",
+    "merge": "methods.tuning",
+    "extract_features": "methods.features",
+    "MultiTaskModel": "methods.multitask",
+    "Head": "methods.multitask",
+    "TaskSampler": "methods.multitask",
+    "TrainConfig": "engine.settings",
+    "Run": "engine.settings",
+    "fit": "engine.fit",
+    "find_learning_rate": "engine.range_test",
+    "evaluate": "engine.prediction",
+    "predict": "engine.prediction",
+    "save": "engine.saving",
+    "load": "engine.saving",
+    "setup": "show.setup",
+    "measure": "show.measuring",
+    "stored_results": "show.setup",
 }
-_MODULES = (
-    "adapters", "assets", "attention", "balancing", "batching", "checkpoints", "corpora", "distributed",
-    "environment", "features", "files", "joint", "losses", "masking", "memory", "metrics", "modes", "multitask",
-    "optimizing", "plots", "prediction", "pretrained", "regularization", "rows", "saving", "search", "settings",
-    "speedups", "steps", "training", "tuning", "unpadding", "wheels",
-)  # fmt: skip
+_ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
+    "core": (),
+    "tasks": ("metrics",),
+    "show": ("measuring", "plots", "setup"),
+    "inputs": ("assets", "corpora", "files", "pretrained", "rows", "tokenizing", "wheels"),
+    "methods": (
+        "adapters", "attention", "balancing", "features", "losses", "masking", "multitask", "optimizing",
+        "regularization", "speedups", "tuning", "unpadding",
+    ),
+    "engine": (
+        "checkpoints", "compiling", "distributed", "feeding", "fit", "prediction", "range_test", "saving", "settings",
+        "task_gradients",
+    ),
+}  # fmt: skip
+_MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}
 
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"ftlib.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"ftlib.{name}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES or name in _ROOMS:
+        return import_module(f".{_MODULES.get(name, name)}", __name__)
     raise AttributeError(f"module 'ftlib' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES])
+    return sorted([*__all__, *_ROOMS, *_MODULES])

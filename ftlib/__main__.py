@@ -44,7 +44,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def train(path: str) -> int:
     """Train what a run.toml describes; the model ends in output/model, its numbers in output/metrics.json."""
     import ftlib
-    from ftlib import distributed
+
+    from .engine import distributed
 
     run = read_run(path)
     output = Path(run["output"])
@@ -94,9 +95,9 @@ def strategy_of(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
     """The run's TrainConfig; errors come before anything is loaded and name the file."""
-    from ftlib.multitask import KINDS
-    from ftlib.settings import TrainConfig
-    from ftlib.tuning import OPTIONS
+    from .engine.settings import TrainConfig
+    from .methods.multitask import KINDS
+    from .methods.tuning import OPTIONS
 
     strategy, options = strategy_of(run)
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):
@@ -140,7 +141,7 @@ def tokenized_for(task: str, data: Any, tokenizer: Any) -> tuple[Any, list[str] 
 
 def print_assets() -> None:
     """One line an asset: name, whether it is here, size of the download, what it is, licence."""
-    from ftlib import assets
+    from .inputs import assets
 
     for row in assets.describe():
         here = "here" if row["present"] else "to fetch"
@@ -152,7 +153,8 @@ def doctor() -> int:
     """Print versions, device, precision and why, the cache, and what is missing."""
     import importlib.metadata as metadata
 
-    from ftlib import assets, environment
+    from .inputs import assets
+    from .show import setup as environment
 
     environment.setup()
     print(f"cache       {assets.cache_dir()}")
@@ -181,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             return train(options.file)
         if options.command == "doctor":
             return doctor()
-        from ftlib import assets
+        from .inputs import assets
 
         if options.action == "fetch":
             for name, path in assets.fetch(options.names or None).items():

@@ -8,8 +8,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Sequence
 
 import ftlib
-from ftlib import assets
 from ftlib.__main__ import main, read_run, tokenized_for
+from ftlib.inputs import assets
 
 GOOD = 'model = "m"\ntask = "sequence-classification"\ncorpus = "c"\noutput = "o"\n'
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ftlib
 from ftlib.__main__ import read_run
-from ftlib.training import TrainConfig
+from ftlib.engine.fit import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

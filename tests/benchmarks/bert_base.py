@@ -30,7 +30,7 @@ from record import RESULTS, SpeedTable, installed
 from roofline import best_rate, encoder_flops, shapes
 
 import ftlib
-from ftlib.batching import collate
+from ftlib.inputs.tokenizing import collate
 
 # name: (batch, fixed length or None for the real ones, rows, options of the config)
 TRAINING = {

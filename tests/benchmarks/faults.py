@@ -508,7 +508,7 @@ def torchrun(mode: str, folder: Path, environment: dict[str, str]) -> list[dict[
 
 def one_process(mode: str, folder: Path) -> None:
     """One of the processes of `torchrun`; FTLIB_KILL: which one dies, how many seconds after which step begins."""
-    from ftlib import distributed
+    from ftlib.engine import distributed
 
     distributed.start()
     rank, (victim, last, moment) = distributed.rank(), os.environ.get("FTLIB_KILL", "-1 0 0").split()
@@ -541,7 +541,7 @@ def one_process(mode: str, folder: Path) -> None:
 
 def untrusted() -> dict[str, Any]:
     """The examples of tests/test_untrusted.py, and how many of its tests failed."""
-    tests = Path(__file__).parents[1] / "test_untrusted.py"
+    tests = Path(__file__).parents[1] / "engine/test_untrusted.py"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-show-statistics"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, str(tests)], capture_output=True, text=True)
     counts = [tuple(map(int, found)) for found in re.findall(r"(\d+) passing, (\d+) failing", done.stdout)]

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from ftlib.environment import mean_std, results_table, stored_results
+from ftlib.show.setup import mean_std, results_table, stored_results
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- results: python tests/benchmarks/report.py -->", "<!-- end of results -->"
@@ -358,7 +358,7 @@ def picture() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from ftlib import plots
+    from ftlib.show import plots
 
     ax = None
     for strategy, label in (
@@ -384,7 +384,7 @@ def strategies_picture() -> None:
     """Accuracy at the larger size against what trains, and against the time of a step: a row a corpus."""
     import matplotlib.pyplot as plt
 
-    from ftlib import plots
+    from ftlib.show import plots
 
     costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
     figure, grid = plt.subplots(2, 2, figsize=(11, 8), dpi=110, layout="constrained", sharey="row")

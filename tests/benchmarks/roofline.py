@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlib import speedups
-from ftlib.tuning import base_model_of, encoder_layers
+from ftlib.methods import speedups
+from ftlib.methods.tuning import base_model_of, encoder_layers
 
 
 def synchronize() -> None:

@@ -72,7 +72,7 @@ def feature_method(name: str, texts: list[str]) -> Method | None:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        transformer = Transformer(str(ftlib.assets.path("minilm")), max_seq_length=MAX_LENGTH)
+        transformer = Transformer(str(ftlib.inputs.assets.path("minilm")), max_seq_length=MAX_LENGTH)
         pooling = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
         encode = functools.partial(model.encode, batch_size=64 if "64" in name else 32)

@@ -24,7 +24,7 @@ import torch
 from record import Table, device_slug
 
 import ftlib
-from ftlib.pretrained import load_model, load_tokenizer
+from ftlib.inputs.pretrained import load_model, load_tokenizer
 
 PARTS = ("rotten-tomatoes", "banking77", "cost")
 # corpus -> {training texts: (batch size, epochs)}; banking77 has 77 classes, and as many texts of each

@@ -1,0 +1,356 @@
+"""Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
+
+To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
+speedups.py, torch, transformers and safetensors (multitask.py, balancing.py for several heads; peft for its adapters;
+pretrained.py, assets.py, wheels.py to find an adapter's base model by name).
+"""
+
+import copy
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..inputs.files import MARK, aside, read_json, read_tensors, refuse_kernels, shapes_of, tensors_of
+from ..methods import adapters
+from ..methods.optimizing import tuning_of
+from ..methods.tuning import head_modules, tune
+
+
+def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Write a model to a folder that `load`, and for stock models `from_pretrained`, opens.
+
+    A model with adapters (`tune`: "lora", "houlsby", "pfeiffer", a PEFT configuration) becomes adapter_config.json and
+    adapter_model.safetensors, PEFT's format, with its task head inside, and ftlib.json, which says what head that is;
+    PEFT opens it but for bottleneck adapters, which it does not know.  `merge` first to save a whole model.
+    A MultiTaskModel becomes `encoder/` (opens with AutoModel), `heads.safetensors` and `multitask.json`.
+    The folder appears whole or not at all; an older model in its place is replaced, all of it.
+    Raises ValueError when the folder holds something else than a model's files.
+    """
+    for what, value in (("model", model), *([("tokenizer", tokenizer)] if tokenizer is not None else [])):
+        if not hasattr(value, "save_pretrained") and not hasattr(value, "specs"):
+            raise TypeError(f"the {what} is a {type(value).__name__}, which can't be saved; pass one of Transformers'")
+    folder = Path(folder).resolve()
+    _refuse_other_files(folder)
+    with aside(folder) as temporary:
+        if hasattr(model, "specs") and hasattr(model, "heads"):
+            _save_multitask(model, temporary)
+        elif adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
+            _save_adapter(model, temporary)
+        else:
+            model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
+    """Read a model that `save` (or `save_pretrained`) wrote, in eval mode, float32, with its own head.
+
+    base: for an adapter, the pretrained model under it: a short name, folder or hub id, in place of the one the adapter
+    names; or a model with a head, of which a copy is taken.
+    Only safetensors are read, and only model classes of Transformers are built; no code from the folder runs.
+    Raises FileNotFoundError for a folder that is not there, ValueError naming the file for one that is not whole.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        remedy = f"save a model there first: ftlib.save(model, {str(folder)!r})"
+        for old in folder.parent.glob(".*.old"):
+            if re.fullmatch(rf"\.{re.escape(folder.name)}\.{MARK}\.old", old.name):
+                remedy = f"a process was killed while it replaced it; the model before lies in {old}: rename that"
+        raise FileNotFoundError(f"no folder {folder}; {remedy}")
+    if (folder / "multitask.json").is_file():
+        return _load_multitask(folder, base)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _load_adapter(folder, base)
+    if base is not None:
+        raise ValueError(f"base={base!r}: {folder} holds a whole model, which needs none")
+    return _load_stock(folder)
+
+
+_MARKS = {"config.json": "model_type", "multitask.json": "heads", "adapter_config.json": "peft_type"}
+_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # what save_pretrained and people write
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder")
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not entries:
+        return
+    if not any((folder / mark).is_file() and key in read_json(folder / mark) for mark, key in _MARKS.items()):
+        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
+    for entry in entries:
+        if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
+            raise ValueError(f"{folder} holds more than a model: {entry.name}; choose another folder, or move that")
+
+
+def _load_stock(folder: Path) -> nn.Module:
+    import transformers
+
+    config = read_json(folder / "config.json")
+    refuse_kernels(config, f"{folder}/config.json")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    try:
+        kind = getattr(transformers, name, None)
+    except Exception:  # a class whose own needs are not installed
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
+    _refuse_sizes(folder, config, kind)
+    try:
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, torch and Transformers have many types for a damaged or foreign file
+        shown = OSError if isinstance(error, OSError) else ValueError
+        raise shown(f"{folder}: can't read the weights ({error}); damaged, or not those of config.json") from error
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
+    return model.eval()
+
+
+def _refuse_sizes(folder: Path, config: dict, kind: type) -> None:
+    """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shapes |= shapes_of(path)
+    if not shapes:
+        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
+    largest = max([2**20, *(size for shape in shapes.values() for size in shape)])
+    for key, value in _whole_numbers(config):
+        if abs(value) > (max(len(shapes), 100) if key.endswith("layers") else largest):
+            raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
+    try:
+        with torch.device("meta"):
+            twin = kind(kind.config_class.from_dict(config))
+            twin.tie_weights()
+        asked = sum(p.numel() for p in twin.parameters())
+    except Exception as error:
+        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        raise ValueError(f"{folder}: weights missing: config.json describes {asked} numbers, the files hold {held}")
+
+
+def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            yield from _whole_numbers(inner, name)
+    elif isinstance(value, int):
+        yield key, value
+
+
+def _save_multitask(model: nn.Module, folder: Path) -> None:
+    if adapters.adapters_of(model.encoder):
+        (folder / "encoder").mkdir()
+        _save_adapter(model.encoder, folder / "encoder", tuning_of(model))
+    else:
+        model.encoder.save_pretrained(folder / "encoder")
+    save_file(tensors_of(model.heads.state_dict()), folder / "heads.safetensors")
+    specs = {name: asdict(spec) for name, spec in model.specs.items()}
+    (folder / "multitask.json").write_text(json.dumps({"heads": specs}, indent=1))
+
+
+def _load_multitask(folder: Path, base: Any) -> nn.Module:
+    from ..methods.multitask import Head, MultiTaskModel
+
+    specs = read_json(folder / "multitask.json").get("heads")
+    if not isinstance(specs, dict):
+        raise ValueError(f"{folder}/multitask.json: no 'heads'; save the model again")
+    try:
+        heads = {
+            name: Head(**{**spec, "label_names": tuple(spec["label_names"]) if spec.get("label_names") else None})
+            for name, spec in specs.items()
+        }
+        if not all(isinstance(name, str) for head in heads.values() for name in head.label_names or ()):
+            raise ValueError("label_names must be texts")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/multitask.json: {error}") from None
+    tensors = read_tensors(folder / "heads.safetensors")
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if any(head.num_labels > largest for head in heads.values()):
+        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json, which has more labels; mend it")
+    adapted = (folder / "encoder" / "adapter_config.json").is_file()
+    if adapted:
+        _refuse_adapter_sizes(folder / "encoder")
+    encoder = _base_of(folder / "encoder", base) if adapted else _load_stock(folder / "encoder")
+    model = MultiTaskModel(encoder, heads)
+    if adapted:
+        _put_adapter(model, model.encoder, folder / "encoder")
+    try:
+        model.heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json: {error}") from None
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+_OURS = ("lora", "houlsby", "pfeiffer")
+_PREFIX = "base_model.model."  # what PEFT puts before the names of weights
+
+
+def _save_adapter(model: nn.Module, folder: Path, tuning: Any = None) -> None:
+    tuning = tuning or tuning_of(model)
+    if tuning is None:
+        raise ValueError("the model has adapters that ftlib.tune did not put there; ftlib.merge(model) folds them in")
+    base = _public_name(getattr(model.config, "_name_or_path", ""))
+    if tuning.peft is not None:
+        tuning.peft.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # a card with nothing in it but a path on this machine
+        config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
+    else:
+        own = {f"{name}.{part}" for name, adapter in adapters.adapters_of(model).items() for part in adapter.own()}
+        names = {name.removeprefix("encoder.") for name in tuning.names} | own
+        state = {name: p for name, p in model.named_parameters() if name in names or p.requires_grad}
+        save_file(tensors_of({_PREFIX + n: p for n, p in state.items()}), folder / "adapter_model.safetensors")
+        config = adapters.peft_config(model, head_modules(model)) | {"base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    names = [name for _, name in sorted(model.config.id2label.items())]
+    note = {
+        "strategy": tuning.strategy, "options": tuning.options, "task": _task_of(model),
+        "num_labels": len(names), "label_names": None if names[:1] == ["LABEL_0"] else names,
+    }  # fmt: skip
+    (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """The word `load_model` builds this head by; None for a bare encoder."""
+    if model.base_model is model:
+        return None
+    if "TokenClassification" in type(model).__name__:
+        return "token-classification"
+    return {
+        "multi_label_classification": "multi-label-classification", "regression": "regression",
+    }.get(model.config.problem_type, "sequence-classification")  # fmt: skip
+
+
+def _public_name(place: str) -> str | None:
+    """The base model's name that means something on another machine: an asset's hub id, else what it was loaded by."""
+    from ..inputs import assets
+
+    hubs = {str(assets.cache_dir() / name): entry.get("hub") for name, entry in assets.manifest().items()}
+    return hubs.get(place) or place or None
+
+
+def _load_adapter(folder: Path, base: Any) -> nn.Module:
+    _refuse_adapter_sizes(folder)
+    model = _base_of(folder, base)
+    _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
+    return model.eval()
+
+
+def _refuse_adapter_sizes(folder: Path) -> None:
+    """Raise ValueError where the settings describe larger matrices than the file holds, before they fill the memory."""
+    path = folder / "adapter_model.safetensors"
+    shapes = shapes_of(path).values() if path.is_file() else ()
+    largest = max([4096, *(size for shape in shapes for size in shape)])
+    for name in ("adapter_config.json", "ftlib.json"):
+        for key, value in _whole_numbers(read_json(folder / name) if (folder / name).is_file() else {}):
+            if abs(value) > largest and not key.endswith(("seed", "key")):
+                raise ValueError(f"{folder}/{name}: {key} is {value}, too large for the weights; mend it")
+
+
+def _base_of(folder: Path, base: Any) -> nn.Module:
+    """The pretrained model under an adapter, with a new head of the right kind."""
+    if isinstance(base, nn.Module):
+        return copy.deepcopy(base)
+    from ..inputs import assets
+    from ..inputs.pretrained import load_model
+
+    config = read_json(folder / "adapter_config.json")
+    name = base if base is not None else config.get("base_model_name_or_path")
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ValueError(f"{folder}/adapter_config.json names no base model; pass base=... (a name, folder or model)")
+    ours = {entry.get("hub"): asset for asset, entry in assets.manifest().items() if entry["kind"] == "model"}
+    note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else _guessed(folder, config)
+    given = {key: note[key] for key in ("num_labels", "label_names") if note.get("task") and note.get(key) is not None}
+    try:
+        return load_model(ours.get(name, name), note.get("task"), **given)
+    except OSError as error:
+        raise OSError(f"{folder}: can't load its base model {name!r}; pass base=... ({error})") from error
+
+
+def _guessed(folder: Path, config: dict) -> dict[str, Any]:
+    """Kind and size of the head of an adapter that PEFT wrote."""
+    kinds = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification", "FEATURE_EXTRACTION": None}
+    if config.get("task_type") not in kinds:
+        raise ValueError(f"{folder}/adapter_config.json: task_type {config.get('task_type')!r}; pass base=a model")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    ends = ("classifier.weight", "score.weight", "out_proj.weight")
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(ends)]
+    labels = {"num_labels": len(heads[-1])} if heads else {}
+    return {"task": kinds[config["task_type"]], **labels}
+
+
+def _peft_settings(folder: Path) -> Any:
+    """PEFT's configuration in a folder, without what would load or compute first values: the file replaces those."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+        if hasattr(settings, name):
+            setattr(settings, name, None)
+    if hasattr(settings, "prompt_tuning_init"):
+        settings.prompt_tuning_init = "RANDOM"
+    if hasattr(settings, "prefix_projection"):
+        settings.prefix_projection = False  # the file holds what the projection made
+    if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
+        names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
+        settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
+    return settings
+
+
+def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: bool = False) -> None:
+    """Put the adapter in a folder on a base model; `place` is the part of the model that it was saved from."""
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else {}
+    tensors, heads = read_tensors(path), head_modules(place)
+    ours = note.get("strategy") in _OURS
+    if ours and not isinstance(note.get("options"), dict):
+        raise ValueError(f"{folder}/ftlib.json: no 'options'; save the model again")
+    if config.get("megatron_config") is not None:
+        raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
+    try:
+        tune(model, note["strategy"], **note["options"]) if ours else tune(model, _peft_settings(folder))
+    except Exception as error:  # PEFT has many types for settings that make no sense
+        raise ValueError(f"{folder}: its settings make no adapter for this model ({error}); mend them") from error
+    if ours:
+        wanted = {n.removeprefix("encoder.") for n in tuning_of(model).names if not n.startswith("heads.")}
+        got = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    else:
+        import peft
+
+        wrapper = tuning_of(model).peft
+        fresh = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+        wanted, got = fresh.keys(), tensors
+    # the base may bring the head along; the pooler, which PEFT does not save unless told to, comes from the base too
+    inside = f"{place.base_model_prefix}."
+    given = [f".{name}." for name in heads if headless or (not note and name.startswith(inside))]
+    missing = sorted(name for name in wanted - got.keys() if not any(part in f".{name}" for part in given))
+    if missing:
+        raise ValueError(
+            f"{path} lacks {missing[0]} and {len(missing) - 1} more, which would start random; if that is the task "
+            "head, pass base=a model that has it"
+        )
+    try:
+        if ours:
+            extra = place.load_state_dict(got, strict=False).unexpected_keys
+        else:
+            extra = set(peft.set_peft_model_state_dict(wrapper, fresh | got).unexpected_keys) - wanted
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} does not fit its base model: {error}") from error
+    if extra:
+        raise ValueError(f"{path} has weights that the model lacks: {', '.join(sorted(extra)[:3])}")

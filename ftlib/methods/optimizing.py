@@ -1,0 +1,220 @@
+"""How fast the chosen parameters move: optimizer groups, schedules, and what a strategy asks of every step.
+
+`tuning.tune` writes a `Tuning` beside the model's modules; the functions here read it, for `ftlib.fit` and, through
+`trainer_options`, for the stock `Trainer`.
+
+To copy this module you need: optimizing.py, regularization.py, speedups.py and torch.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import regularization
+
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
+
+
+@dataclass
+class Tuning:
+    """What was chosen, and what the training loop has to do about it; `model.tuning`."""
+
+    strategy: str
+    options: dict[str, Any]
+    names: tuple[str, ...] = ()  # of the parameters that train
+    scales: dict[str, float] = field(default_factory=dict)  # parameter -> share of the learning rate, 1 for all others
+    stages: list[list[str]] = field(default_factory=list)  # gradual unfreezing: parameters frozen at first, top first
+    until: float = 0.0  # share of the steps after which all stages are free
+    strength: float = 0.0  # of L2-SP
+    start: dict[str, torch.Tensor] = field(default_factory=dict)  # the pretrained weights for L2-SP
+    peft: Any = None  # the PeftModel around the model's modules
+
+
+def tuning_of(model: nn.Module) -> Tuning | None:
+    """What `tune` has set up, None for a model as it came."""
+    return vars(model).get("tuning")
+
+
+def normalizes(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
+
+
+def _no_decay_names(model: nn.Module) -> Iterator[str]:
+    for module_name, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if name == "bias" or normalizes(module):
+                yield f"{module_name}.{name}" if module_name else name
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01, spare: bool = True
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
+
+    Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
+    BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After `tune(model, "layer-decay")`
+    there are two a layer, with "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay
+    towards zero.
+    Raises ValueError when nothing is trainable.
+
+    >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
+    [1, 1]
+    """
+    spared, tuning = set(_no_decay_names(model) if spare else ()), tuning_of(model) or Tuning("as set", {})
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = name not in spared and name not in tuning.start
+            found.setdefault((tuning.scales.get(name, 1.0), decayed), []).append(parameter)
+    if not found:
+        raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
+    return [
+        {
+            "params": found[scale, decayed], "weight_decay": weight_decay if decayed else 0.0,
+            "lr": learning_rate * scale, "scale": scale, "decayed": decayed,
+        }
+        for scale, decayed in sorted(found, reverse=True)
+    ]  # fmt: skip
+
+
+def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The optimizer a TrainConfig asks for, on the trainable parameters."""
+    groups = parameter_groups(
+        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
+    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
+    """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
+
+    Nothing is done where fp16's gradients overflowed, so that no step is taken.
+    """
+    tuning = tuning_of(model)
+
+    def overflowed() -> bool:  # a fused optimizer is called then too, and told so
+        return bool(getattr(optimizer, "found_inf", None))
+
+    if tuning is not None and tuning.strength:
+        starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
+
+        def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for group in [] if overflowed() else optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter in starts and parameter.grad is not None:
+                        regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
+
+        optimizer.register_step_pre_hook(towards_the_start)
+    if l1:
+
+        def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for group in [] if overflowed() else optimizer.param_groups:
+                for parameter in group["params"] if group["decayed"] else []:
+                    regularization.shrink_(parameter, group["lr"] * l1)
+
+        optimizer.register_step_post_hook(towards_zero)
+
+
+def begin_step(model: nn.Module, step: int, total: int) -> None:
+    """Gradual unfreezing: free the layers whose turn has come at step `step` (0-based) of `total`; else nothing."""
+    tuning = tuning_of(model)
+    if tuning is None or not tuning.stages:
+        return
+    end = tuning.until * total
+    free = int(len(tuning.stages) * step / end) if step < end else len(tuning.stages)
+    parameters = dict(model.named_parameters())
+    for place, stage in enumerate(tuning.stages):
+        for name in stage:
+            parameters[name].requires_grad_(place < free)
+
+
+def follows_steps(model: nn.Module) -> bool:
+    """Whether the strategy looks at single steps or weights: then the optimizer must hold the parameters themselves."""
+    tuning = tuning_of(model)
+    return tuning is not None and bool(tuning.stages or tuning.start)
+
+
+def check(model: nn.Module, how: str) -> None:
+    """ValueError for weights that train in float16, and for a strategy that needs them whole where they are spread."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} would train in float16, where small steps vanish and Adam divides by zero; load the model "
+                "with dtype=torch.float32, and let precision='fp16' compute in half"
+            )
+    if how == "fsdp" and follows_steps(model):
+        raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
+
+
+def described(model: nn.Module) -> str:
+    """The model and its strategy in words, for a run that is to go on later: what must not be another then."""
+    said: dict[str, Any] = {
+        "parameters": [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()],
+        "dropout": [m.p for m in model.modules() if isinstance(m, nn.Dropout)],
+        "heads": {name: repr(spec) for name, spec in getattr(model, "specs", {}).items()},
+    }
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    said |= {key: value for key, value in config.items() if "drop" in key or key in ("hidden_act", "activation")}
+    if (tuning := tuning_of(model)) is not None:
+        starts = hashlib.sha256()
+        for start in [*dict(sorted(tuning.start.items())).values(), *regularization.mixout_starts(model)]:
+            starts.update(start.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        said |= {"strategy": tuning.strategy, "options": tuning.options, "starts": starts.hexdigest()}
+        if tuning.peft is not None:
+            said["peft"] = tuning.peft.active_peft_config.to_dict()
+    return json.dumps(said, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, (set, frozenset)) else repr(x))
+
+
+def trainer_options(model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    """What the stock `Trainer` needs to follow a strategy: Trainer(model, ..., **trainer_options(model, ...)).
+
+    Its own schedule goes on top.  Only "gradual-unfreezing", "layer-decay" and "l2-sp" need it.
+    """
+    from transformers import TrainerCallback
+
+    class Unfreezing(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begin_step(model, state.global_step, state.max_steps)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begin_step(model, 1, 1)
+
+    groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    attach(optimizer, model)
+    return {"optimizers": (optimizer, None), "callbacks": [Unfreezing()]}
+
+
+def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: int = 0) -> float:
+    """What the learning rate is multiplied by at optimizer step `step` (0-based) of `total`.
+
+    After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
+    cosine; "exponential" falls by the same ratio every step, to 0.01 at the end; "range" rises so, from 1e-5 to 1.
+
+    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
+    [0.0, 1.0, 0.67, 0.33, 0.0]
+    """
+    if schedule not in (*SCHEDULES, "range"):
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return step / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule == "range":
+        return 1e-5 ** (1.0 - done)
+    return 0.01**done

@@ -1,0 +1,131 @@
+"""What keeps a fine-tuned model simple, or near its pretrained self: L2-SP, mixout, R-Drop, L1, dropout rates.
+
+Weight decay, label smoothing, early stopping and gradient clipping are fields of `TrainConfig`, and so are `l1`,
+`r_drop` and `dropout` from here; L2-SP and mixout are strategies of `tuning.tune`.
+
+To copy this module you need: regularization.py, speedups.py and torch.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .speedups import dropout
+
+IGNORE = -100
+
+
+@torch.no_grad()
+def pull_(parameter: nn.Parameter, start: torch.Tensor, amount: float) -> None:
+    """L2-SP: weight decay towards the pretrained weights, θ ← θ - amount (θ - θ₀), amount = learning rate * strength.
+
+    Beside SGD this is the gradient of strength/2 |θ - θ₀|²; beside Adam it is decoupled from the gradient's scale, as
+    AdamW decouples weight decay.  Source: Li et al. 2018 (arXiv:1802.01483).
+
+    >>> p = nn.Parameter(torch.tensor([3.0])); pull_(p, torch.tensor([1.0]), 0.5); p.item()
+    2.0
+    """
+    parameter.lerp_(start.to(parameter.device, parameter.dtype), amount)
+
+
+@torch.no_grad()
+def shrink_(parameter: nn.Parameter, amount: float) -> None:
+    """L1: every weight moves by `amount` towards zero and stays there, θ ← sign(θ) max(|θ| - amount, 0).
+
+    The proximal step of amount * |θ|₁, amount = learning rate * strength; unlike the subgradient sign(θ) it makes
+    exact zeros.  Source: Tibshirani 1996; Parikh and Boyd 2014, Proximal Algorithms, 6.5.2.
+
+    >>> p = nn.Parameter(torch.tensor([3.0, -0.25])); shrink_(p, 0.5); p.tolist()
+    [2.5, 0.0]
+    """
+    parameter.sub_(parameter.clamp(-amount, amount))        # zeros are +0.0, which softshrink does not promise
+
+
+def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labelled items.
+
+    (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats.
+
+    Args:
+        first, second: logits, (items, classes), or (batch, tokens, classes) for tags.
+        labels: (items,) or (batch, tokens) int64, -100 ignored; (items, classes) 0/1 for several labels an item.
+        kind: "sequence-classification", "token-classification" or "multi-label-classification" (a Bernoulli
+            distribution a label, summed over labels).
+    Source: Liang et al. 2021 (arXiv:2106.14448), equation 2; the factors are those of the authors' code.
+    Raises ValueError for another kind: a predicted number has no distribution.
+    """
+    first, second = first.float(), second.float()
+    if kind == "multi-label-classification":
+        both = zip((first, second), (second, first), strict=True)
+        each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
+        return each.sum() / 4
+    if kind not in ("sequence-classification", "token-classification"):
+        raise ValueError(f"r_drop compares predicted distributions; {kind} predicts numbers: leave r_drop at 0")
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    each = ((p.exp() - q.exp()) * (p - q)).sum(-1)  # KL(p‖q) + KL(q‖p)
+    return each[labels != IGNORE].sum() / 2
+
+
+# ------------------------------------------------------------------------------------------------------ mixout
+
+
+def add_mixout(linears: Iterable[nn.Linear], p: float) -> None:
+    """While training, every weight of these layers is with probability p the present (pretrained) one, in place.
+
+    W ← W₀ + dropout(W - W₀, p): dropout towards the pretrained weights in place of zero, with the same mean W.
+    Source: Lee et al. 2020 (arXiv:1909.11299).
+    """
+    for linear in linears:
+        linear.forward = partial(_mixed, linear, linear.weight.detach().clone(), p)
+
+
+def _mixed(linear: nn.Linear, start: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
+    weight = linear.weight
+    if linear.training:
+        start = start.to(weight.device)
+        weight = start + dropout(weight - start, p)
+    return F.linear(x, weight, linear.bias)
+
+
+def mixout_starts(model: nn.Module) -> list[torch.Tensor]:
+    """The pretrained weights that `add_mixout` keeps, in the order of the modules."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    return [forward.args[1] for forward in forwards if getattr(forward, "func", None) is _mixed]
+
+
+def remove_mixout(model: nn.Module) -> None:
+    """Undo `add_mixout`."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "func", None) is _mixed:
+            del module.forward
+
+
+# ------------------------------------------------------------------------------------------------------ dropout
+
+
+@contextmanager
+def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
+    """Inside, all of the model's dropout, that of the attention weights too, has probability p; None: its own.
+
+    A model whose configuration had a rate of 0 may have no dropout module there; that place stays without.
+    Raises ValueError for a model with no dropout at all.
+    """
+    if p is None:
+        yield
+        return
+    places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    places += [(m, "attention_dropout") for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
+    if not places:
+        raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, p)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)

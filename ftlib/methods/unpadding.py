@@ -1,0 +1,360 @@
+"""Run a Transformers encoder on real tokens only: same numbers, no work on padding.
+
+A batch of texts is padded to its longest row, and a stock encoder computes every layer for the padding too.
+`unpad(model)` hooks the encoder: before it, padded positions are dropped, so that each layer sees one long row of
+real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must know where an example
+ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same object with the same
+weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
+
+With padding on the right, attention runs on the packed tokens: on a CPU in float32 by `speedups.attend`, on a CUDA GPU
+of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.  Otherwise
+the heads are padded again for it.
+
+To copy this module you need: unpadding.py, speedups.py, torch and transformers.
+Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
+arXiv:2412.13663).
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from . import speedups
+
+NAME = "ftlib_unpadded"
+
+# Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
+_ENCODER = {
+    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "data2vec-text": "encoder",
+    "distilbert": "transformer", "electra": "encoder", "ernie": "encoder", "mobilebert": "encoder",
+    "roberta": "encoder", "roberta-prelayernorm": "encoder", "roc_bert": "encoder", "xlm-roberta": "encoder",
+    "xlm-roberta-xl": "encoder",
+}  # fmt: skip
+# With rotary positions, which the base model itself computes: its inputs are packed, and keyword arguments it doesn't
+# know go through its layers to the attention function.
+_ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
+
+
+class Packing(NamedTuple):
+    """Where the kept tokens of a padded batch come from; made once a forward pass, with one wait for the GPU."""
+
+    indices: Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
+    mask: Tensor  # (batch, tokens) bool, True at real tokens
+    batch: int
+    tokens: int
+    cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
+    longest: int  # kept tokens of the longest row
+    lengths: list[int] | None = None  # kept tokens of every row; None on a GPU, or if padding isn't on the right
+    spare: int = 0  # rows added to the packed tokens: oneDNN prepares a product for every new shape, so have few
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Packing":
+        """From a bool mask (batch, tokens), True at real tokens."""
+        kept = mask.clone()
+        kept[:, 0] = True
+        lengths = kept.sum(1)  # (batch,)
+        on_the_right = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
+        total, longest, on_the_right = torch.stack((lengths.sum(), lengths.max(), on_the_right.long())).tolist()
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) if on_the_right else None
+        indices = kept.flatten().nonzero_static(size=total).flatten()
+        on_cpu = mask.device.type == "cpu"
+        spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
+        rows = lengths.tolist() if on_cpu and on_the_right else None
+        return cls(indices, mask, *mask.shape, cu_seqlens, longest, rows, spare)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is nothing to drop."""
+        return self.cu_seqlens is not None and len(self.indices) == self.batch * self.tokens
+
+
+def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
+    """(batch, tokens, ...) to (1, N_tokens + spare, ...); the spare rows repeat the first and are never read."""
+    flat = padded.flatten(0, 1)
+    if len(flat) == len(packing.indices):
+        return flat.unsqueeze(0)
+    return flat[F.pad(packing.indices, (0, spare))].unsqueeze(0)
+
+
+def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
+    """Keep the real tokens of (batch, tokens, hidden): returns (1, N_tokens, hidden) and where they came from.
+
+    mask: bool (batch, tokens), True at real tokens.  Position 0 is always kept, because the stock heads read it,
+    even where it is padding (left padding, or a row without real tokens).
+
+    >>> hidden = torch.arange(4.0).view(2, 2, 1)
+    >>> packed, packing = unpad_input(hidden, torch.tensor([[True, True], [True, False]]))
+    >>> packed.flatten().tolist(), packing.indices.tolist()
+    ([0.0, 1.0, 2.0], [0, 1, 2])
+    """
+    packing = Packing.of(mask)
+    return _pack(hidden, packing), packing
+
+
+def pad_input(packed: Tensor, packing: Packing) -> Tensor:
+    """Put (1, N_tokens, ...) back into (batch, tokens, ...); zeros where there was padding.
+
+    >>> packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
+    >>> pad_input(packed, packing)[0, :, 0].tolist()
+    [1.0, 0.0]
+    """
+    flat = packed[0, : len(packing.indices)]
+    if len(flat) != packing.batch * packing.tokens:
+        flat = flat.new_zeros(packing.batch * packing.tokens, *flat.shape[1:]).index_copy(0, packing.indices, flat)
+    return flat.view(packing.batch, packing.tokens, *flat.shape[1:])
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """(1, heads, N_tokens, head_dim) to (1, N_tokens, heads, head_dim); window: how far a token sees to each side."""
+    query, key, value = (
+        pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
+    )  # (batch, heads, tokens, head_dim)
+    keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
+    if window is not None:
+        position = torch.arange(packing.tokens, device=query.device)
+        keys = keys & ((position[:, None] - position).abs() <= window)  # (batch, 1, tokens, tokens)
+    out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
+    return _pack(out.transpose(1, 2), packing, packing.spare)  # (1, N_tokens, heads, head_dim)
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
+    ends, longest = packing.cu_seqlens, packing.longest
+    options = {} if window is None else {"window_size": (window, window)}
+    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, **options).unsqueeze(0)
+
+
+def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
+    """What `varlen_attn`, which is FlashAttention 2, asks for."""
+    if packing.cu_seqlens is None or dropout or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return False
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N_tokens, head_dim) when packed
+    key: Tensor,  # (1, heads or fewer, N_tokens, head_dim)
+    value: Tensor,
+    attention_mask: Packing | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if key.shape[1] != query.shape[1]:  # grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if isinstance(attention_mask, Packing):
+        packing = attention_mask
+    if packing is None:
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
+    local = sliding_window is not None and sliding_window < packing.tokens  # a window that holds every row is none
+    window = sliding_window - 1 if local else None
+    if window is None and speedups.usable(query) and packing.lengths is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale)
+        return out.transpose(0, 1).unsqueeze(0), None  # (1, N_tokens, heads, head_dim)
+    if _can_varlen(query, packing, dropout):
+        return _attend_varlen(query, key, value, packing, scaling, window), None
+    return _attend_packed(query, key, value, packing, dropout, scaling, window), None
+
+
+def _keep_padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """What Transformers calls to build the (batch, 1, tokens, tokens) mask; we hand the (batch, tokens) one on."""
+    return attention_mask
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _keep_padding_mask)
+
+
+def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an unpadded base model: no hook, because sentence-transformers calls `forward` past the hooks."""
+    for module in _hooked(base):
+        vars(module).pop("_packing", None)  # left over when the last forward pass failed half-way
+    if base.config._attn_implementation != NAME:  # switched back by hand
+        return type(base).forward(base, *args, **kwargs)
+    if args:
+        kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
+    output = type(base).forward(base, **_checked(base, kwargs))
+    packing = vars(_encoder_of(base)).pop("_packing", None)
+    return output if packing is None else _padded(output, packing)
+
+
+def _checked(base: nn.Module, kwargs: dict) -> dict:
+    """The inputs of the base model; packed if it has rotary positions."""
+    kind = base.config.model_type
+    if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and base.config.output_attentions):
+        raise ValueError(
+            f"output_attentions=True: an unpadded {kind} keeps no attention weights; call repad(model) and "
+            'model.set_attn_implementation("eager") first'
+        )
+    inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        return kwargs  # the model itself says what is wrong
+    shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
+    if mask is not None and getattr(mask, "shape", None) != shape:
+        raise ValueError(
+            f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got "
+            f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}; for a mask of your own, "
+            "a cache or prefix tuning call repad(model) first"
+        )
+    if kind not in _ROTARY:
+        return kwargs
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    packing = Packing.of(mask.to(inputs.device, torch.bool))
+    for module in _hooked(base):
+        module._packing = packing
+    kwargs = {**kwargs, "attention_mask": None, "packing": packing}
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(shape[1], device=inputs.device)[None]
+    for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing, packing.spare)
+    return kwargs
+
+
+def _before_pooler(pooler: nn.Module, args: tuple) -> tuple | None:
+    packing = vars(pooler).pop("_packing", None)
+    return None if packing is None else (pad_input(args[0], packing), *args[1:])
+
+
+def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    hidden = args[0] if args else kwargs.pop("hidden_states")  # (batch, tokens, hidden)
+    mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
+    if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
+        packing = Packing.of(mask)
+        if packing.is_full and packing.lengths is None:
+            mask = None
+        else:
+            hidden, mask = _pack(hidden, packing, packing.spare), packing
+    return (hidden, mask, *args[2:]), kwargs
+
+
+def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(args[1], Packing):
+        output.last_hidden_state = pad_input(output.last_hidden_state, args[1])
+        encoder._packing = args[1]  # for the hidden states of the layers, which the base model returns
+    return output
+
+
+def _padded(output: Any, packing: Packing) -> Any:
+    """The base model's output, with every (1, N_tokens, hidden) in it put back into (batch, tokens, hidden)."""
+    if isinstance(output, tuple):
+        return tuple(_padded(part, packing) for part in output)
+    if isinstance(output, dict):  # a ModelOutput
+        for name, part in output.items():
+            output[name] = _padded(part, packing)
+        return output
+    if not isinstance(output, Tensor) or output.ndim != 3:
+        return output
+    return output if output.shape[:2] == (packing.batch, packing.tokens) else pad_input(output, packing)
+
+
+def _encoder_of(base: nn.Module) -> nn.Module:
+    """The module around which tokens are packed."""
+    kind = base.config.model_type
+    return base if kind in _ROTARY else getattr(base, _ENCODER[kind])
+
+
+def _hooked(base: nn.Module) -> list[nn.Module]:
+    """The modules inside the base model that `unpad` puts hooks on."""
+    pooler = getattr(base, "pooler", None)
+    return [_encoder_of(base)] + ([pooler] if pooler is not None and base.config.model_type in _ROTARY else [])
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The base Transformers model inside a task model, a PEFT model, or a MultiTaskModel."""
+    if hasattr(model, "heads") and hasattr(model, "encoder"):  # MultiTaskModel
+        model = model.encoder
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    return getattr(model, "base_model", model)
+
+
+def unpad(model: nn.Module) -> nn.Module:
+    """Make a Transformers encoder skip padding, in place; returns the model.
+
+    Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
+    positions the hidden states are zero, where the stock model leaves numbers that nothing should read; a stock
+    question-answering head does read them, as it ranks padding with the tokens, so its loss differs.
+    `output_attentions` needs eager attention, so it needs `repad(model)` first.
+
+    Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
+    and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for
+    `output_attentions` and for an attention_mask that isn't (batch, tokens).
+    """
+    base = _base_of(model)
+    config = getattr(base, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in _ENCODER and kind not in _ROTARY:
+        reason = ""
+        if getattr(config, "is_encoder_decoder", False):
+            reason = ", an encoder-decoder"
+        elif any(getattr(module, "is_causal", False) for module in base.modules()):
+            reason = ", a decoder"
+        elif config is not None and not getattr(base, "_supports_attention_backend", False):
+            reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
+        known = ", ".join(sorted((*_ENCODER, *_ROTARY)))
+        raise ValueError(f"unpad can't handle model type {kind!r}{reason}; it handles {known}")
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)")
+    if is_unpadded(model):
+        return model
+    encoder, *poolers = _hooked(base)
+    encoder._before_unpad = config._attn_implementation
+    base.set_attn_implementation(NAME)
+    _remove_hooks(base)  # left over in a copy whose attention was switched back
+    base.forward = functools.partial(_forward, base)
+    base.forward.__signature__ = inspect.signature(type(base).forward.__get__(base))
+    if encoder is not base:
+        encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
+        encoder.register_forward_hook(_after_encoder)
+    for pooler in poolers:
+        pooler.register_forward_pre_hook(_before_pooler)
+    return model
+
+
+def repad(model: nn.Module) -> nn.Module:
+    """Undo `unpad`, in place; returns the model."""
+    if is_unpadded(model):
+        base = _base_of(model)
+        _remove_hooks(base)
+        base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
+    return model
+
+
+def _remove_hooks(base: nn.Module) -> None:
+    vars(base).pop("forward", None)
+    ours = (_before_encoder, _before_pooler, _after_encoder)
+    for module in _hooked(base):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
+
+
+def is_unpadded(model: nn.Module) -> bool:
+    """Whether `unpad` is on."""
+    config = getattr(_base_of(model), "config", None)
+    return getattr(config, "model_type", None) in (*_ENCODER, *_ROTARY) and config._attn_implementation == NAME

@@ -1,0 +1,196 @@
+"""Rows in order and in micro-batches; a step that ran out of memory is done again in smaller ones, to the same end."""
+
+import warnings
+
+import pytest
+import torch
+from test_training import make_rows, quick, same, steps, weights
+from torch.testing import assert_close
+
+from ftlib.engine import distributed
+from ftlib.engine import fit as training
+from ftlib.engine.feeding import Ahead, cut, halve, out_of_memory
+from ftlib.engine.fit import fit
+from ftlib.engine.settings import Run, TrainConfig
+from ftlib.inputs.tokenizing import collate
+from ftlib.methods.unpadding import unpad
+
+CPU = torch.device("cpu")
+
+
+def limited(model, rows=10**9, tokens=10**9, error=None, backward=False):
+    """A model whose memory holds so many rows, or padded tokens, at a time; the shapes it was called with."""
+    seen = []
+    error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail(gradient):
+        raise error
+
+    def check(module, args, kwargs, output):
+        if not module.training:
+            return
+        shape = kwargs["input_ids"].shape
+        seen.append(tuple(shape))
+        if shape[0] > rows or shape.numel() > tokens:
+            if not backward:
+                raise error
+            output.logits.register_hook(fail)
+
+    model.register_forward_hook(check, with_kwargs=True)
+    return model, seen
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_a_step_without_memory_is_done_again_in_halves(tiny_model, backward, unpadded):
+    rows, config = make_rows(22), quick(batch_size=10, epochs=2, optimizer="sgd", learning_rate=0.1)
+    model, seen = limited(tiny_model(), rows=3, backward=backward)
+    twin = tiny_model()
+    if unpadded:
+        unpad(model), unpad(twin)
+    with pytest.warns(UserWarning, match="out of memory") as warned:
+        run = fit(model, rows, config=config)
+    first, second = (str(warning.message) for warning in warned)
+    assert "micro_batch_size 5 instead of 10" in first and "micro_batch_size 2 instead of 5" in second
+    assert [count for count, _ in seen[:3]] == [10, 5, 2]  # nothing larger than 2 after the first step
+    assert max(count for count, _ in seen[3:]) == 2
+    asked = fit(twin, rows, config=quick(**{**vars(config), "micro_batch_size": 2}))
+    assert steps(run, "micro_batches") == steps(asked, "micro_batches") == [5, 5, 1, 5, 5, 1]
+    assert run.micro_batch_size == 2 and run.config.micro_batch_size is None
+    assert_close(torch.tensor(steps(run)), torch.tensor(steps(asked)), atol=1e-6, rtol=1e-6)
+    for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(found, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_with_dropout_the_step_starts_from_the_same_random_state(tiny_model):
+    rows, runs = make_rows(16), []
+    for size in (None, 4):
+        model = tiny_model(hidden_dropout_prob=0.2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(limited(model, rows=4)[0], rows, config=quick(batch_size=16, micro_batch_size=size))
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+def test_a_token_budget_is_halved_down_to_the_longest_row_and_then_the_rows_are(tiny_model):
+    rows = make_rows(32, longest=9)
+    longest = max(len(row["input_ids"]) for row in rows)
+    model, seen = limited(tiny_model(), tokens=40)
+    with pytest.warns(UserWarning, match="max_tokens"):
+        run = fit(model, rows, config=quick(batch_size=32, max_tokens=200, epochs=1))
+    assert longest <= run.max_tokens <= 100 and run.micro_batch_size is None
+    twin = tiny_model()
+    asked = fit(twin, rows, config=quick(batch_size=32, max_tokens=run.max_tokens, epochs=1))
+    assert steps(run) == pytest.approx(steps(asked), abs=1e-6)
+    model, seen = limited(tiny_model(), rows=1)
+    with pytest.warns(UserWarning, match="micro_batch_size 1 instead of"):
+        run = fit(model, rows, config=quick(batch_size=32, max_tokens=longest, epochs=1))
+    assert run.max_tokens == longest and run.micro_batch_size == 1 and seen[-1][0] == 1
+
+
+def test_a_single_row_that_does_not_fit_says_what_helps(tiny_model):
+    model, _ = limited(tiny_model(), rows=0)
+    before, modes = weights(model), model.training
+    message = r"one row of \d+ tokens at a time; try gradient_checkpointing=True, precision='bf16', .*'lora'"
+    with warnings.catch_warnings(), pytest.raises(MemoryError, match=message):
+        warnings.simplefilter("ignore")
+        fit(model, make_rows(8), config=quick(batch_size=8))
+    assert same(weights(model), before) and model.training == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_several_processes_are_told_the_size_to_start_with(tiny_model, monkeypatch):
+    run = Run(TrainConfig())
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(MemoryError, match=r"process 0 is out of memory with 4 rows at a time; .*micro_batch_size=2"):
+        halve(make_rows(8), run, 9)
+    assert run.micro_batch_size is None
+
+
+def test_what_counts_as_out_of_memory(tiny_model):
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    assert out_of_memory(raised.value)
+    assert out_of_memory(torch.OutOfMemoryError("x")) and not out_of_memory(RuntimeError("shapes differ"))
+    model, seen = limited(tiny_model(), rows=2, error=raised.value)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert fit(model, make_rows(4), config=quick(epochs=1)).micro_batch_size == 2
+    model, seen = limited(tiny_model(), rows=2, error=RuntimeError("another trouble"))
+    with pytest.raises(RuntimeError, match="another trouble"):
+        fit(model, make_rows(4), config=quick())
+    assert len(seen) == 1
+
+
+def test_a_resumed_run_goes_on_in_the_smaller_size(tiny_model, tmp_path, monkeypatch):
+    rows, states, runs = make_rows(24), [], []
+    real = training._Loop.step
+    for stop in (None, 2):
+        options = dict(batch_size=8, checkpoint_dir=str(tmp_path / str(stop)), checkpoint_every=1, resume="auto")
+        for limit in [stop, None] if stop else [None]:
+
+            def step(self, number, rows, limit=limit):
+                if number == limit:
+                    raise ValueError("stopped")
+                real(self, number, rows)
+
+            monkeypatch.setattr(training._Loop, "step", step)
+            model, _ = limited(tiny_model(hidden_dropout_prob=0.2), rows=3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error" if stop and not limit else "ignore")  # no second halving
+                try:
+                    runs.append(fit(model, rows, config=quick(**options)))
+                except ValueError as error:
+                    assert str(error) == "stopped"
+        states.append(weights(model))
+    assert same(*states) and [run.micro_batch_size for run in runs] == [2, 2]
+    assert steps(runs[0]) == steps(runs[1])
+
+
+# ------------------------------------------------------------------------------------------------------- look-ahead
+
+
+def test_the_next_batches_are_there_before_a_result_is_looked_at(tiny_model, monkeypatch):
+    events = []
+    make, norm = Ahead.make, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(Ahead, "make", lambda self, rows: (events.append(len(rows)), make(self, rows))[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (events.append("norm"), norm(*args))[1])
+    fit(tiny_model(), make_rows(9), config=quick(epochs=1))
+    assert events == [4, 4, "norm", 1, "norm", "norm"]  # the last step looks at nothing beyond the run
+
+
+def test_batches_made_for_another_size_are_made_again():
+    rows, run = make_rows(8), Run(TrainConfig())
+    ahead = Ahead(run, 0, CPU)
+    ahead.make(rows)
+    run.micro_batch_size = 3
+    assert [(len(batch["input_ids"]), weight) for batch, weight in ahead.take(rows)] == [(3, 1.0), (3, 1.0), (2, 1.0)]
+    ahead.make(rows)
+    other = make_rows(4, seed=5)
+    ids = [row["input_ids"] for row in other]
+    found = [ids_[mask.bool()].tolist() for batch, _ in ahead.take(other)
+             for ids_, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    assert sorted(found) == sorted(ids) and ahead.ready is None
+
+
+def test_cut_gives_every_process_its_rows_once(monkeypatch):
+    rows = make_rows(7)
+    run = Run(TrainConfig(), micro_batch_size=2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts = cut(rows, run)
+        assert len(parts) == 2 and max(len(part) for part, _ in parts) <= 2  # all as many: the first has 3 rows
+        seen += [id(row) for part, weight in parts for row in part if weight]
+    assert sorted(seen) == sorted(map(id, rows))
+    assert cut(rows[:1], run) == [(rows[:1], 0.0)]  # rank 2 has none of its own: it takes part, and counts nothing
+
+
+def test_collate_to_a_width():
+    rows = make_rows(3, "token-classification", longest=5)
+    longest = max(len(row["input_ids"]) for row in rows)
+    narrow, wide, short = collate(rows), collate(rows, width=8), collate(rows, width=1)
+    for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        assert wide[key].shape == (3, 8) and (wide[key][:, longest:] == fill).all()
+        assert torch.equal(wide[key][:, :longest], narrow[key]) and torch.equal(short[key], narrow[key])

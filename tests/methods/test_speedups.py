@@ -1,0 +1,279 @@
+"""The CPU shortcuts give the numbers of the modules they stand in for."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ftlib.methods import speedups
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def gradients(function, *tensors):
+    """The result and the gradients with respect to every tensor, for one fixed incoming gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    weights = torch.arange(out.numel(), dtype=out.dtype).reshape(out.shape).cos()
+    (out * weights).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("count", [1, 3, 200_001])
+def test_keep_mask_has_the_asked_share(p, count):
+    mask = speedups.keep_mask(torch.empty(count), p)
+    assert mask.shape == (count,) and set(mask.tolist()) <= {0.0, 1.0}
+    if count > 1000:
+        assert abs(mask.mean() - (1 - p)) < 5 * (p * (1 - p) / count) ** 0.5
+
+
+def test_keep_mask_of_almost_one():
+    assert speedups.keep_mask(torch.empty(1000), 0.999999).sum() <= 5
+
+
+def test_keep_mask_draws_are_independent_between_neighbours():
+    """The four 16-bit pieces of one draw: pairs of elements are dropped together as often as chance says."""
+    mask = speedups.keep_mask(torch.empty(400_000), 0.5).view(-1, 4)
+    for a in range(4):
+        for b in range(a):
+            together = (mask[:, a] * mask[:, b]).mean().item()
+            assert together == pytest.approx(0.25, abs=0.01)
+
+
+def test_keep_mask_follows_the_seed():
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(speedups.keep_mask(torch.empty(100), 0.5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_dropout_scales_what_it_keeps_and_its_gradient_is_the_same_mask():
+    x = torch.ones(50, 20, requires_grad=True)
+    out = speedups.dropout(x, p=0.2)
+    assert set(out.unique().tolist()) == {0.0, 1.25}
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])
+def test_dropout_that_drops_nothing_is_the_identity(p, training):
+    x = torch.randn(3)
+    assert speedups.dropout(x, p, training) is x
+
+
+def test_dropout_of_everything():
+    assert speedups.dropout(torch.ones(5), p=1.0).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40, 24), (2, 33, 24), (1, 16, 24), (3, 24)])
+def test_linear_is_torch_linear(shape, bias):
+    x, weight = torch.randn(shape), torch.randn(10, 24)
+    rest = [torch.randn(10)] if bias else []
+    for ours, twin in zip(
+        gradients(speedups.linear, x, weight, *rest), gradients(F.linear, x, weight, *rest), strict=True
+    ):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=1e-5)
+
+
+def test_linear_of_double_precision_under_autocast_and_without_gradients():
+    x, weight = torch.randn(40, 24), torch.randn(10, 24)
+    assert speedups.linear(x.double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert speedups.linear(x, weight).dtype == torch.bfloat16
+    with torch.inference_mode():
+        torch.testing.assert_close(speedups.linear(x, weight), F.linear(x, weight), atol=1e-5, rtol=1e-5)
+
+
+def test_linear_with_frozen_weights_gives_only_the_gradient_that_is_needed():
+    x = torch.randn(40, 24, requires_grad=True)
+    weight, bias = torch.randn(10, 24), torch.randn(10, requires_grad=True)
+    speedups.linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), atol=1e-5, rtol=1e-5)
+    assert weight.grad is None and bias.grad.tolist() == [40.0] * 10
+
+
+@pytest.mark.skipif(not speedups.ONEDNN, reason="this processor takes the ordinary product")
+def test_linear_takes_onednn_where_it_is_the_quicker_one(monkeypatch):
+    calls = []
+    product = speedups._product
+    monkeypatch.setattr(speedups, "_product", lambda *args: calls.append(1) or product(*args))
+    speedups.linear(torch.randn(64, 8), torch.randn(4, 8))
+    assert calls == [1]
+
+
+def test_what_a_linear_layer_gives_may_be_changed_in_place():
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    with speedups.shortcuts(layer):
+        layer(x).sum().backward()
+        out = layer[0](x)
+        out -= 0.5
+    assert x.grad.shape == x.shape
+    torch.testing.assert_close(out, F.linear(x, layer[0].weight, layer[0].bias) - 0.5)
+
+
+def test_linear_without_onednn_is_the_ordinary_one(monkeypatch):
+    monkeypatch.setattr(speedups, "ONEDNN", False)
+    x, weight = torch.randn(64, 8), torch.randn(4, 8)
+    assert torch.equal(speedups.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [2, 2, 2], [3, 3, 1, 1, 3], [90, 90, 4], [150, 2]])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attend_is_scaled_dot_product_attention_of_each_example(lengths, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = [torch.randn(3, sum(lengths), 8) for _ in range(3)]
+
+        def ours(q, k, v):
+            return speedups.attend(q, k, v, lengths, scale=8**-0.5)
+
+        def twin(q, k, v):
+            parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+            return torch.cat([F.scaled_dot_product_attention(a, b, c) for a, b, c in parts], 1)
+
+        for a, b in zip(gradients(ours, *inputs), gradients(twin, *inputs), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*inputs), twin(*inputs), atol=1e-5, rtol=1e-5)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attend_with_dropout_has_the_right_mean_and_gradient():
+    q, k, v = (torch.randn(2, 6, 4) for _ in range(3))
+    plain = speedups.attend(q, k, v, [4, 2])
+    mean = torch.stack([speedups.attend(q, k, v, [4, 2], p=0.3) for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, plain, atol=0.1, rtol=0)
+
+    def seeded(*inputs):
+        torch.manual_seed(7)  # the same mask at every call
+        return speedups.attend(*inputs, [4, 2], p=0.3)
+
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(seeded, inputs)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(50, 24, padding_idx=0)
+        self.inner = nn.Linear(24, 24)
+        self.drop = nn.Dropout(0.0)
+        self.out = nn.Linear(24, 2)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, ids):
+        return self.out(self.drop(self.inner(self.words(ids)).tanh()))
+
+
+def test_shortcuts_change_nothing_but_the_time_and_leave_no_trace():
+    model = Small()
+    ids = torch.randint(1, 50, (4, 20))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    plain = model(ids)
+    with speedups.shortcuts(model), speedups.shortcuts(model):
+        assert "forward" in vars(model.inner)
+        torch.testing.assert_close(model(ids), plain, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(checkpoint(model, ids, use_reentrant=False), plain, atol=1e-6, rtol=1e-5)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
+def test_shortcuts_of_stock_encoders(tiny_model, model_type):
+    model = tiny_model("encoder", model_type=model_type).eval()
+    inputs = {"input_ids": torch.randint(5, 60, (5, 12)), "attention_mask": torch.ones(5, 12, dtype=torch.long)}
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            plain = model(**inputs).last_hidden_state
+            with speedups.shortcuts(model):
+                quick = model(**inputs).last_hidden_state
+        torch.testing.assert_close(quick, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_shortcuts_end_with_an_error_too():
+    model = Small()
+    with pytest.raises(IndexError), speedups.shortcuts(model):
+        model(torch.tensor([[99]]))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_seen_rows_train_as_the_whole_embedding(optimizer):
+    decay = {"weight_decay": 0.1 if optimizer is torch.optim.AdamW else 0.0}
+    whole, seen = Small(), Small()
+    seen.load_state_dict(whole.state_dict())
+    batches = [torch.randint(0, 12, (4, 9)) for _ in range(6)]
+    rows = speedups.SeenRows(seen, {int(i) for batch in batches for i in batch.flatten()})
+    rows.on()
+    assert seen.words.weight.shape == (12, 24)
+    for model, note in ((whole, False), (seen, True)):
+        steps = optimizer(model.parameters(), lr=0.05, **decay)
+        for batch in batches:
+            model(batch).square().mean().backward()
+            steps.step()
+            steps.zero_grad()
+            if note:
+                rows.decayed(steps)
+    with rows.whole():
+        assert seen.words.weight.shape == (50, 24) and seen.words.padding_idx == 0
+        for (name, a), b in zip(whole.named_parameters(), seen.parameters(), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6, msg=name)
+    assert seen.words.weight.shape == (12, 24)
+    rows.off()
+    assert isinstance(seen.words.weight, nn.Parameter) and not seen.words._forward_pre_hooks
+
+
+def test_seen_rows_without_decay_keep_the_account_open():
+    model = Small()
+    first = model.words.weight.detach().clone()
+    rows = speedups.SeenRows(model, [1, 2])
+    rows.on()
+    rows.decayed(torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.5))
+    with rows.whole(decay=False):
+        assert torch.equal(model.words.weight, first)
+    for _ in range(2):  # looking twice changes nothing
+        with rows.whole():
+            torch.testing.assert_close(model.words.weight[3:], first[3:] * 0.75)
+            assert torch.equal(model.words.weight[:3], first[:3])
+    rows.off()
+    torch.testing.assert_close(model.words.weight[3:], first[3:] * 0.75)
+
+
+def test_seen_rows_refuse_an_id_that_was_not_announced():
+    model = Small()
+    speedups.SeenRows(model, [1, 2]).on()
+    with pytest.raises(IndexError):
+        model(torch.tensor([[30]]))
+
+
+@pytest.mark.parametrize("case", ["frozen", "tied", "most seen", "no embeddings"])
+def test_seen_rows_do_nothing_where_nothing_is_saved(case):
+    model = nn.Linear(2, 2) if case == "no embeddings" else Small()
+    if case == "frozen":
+        model.words.weight.requires_grad_(False)
+    if case == "tied":
+        model.decoder = nn.Linear(24, 50, bias=False)
+        model.decoder.weight = model.words.weight
+    before = dict(model.named_parameters())
+    rows = speedups.SeenRows(model, range(45) if case == "most seen" else [1])
+    rows.on()
+    with rows.whole():
+        rows.decayed(torch.optim.SGD(model.parameters(), lr=0.1))
+    rows.off()
+    assert all(p is before[name] for name, p in model.named_parameters())

@@ -1,0 +1,332 @@
+"""Each metric against numbers worked out by hand, and scikit-learn, scipy and seqeval; then bad input."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftlib.tasks import metrics
+from ftlib.tasks.metrics import combine, compute_metrics, entity_scores, load_metric
+
+TAGS = ["O", "B-city", "I-city", "B-day"]
+
+
+def random_ids(classes=5, n=60, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, classes, n), rng.integers(0, classes, n)
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+
+
+def test_three_classes_by_hand():
+    # class 0: 1 predicted, right, 2 true; class 1: 2 predicted, 1 right, 1 true; class 2: 1 predicted, right
+    found = compute_metrics("sequence-classification", [0, 1, 1, 2], [0, 0, 1, 2], ["a", "b", "c"])
+    assert list(found) == ["accuracy", "f1_macro", "precision", "recall", "matthews"]
+    assert found["accuracy"] == 0.75
+    assert found["precision"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["recall"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert all(type(value) is float for value in found.values())
+
+
+def test_matthews_by_hand():
+    # right positive 2, right negative 1, wrong positive 1, wrong negative 0
+    by_hand = (2 * 1 - 1 * 0) / math.sqrt((2 + 1) * (2 + 0) * (1 + 1) * (1 + 0))
+    assert metrics.matthews([1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx(by_hand)
+
+
+def test_multi_label_by_hand():
+    predictions, labels = [[1, 0, 0], [1, 1, 0], [0, 0, 0]], [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    found = compute_metrics("multi-label-classification", predictions, labels)
+    assert found["accuracy"] == pytest.approx(1 / 3)  # only the first row is right in every column
+    assert found["f1_micro"] == pytest.approx(2 * 2 / (3 + 3))
+    # column 2 never occurs on either side and is left out of the mean
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
+def test_regression_by_hand():
+    found = compute_metrics("regression", [1.0, 2.0, 3.0], [2.0, 2.0, 5.0])
+    assert found["mse"] == pytest.approx((1 + 0 + 4) / 3)
+    assert found["pearson"] == pytest.approx(3 / math.sqrt(2 * 6))
+    assert found["spearman"] == pytest.approx(1.5 / math.sqrt(2 * 1.5))  # ranks 1, 2, 3 and 1.5, 1.5, 3
+    column = compute_metrics("regression", np.array([[1.0], [2.0], [3.0]]), [2.0, 2.0, 5.0])
+    assert column == found
+
+
+def test_entities_by_hand():
+    # true: city at 1-2, day at 4; predicted: city at 1 (too short), day at 4
+    labels = [[-100, 0, 1, 2, 0, -100], [-100, 3, -100]]
+    predictions = [[2, 0, 1, 0, 0, 1], [0, 3, 3]]
+    found = compute_metrics("token-classification", predictions, labels, TAGS)
+    assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": pytest.approx(4 / 5)}
+
+
+def test_tokens_without_bio_names_are_scored_as_classes():
+    found = compute_metrics("token-classification", [[0, 1], [1]], [[0, -100], [0]], ["NOUN", "VERB"])
+    assert found["accuracy"] == 0.5
+    assert set(found) == {"accuracy", "f1_macro", "precision", "recall"}
+
+
+def test_padded_arrays_and_all_ignored_rows():
+    labels = torch.tensor([[0, 1, -100], [-100, -100, -100]])
+    found = compute_metrics("token-classification", torch.tensor([[0, 1, 3], [1, 1, 1]]), labels, TAGS)
+    assert found["f1"] == found["accuracy"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------- defined cases
+
+
+def test_macro_runs_over_the_labels_that_occur():
+    # names has four labels; 2 is only predicted (counts 0), 3 occurs nowhere (left out)
+    found = compute_metrics("sequence-classification", [0, 1, 2], [0, 1, 1], ["a", "b", "c", "d"])
+    assert found["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert found["recall"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+
+
+def test_no_positive_label_at_all_gives_zero():
+    found = compute_metrics("multi-label-classification", [[0, 0]], [[0, 0]])
+    assert found == {"f1_micro": 0.0, "f1_macro": 0.0, "accuracy": 1.0}
+
+
+def test_constant_predictions():
+    found = compute_metrics("regression", [2.5, 2.5, 2.5], [1.0, 2.0, 3.0])
+    assert math.isnan(found["pearson"]) and math.isnan(found["spearman"])
+    assert found["mse"] == pytest.approx((2.25 + 0.25 + 0.25) / 3)
+    assert math.isnan(metrics.pearson([1.0], [1.0]))
+    assert metrics.matthews([1, 1], [1, 0]) == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_for_defined_cases():
+    compute_metrics("sequence-classification", [0, 0], [1, 1])
+    compute_metrics("regression", [1.0, 1.0], [1.0, 2.0])
+    assert compute_metrics("token-classification", [[0, 0]], [[1, 2]], TAGS)["f1"] == 0.0
+
+
+def test_ignored_labels_are_left_out():
+    assert metrics.accuracy([0, 1, 1], [0, -100, 1]) == 1.0
+    assert metrics.accuracy([[1, 0], [1, 1]], [[1, -100], [-100, -100]]) == 1.0
+    assert metrics.f1_micro([[1, 1], [0, 1]], [[1, -100], [1, 1]]) == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_tensors_lists_and_arrays_agree():
+    predictions, labels = random_ids()
+    expected = compute_metrics("sequence-classification", predictions, labels)
+    assert compute_metrics("sequence-classification", predictions.tolist(), labels.tolist()) == expected
+    tensors = torch.tensor(predictions), torch.tensor(labels)
+    assert compute_metrics("sequence-classification", *tensors) == expected
+    half = torch.tensor([0.5, 1.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    assert metrics.mse(half, [0.5, 1.5, 3.0]) == pytest.approx(1 / 3)
+
+
+# -------------------------------------------------------------------------------------------------- twins
+
+
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_scikit_learn_twin(classes):
+    from sklearn import metrics as twin
+
+    predictions, labels = random_ids(classes)
+    found = compute_metrics("sequence-classification", predictions, labels)
+    assert found["accuracy"] == pytest.approx(twin.accuracy_score(labels, predictions))
+    for name, score in (
+        ("f1_macro", twin.f1_score),
+        ("precision", twin.precision_score),
+        ("recall", twin.recall_score),
+    ):
+        assert found[name] == pytest.approx(score(labels, predictions, average="macro", zero_division=0))
+    assert found["matthews"] == pytest.approx(twin.matthews_corrcoef(labels, predictions))
+    assert metrics.f1_micro(predictions, labels) == pytest.approx(found["accuracy"])
+
+
+def test_scikit_learn_twin_for_matrices():
+    from sklearn import metrics as twin
+
+    rng = np.random.default_rng(1)
+    predictions, labels = rng.integers(0, 2, (30, 4)), rng.integers(0, 2, (30, 4))
+    found = compute_metrics("multi-label-classification", predictions, labels)
+    assert found["accuracy"] == pytest.approx(twin.accuracy_score(labels, predictions))
+    for average in ("micro", "macro"):
+        assert found[f"f1_{average}"] == pytest.approx(twin.f1_score(labels, predictions, average=average))
+
+
+def test_scipy_twin():
+    from scipy import stats
+
+    rng = np.random.default_rng(2)
+    predictions, labels = rng.normal(size=50), rng.integers(0, 6, 50)
+    found = compute_metrics("regression", predictions, labels)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(predictions, labels).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predictions, labels).statistic)
+
+
+def test_seqeval_twin():
+    from seqeval import metrics as twin
+
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(0, 4, (2, length)) for length in (1, 7, 12, 30)]
+    found = compute_metrics("token-classification", [r[0] for r in rows], [r[1] for r in rows], TAGS)
+    predictions, labels = ([[TAGS[i] for i in row[side]] for row in rows] for side in (0, 1))
+    assert 0 < found["f1"] < 1
+    assert found["f1"] == pytest.approx(twin.f1_score(labels, predictions))
+    assert found["precision"] == pytest.approx(twin.precision_score(labels, predictions))
+    assert found["recall"] == pytest.approx(twin.recall_score(labels, predictions))
+    assert found["accuracy"] == pytest.approx(twin.accuracy_score(labels, predictions))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=20), st.randoms())
+def test_order_of_rows_does_not_matter(rows, random):
+    shuffled = random.sample(rows, len(rows))
+    first = compute_metrics("sequence-classification", *zip(*rows, strict=True))
+    second = compute_metrics("sequence-classification", *zip(*shuffled, strict=True))
+    assert first == pytest.approx(second)
+    assert all(0 <= value <= 1 for name, value in first.items() if name != "matthews")
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "labels", "message"),
+    [
+        ("sequence-classification", [0, 1], [0], "2 predictions for 1 labels: row 1"),
+        ("sequence-classification", [], [], r"shape \(0,\)"),
+        (
+            "sequence-classification",
+            [0, 3],
+            [0, 1],
+            "predictions row 1 is 3: expected a whole number from 0 to 2",
+        ),
+        ("sequence-classification", [0, 1], [0, -1], "labels row 1 is -1"),
+        ("sequence-classification", [0, -100], [0, 1], "predictions row 1 is -100"),
+        ("sequence-classification", [0, 0.7], [0, 1], "predictions row 1 is 0.7"),
+        ("sequence-classification", [0, math.nan], [0, 1], "predictions row 1 is nan"),
+        ("sequence-classification", ["0", "1"], [0, 1], "predictions must be numbers"),
+        ("sequence-classification", [[0.1, 0.2, 0.7]], [2], "argmax"),
+        ("sequence-classification", [[0, 1, 1]], [[0, 1, 1]], "does not fit sequence-classification"),
+        ("sequence-classification", [0, 1], [-100, -100], "nothing to score"),
+        ("multi-label-classification", [[0, 1, 2]], [[0, 1, 1]], "predictions row 0 is 2"),
+        ("multi-label-classification", [[0, 1]], [[0, 1]], "2 columns for 3 label names"),
+        ("multi-label-classification", [0, 1], [0, 1], "does not fit multi-label-classification"),
+        ("regression", [1.0, math.nan], [1.0, 2.0], "predictions row 1 is nan"),
+        ("regression", [1.0, math.inf], [1.0, 2.0], "predictions row 1 is inf"),
+        ("regression", [1.0, None], [1.0, 2.0], "predictions row 1 is nan"),
+        ("regression", [[1.0, 2.0]], [[1.0, 2.0]], "one number a row"),
+        ("token-classification", [[0]], [[0], [1]], "1 rows of predictions for 2 rows of labels"),
+        ("token-classification", [[0], [0, 1]], [[0], [1]], "row 1: 2 predictions for 1 labels"),
+        ("token-classification", [[0], [7]], [[0], [1]], "sentence 1: predictions row 0 is 7"),
+        ("token-classification", [[0]], [[-100]], "nothing to score"),
+        ("token-classification", [], [], "nothing to score"),
+        ("translation", [0], [0], "unknown task 'translation'"),
+    ],
+)
+def test_bad_input(task, predictions, labels, message):
+    with pytest.raises(ValueError, match=message):
+        compute_metrics(task, predictions, labels, ["a", "b", "c"])
+
+
+def test_bad_tags():
+    with pytest.raises(ValueError, match=r"row 0 has the tag 'city'"):
+        entity_scores([["O", "city"]], [["O", "O"]])
+    with pytest.raises(ValueError, match="no tags"):
+        entity_scores([[]], [[]])
+
+
+# ----------------------------------------------------------------------------------------------- evaluate
+
+
+@pytest.mark.parametrize("name", [n for n in metrics.METRICS if n != "seqeval"])
+def test_metric_gives_the_same_number_in_one_go_and_in_batches(name):
+    predictions, labels = random_ids(3, 20)
+    expected = {name: metrics.METRICS[name](predictions, labels)}
+    metric = load_metric(name)
+    assert metric.name == name
+    assert metric.description and metric.inputs_description
+    assert metric.compute(predictions=predictions, references=labels) == pytest.approx(expected)
+    metric.add_batch(predictions=predictions[:8].tolist(), references=labels[:8].tolist())
+    metric.add_batch(predictions=torch.tensor(predictions[8:]), references=torch.tensor(labels[8:]))
+    assert metric.compute() == pytest.approx(expected)
+    for prediction, label in zip(predictions, labels, strict=True):
+        metric.add(prediction=prediction, reference=label)
+    assert metric.compute() == pytest.approx(expected)
+
+
+def test_seqeval_metric():
+    metric = load_metric("seqeval")
+    rows = dict(predictions=[["B-city", "I-city"], ["O"]], references=[["B-city", "I-city"], ["B-day"]])
+    expected = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "accuracy": pytest.approx(2 / 3)}
+    assert metric.compute(**rows) == expected
+    metric.add_batch(**rows)
+    assert metric.compute() == expected
+
+
+def test_metric_takes_matrices():
+    rows = dict(predictions=[[1, 0], [1, 1]], references=np.array([[1, 0], [0, 1]]))
+    assert combine(["accuracy", "f1_micro"]).compute(**rows) == {"accuracy": 0.5, "f1_micro": 0.8}
+
+
+def test_combine():
+    predictions, labels = random_ids()
+    names = ["accuracy", "f1_macro", "f1_micro", "precision", "recall", "matthews"]
+    several = combine(names)
+    expected = {name: metrics.METRICS[name](predictions, labels) for name in names}
+    for _ in range(2):
+        several.add_batch(predictions=predictions[:10], references=labels[:10])
+        several.add_batch(predictions=predictions[10:], references=labels[10:])
+        assert several.compute() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "nothing to score"),
+        (dict(predictions=[], references=[]), "predictions are empty"),
+        (dict(predictions=[0, 0.7], references=[0, 1]), "predictions row 1 is 0.7"),
+        (dict(predictions=[0, math.nan], references=[0, 1]), "predictions row 1 is nan"),
+        (dict(predictions=[0], references=[0, 1]), "Mismatch in the number of predictions"),
+    ],
+)
+def test_metric_refuses_bad_rows_and_still_works_after(rows, message):
+    metric = load_metric("accuracy")
+    with pytest.raises(ValueError, match=message):
+        metric.compute(**rows)
+    assert metric.compute(predictions=[0, 1], references=[0, 0]) == {"accuracy": 0.5}
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown metric 'bleu': expected one of accuracy"):
+        load_metric("bleu")
+    with pytest.raises(ValueError, match="a list of metric names"):
+        combine("accuracy")
+
+
+def test_offline_writes_nothing_and_imports_without_evaluate(tmp_path):
+    program = """
+import sys
+sys.modules["evaluate"] = sys.modules["datasets"] = None  # importing either now fails
+from ftlib.tasks.metrics import compute_metrics
+print(compute_metrics("sequence-classification", [0, 1], [0, 0])["accuracy"])
+del sys.modules["evaluate"], sys.modules["datasets"]
+import socket
+def refuse(*a, **k): raise AssertionError("network")
+socket.socket.connect = refuse
+from ftlib.tasks.metrics import load_metric
+print(load_metric("accuracy").compute(predictions=[0, 1], references=[0, 0]))
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    env |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n")[:2] == ["0.5", "{'accuracy': 0.5}"], done.stderr
+    assert not [path for path in home.rglob("*") if "metrics" in path.parts or path.suffix == ".arrow"]
