@@ -17,7 +17,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_training import LABELS, make_rows, quick, raising, same, weights
+from test_fit import LABELS, make_rows, quick, raising, same, weights
 
 from ftlib.engine import checkpoints
 from ftlib.engine import fit as training

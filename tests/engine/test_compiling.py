@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo
-from test_training import LABELS, make_rows, quick, raising, steps, weights
+from test_fit import LABELS, make_rows, quick, raising, steps, weights
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import make_rows, quick
+from test_fit import make_rows, quick
 from torch import nn
 from torch.testing import assert_close
 
@@ -32,7 +32,7 @@ SCRIPT = """
 import peft
 import torch.distributed as dist
 from conftest import make_tiny_model
-from test_training import make_rows, quick
+from test_fit import make_rows, quick
 from ftlib.engine import fit as training
 from ftlib.engine import distributed
 from ftlib.methods.multitask import Head, MultiTaskModel
@@ -453,7 +453,7 @@ def test_train_under_torchrun(program):
 
 BAD = """
 from conftest import make_tiny_model
-from test_training import make_rows, quick
+from test_fit import make_rows, quick
 from ftlib.engine import distributed
 from ftlib.engine.fit import fit
 
@@ -483,7 +483,7 @@ KILLED = """
 import os, signal
 import torch
 from conftest import make_tiny_model
-from test_training import make_rows, quick, same, weights
+from test_fit import make_rows, quick, same, weights
 from ftlib.engine import checkpoints
 from ftlib.engine import fit as training
 from ftlib.engine import distributed
@@ -598,7 +598,7 @@ def test_settings():
 
 GPUS = """
 from conftest import make_tiny_model
-from test_training import make_rows, quick
+from test_fit import make_rows, quick
 from ftlib.engine import distributed
 from ftlib.engine.fit import fit
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_training import make_rows, quick, same, steps, weights
+from test_fit import make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
 from ftlib.engine import distributed

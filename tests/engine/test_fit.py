@@ -7,7 +7,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_batching import ROWS
+from test_tokenizing import ROWS
 from torch.testing import assert_close
 
 from ftlib.engine import fit as training

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import LABELS, make_rows, quick, same, weights
+from test_fit import LABELS, make_rows, quick, same, weights
 from torch.testing import assert_close
 
 from ftlib.engine.fit import fit

@@ -21,7 +21,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_assets import to_toml
-from test_batching import JUNK, ROWS
+from test_tokenizing import JUNK, ROWS
 
 import ftlib
 import ftlib.inputs.wheels

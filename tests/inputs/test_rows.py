@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batching import JUNK, ROWS
+from test_tokenizing import JUNK, ROWS
 
 from ftlib.inputs.rows import checked_rows, max_positions, to_rows
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import make_rows, quick
+from test_fit import make_rows, quick
 from torch import nn
 from torch.testing import assert_close
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import make_rows, quick, steps, weights
+from test_fit import make_rows, quick, steps, weights
 from torch import nn
 from torch.testing import assert_close
 

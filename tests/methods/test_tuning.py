@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from test_training import make_rows, quick, raising
+from test_fit import make_rows, quick, raising
 from torch import nn
 from torch.testing import assert_close
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from test_checkpoints import history, resumed
-from test_training import make_rows, quick, same, steps, weights
+from test_fit import make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
 from ftlib.engine.fit import fit
