@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from . import wheels
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
 _TEXTS = {  # key -> form of its value; package and version reach pip's command line, so no options
     "kind": "model|corpus", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",

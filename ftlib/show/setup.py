@@ -98,7 +98,7 @@ def stored_results(name: str) -> dict:
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
     root = assets._checkout()
-    folder = (root / "tests/benchmarks/results") if root else (Path(__file__).parent / "_shipped/results")
+    folder = (root / "tests/benchmarks/results") if root else (assets._PACKAGE / "_shipped/results")
     path = folder / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none yet"

@@ -27,10 +27,10 @@ def size_not_set(monkeypatch):
 @pytest.fixture
 def given_device(monkeypatch):
     """Stands in for the choices of ftlib.engine.fit."""
-    chosen = types.ModuleType("ftlib.training")
+    chosen = types.ModuleType("ftlib.engine.settings")
     chosen.choose_device = lambda: torch.device("cpu")
     chosen.choose_precision = lambda device, requested="auto": ("fp32", f"because it is a {device.type}")
-    monkeypatch.setitem(sys.modules, "ftlib.training", chosen)
+    monkeypatch.setitem(sys.modules, "ftlib.engine.settings", chosen)
 
 
 # -------------------------------------------------------------------------------------------------- setup
