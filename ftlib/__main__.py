@@ -16,7 +16,7 @@ _RUN_KEYS = {
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The checked contents of a run.toml: see the README.
+    """The checked contents of a run.toml: see ftlib/README.md.
 
     Raises ValueError naming the file and the key for what is missing, unknown or of another type.
     """
@@ -96,8 +96,8 @@ def strategy_of(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
     """The run's TrainConfig; errors come before anything is loaded and name the file."""
     from .engine.settings import TrainConfig
-    from .methods.multitask import KINDS
     from .methods.tuning import OPTIONS
+    from .tasks.task import KINDS
 
     strategy, options = strategy_of(run)
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):

@@ -1,46 +1,94 @@
-"""What the README shows is what was measured, and what it names exists."""
+"""What the README pages show is what was measured, what they name exists, and no option is left out."""
 
+import ast
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 import ftlib
 from ftlib.__main__ import read_run
-from ftlib.engine.fit import TrainConfig
+from ftlib.engine.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = ("README.md", "ftlib/README.md", "tests/benchmarks/README.md")
+PAGES = {name: (ROOT / name).read_text("utf8") for name in NAMES}
+GUIDE = PAGES["ftlib/README.md"]
 
 
-def test_results_are_the_stored_ones():
+def anchors(text: str) -> set[str]:
+    """The targets of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_tables_are_the_stored_ones():
     spec = importlib.util.spec_from_file_location("report", ROOT / "tests/benchmarks/report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    shown = README[README.index(report.START) : README.index(report.END) + len(report.END)]
-    assert shown == report.section(), "run python tests/benchmarks/report.py"
-    assert report.memory_section() in README, "run python tests/benchmarks/report.py"
-    assert report.faults_section() in README, "run python tests/benchmarks/report.py"
+    for name, parts in report.sections().items():
+        for part in parts:
+            assert part in PAGES[name], f"{name}: run python tests/benchmarks/report.py"
 
 
-def test_names_in_code_exist():
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        compile(block, "README.md", "exec")
-        names = set(re.findall(r"\bftlib\.([A-Za-z_]+)", block))
-        assert names and all(hasattr(ftlib, name) for name in names), names
+@pytest.mark.parametrize("name", ["README.md", "ftlib/README.md"])
+def test_names_in_code_exist(name):
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL)
+    assert blocks and all("ftlib" in block for block in blocks)
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ftlib":
+            assert hasattr(ftlib, node.attr), node.attr
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("ftlib"):
+            exec(ast.unparse(node))
+
+
+def test_the_guide_has_every_option_with_its_default():
+    [section] = re.findall(r"\n## Options\n(.*?)\n## ", GUIDE, re.DOTALL)
+    cells = re.findall(r"^\|(.*?)\|", section, re.MULTILINE)
+    shown = [option for cell in cells for option in re.findall(r"`(\w+=[^`]*)`", cell)]
+    assert sorted(shown) == sorted(f"{field.name}={field.default!r}" for field in dataclasses.fields(TrainConfig))
+
+
+def test_the_guide_has_every_file_in_its_room():
+    for room in ("core", "tasks", "show", "inputs", "methods", "engine"):
+        [files] = re.findall(rf"^\| `{room}` \| (.*?) \|", GUIDE, re.MULTILINE)
+        there = {path.stem for path in (ROOT / "ftlib" / room).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", files)) == there, room
+
+
+def test_files_to_copy_exist():
+    for name in re.findall(r"`((?:core|tasks|show|inputs|methods|engine)/\w+\.py)`", GUIDE):
+        assert (ROOT / "ftlib" / name).exists(), name
+
+
+def test_the_loop_of_the_guide_runs(tiny_model):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE[GUIDE.index("\n## The loop") :], re.DOTALL)[:2]
+    rows = [{"input_ids": [5, 6, 7 + i % 9], "labels": i % 2} for i in range(70)]
+    space = {"ftlib": ftlib, "model": tiny_model("sequence-classification"), "train": rows, "test": rows}
+    for block in blocks:
+        exec(compile(block, "ftlib/README.md", "exec"), space)
+    assert space["record"]["step"] == 1 and space["record"]["loss"] > 0
 
 
 def test_run_toml_is_accepted(tmp_path):
-    [block] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    [block] = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "run.toml").write_text(block)
     run = read_run(tmp_path / "run.toml")
     assert TrainConfig(checkpoint_dir="out", **run["train"]).epochs == 3
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            there = (ROOT / name).parent / path if path else ROOT / name
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there.read_text("utf8")), target
 
 
 def test_every_notebook_is_in_the_table():
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"notebooks/{notebook.name}" in README, notebook.name
+        assert f"notebooks/{notebook.name}" in PAGES["README.md"], notebook.name

@@ -4,7 +4,7 @@ Two ways to spread the work, both from PyTorch.  With "ddp" every process holds 
 gradients.  With "fsdp" (FSDP2, `fully_shard`) every process holds a share of the weights, gradients and optimizer
 state, and a layer's weights are put together only while that layer computes: less memory, more traffic.
 
-To copy this module you need: distributed.py and torch.
+To copy: this file and core/anatomy.py.
 Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277).
 """
 
@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..core import anatomy
 
 # How long to wait for the others before giving up: long enough for one of them to fetch a model or write a checkpoint.
 TIMEOUT = timedelta(minutes=30)
@@ -116,6 +118,15 @@ def gather(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
     return [part.cpu() for part in parts]
 
 
+def all_joined(parts: dict) -> dict:
+    """The entries of every process's dict together, on every process; Python objects, among processes of one run."""
+    if not dist.is_initialized():
+        return parts
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, parts)
+    return {key: value for one in found for key, value in one.items()}
+
+
 def from_first(value: float, device: torch.device) -> float:
     """Process 0's number, so that all decide alike."""
     if not dist.is_initialized():
@@ -170,7 +181,7 @@ def wrap(model: nn.Module) -> nn.Module:
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the model for training, its weights spread over all processes.
 
-    Every layer (item of an nn.ModuleList) is a unit of its own, the rest of the model is one more.  The model passed
+    Every layer is a unit of its own, the rest of the model is one more.  The model passed
     in stays whole, where it is: on the CPU, if the GPU has no room for it.  `collect` brings the weights back.
 
     device: to compute on.  dtype: to compute and to send weights in, e.g. torch.bfloat16, None for the weights' own;
@@ -195,9 +206,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
             tensor.copy_(first)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
-    lists = [module for module in shards.modules() if isinstance(module, nn.ModuleList)]
-    layers = [layer for layers in reversed(lists) for layer in layers]  # the inner ones first
-    for module in [*layers, shards]:
+    for module in [*(layer for stack in anatomy.stacks(shards) for layer in stack), shards]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return shards
 

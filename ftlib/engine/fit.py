@@ -1,38 +1,35 @@
-"""The training loop: one function, `fit`, on any model with a task head.
+"""`fit`: a `for` over `core.loop.steps`, on any model with a task head.
 
-A step: take the rows of the step, cut them into micro-batches, run each forward and backward with the loss *summed*
-over labelled items and divided by the number of labelled items of the whole step (all micro-batches, all
-processes), clip, AdamW, schedule.  So 1 batch of 32 and 4 of 8 give the same gradient, ragged lengths or not.
+A step: take its rows, cut them into micro-batches, run each forward and backward with the loss *summed* over labelled
+items and divided by the number of labelled items of the whole step (all micro-batches, all processes), clip, AdamW,
+schedule.  What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`.
 
-To copy this module you need: training.py, settings.py, steps.py, modes.py, memory.py, speedups.py, prediction.py,
-rows.py, batching.py, losses.py, optimizing.py, regularization.py, multitask.py, joint.py, balancing.py, distributed.py,
-checkpoints.py, files.py, torch and transformers
-(metrics.py with scikit-learn, and seqeval for tags, where you evaluate; unpadding.py for compile="reduce-overhead").
+The loop itself is what to take home: core/loop.py, alone.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..methods import losses, optimizing
-from ..methods.optimizing import schedule_factor
-from ..methods.speedups import SeenRows, uninterrupted
+from ..core import anatomy
+from ..core.device import choose_device, choose_precision, computing
+from ..core.loop import schedule_factor, steps
+from ..inputs.rows import parts_for, rows_for
+from ..methods import optimizing
 from ..show.measuring import measure
-from . import checkpoints, distributed
-from . import compiling as modes
-from . import feeding as steps
-from . import task_gradients as joint
-from .prediction import evaluate, parts_for, predict, rows_for, tasks_of
-from .settings import Run, TrainConfig, choose_device, choose_precision
+from ..tasks.task import TASKS, task_loss, tasks_of
+from . import checkpoints, compiling, distributed, recovery, task_gradients
+from .feeding import Feed, looking_ahead
+from .prediction import scores
+from .settings import Run, TrainConfig
 
-__all__ = ["Run", "TrainConfig", "choose_device", "choose_precision", "evaluate", "fit", "predict"]
+__all__ = ["fit"]
 
 
 def fit(
@@ -43,16 +40,20 @@ def fit(
     tokenizer: Any = None,
     config: TrainConfig | None = None,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    on_record: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Run:
     """Train a model in place; returns the `Run`.
 
     Args:
         model: a Transformers model with a task head, or a MultiTaskModel.  Parameters with requires_grad move.
-        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler as `config.task_sampler` says.
-        eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps).
+        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler as `config.task_sampler` says; or,
+            with `config.max_steps`, a stream of rows: a datasets.IterableDataset or any other iterable without a
+            length, begun again where it ends if it can be.
+        eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps); a stream is read whole.
         tokenizer: for the padding id; default: the model's config knows it.
-        loss: (logits, labels) -> scalar, *summed* over the labelled items; default: the task's own,
-            `losses.task_loss`.
+        loss: (logits, labels) -> scalar, *summed* over the labelled items, in training and evaluation; default: the
+            task's own, `task_loss`.
+        on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
     Every module ends in the mode (train or eval) it came in.  An interrupt (Ctrl-C) ends the run early with its
     history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
@@ -65,17 +66,18 @@ def fit(
     weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config is {config!r}; pass ftlib.TrainConfig(...)")
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss is {loss!r}; pass a function (logits, labels) -> summed loss")
+    for name, value, right in (
+        ("config", config, isinstance(config, TrainConfig)), ("loss", loss, loss is None or callable(loss)),
+        ("on_record", on_record, on_record is None or callable(on_record)),
+    ):  # fmt: skip
+        if not right:
+            need = "ftlib.TrainConfig(...)" if name == "config" else "a function, see the docstring of fit"
+            raise TypeError(f"{name} is {value!r}; pass {need}")
     distributed.start()
-    parts = parts_for(train_dataset, model, name="train_dataset")
-    eval_rows = None
-    if eval_dataset is not None:
-        eval_rows = rows_for(eval_dataset, model, name="eval_dataset")
-    elif config.patience:
+    parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None)
+    if config.patience and eval_dataset is None:
         raise ValueError("patience needs eval_dataset")
+    held_out = [] if eval_dataset is None else rows_for(eval_dataset, model, name="eval_dataset")
     model.zero_grad(set_to_none=True)  # gradients of an earlier backward() are no part of the first step
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(config.seed + distributed.rank())
@@ -83,302 +85,273 @@ def fit(
             device = choose_device()
             dtype = torch.bfloat16 if choose_precision(device, config.precision)[0] == "bf16" else None
             spread = distributed.spread(model, config.distributed, device, dtype)
-            with modes.training_modes(model, config), spread as trained, measure() as cost:
-                run = _Loop(trained, parts, eval_rows, tokenizer, config, loss).run()
+            with compiling.training_modes(model, config), spread as trained, measure() as cost:
+                training = Training(trained, parts, held_out, tokenizer, config, loss, on_record)
+                run = training.run()
         finally:
             model.zero_grad(set_to_none=True)
     run.peak_memory_mb = cost.peak_mb if cost.peak_gpu_mb is None else cost.peak_gpu_mb
     return run
 
 
-class _Loop:
-    """The state of one call of `fit`."""
+class Best:
+    """The best evaluation so far, with its weights, and how many came since: early stopping."""
+
+    def __init__(self, trainable: dict[str, nn.Parameter], metric: str, patience: int | None):
+        self.trainable, self.metric, self.patience = trainable, metric, patience
+        self.metrics: dict[str, float] | None = None
+        self.step: int | None = None
+        self.since = 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def look(self, metrics: dict[str, float], step: int) -> None:
+        if self.metrics is not None and not self.score(metrics) > self.score(self.metrics):
+            self.since += 1
+            return
+        self.metrics, self.step, self.since = metrics, step, 0
+        self.weights = {name: p.detach().clone() for name, p in self.trainable.items()}
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """Larger is better; a metric that is not a number is the worst."""
+        value = metrics[self.metric]
+        sign = -1.0 if self.metric.split("/")[-1] in ("loss", "mse") else 1.0
+        return -math.inf if math.isnan(value) else sign * value
+
+    @property
+    def out_of_patience(self) -> bool:
+        return bool(self.patience) and self.since >= self.patience
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the model its best weights."""
+        for name, weight in self.weights.items():
+            self.trainable[name].copy_(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "step": self.step, "since": self.since, **self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metrics, self.step, self.since = state["metrics"], state["step"], state["since"]
+        whole = {name: state[name] for name in self.trainable if name in state}
+        self.weights = {n: distributed.cut(t, self.trainable[n]).to(self.trainable[n].device) for n, t in whole.items()}
+
+    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
+        return {name: p.shape for name, p in self.trainable.items()} if found else {}
+
+    def unfit(self, state: dict[str, Any]) -> str | None:
+        known = state["metrics"] is None or isinstance(state["metrics"].get(self.metric), (int, float))
+        return None if known else f"best.metrics has no {self.metric}"
+
+
+class Training:
+    """The parts of one call of `fit`, put together, and the `for`."""
 
     def __init__(
-        self, model: nn.Module, parts: dict, eval_rows: list | None, tokenizer: Any, config: TrainConfig, loss: Any
-    ):
-        self.model, self.parts, self.config = model, parts, config
-        self.eval_rows, self.tokenizer = eval_rows, tokenizer
-        self.longest = max(len(row["input_ids"]) for rows in parts.values() for row in rows)
-        if config.max_tokens and self.longest > config.max_tokens:
-            raise ValueError(f"max_tokens={config.max_tokens}, but the longest training row has {self.longest} tokens")
-        if config.checkpoint_dir:
-            checkpoints.prepare(config.checkpoint_dir, going_on=config.resume is not None)
+        self, model: nn.Module, parts: dict, held_out: list, tokenizer: Any, config: TrainConfig, loss: Any,
+        on_record: Any,
+    ):  # fmt: skip
+        self.model, self.held_out, self.config, self.loss, self.on_record = model, held_out, config, loss, on_record
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
             device = choose_device()
             model.to(device)
         self.device = device
         precision, reason = choose_precision(device, config.precision)
-        self.run_ = Run(
+        self.result = Run(
             config, precision=precision, reason=reason, micro_batch_size=config.micro_batch_size,
             max_tokens=config.max_tokens,
         )  # fmt: skip
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.autocast = (lambda: torch.autocast(device.type, dtype)) if dtype else nullcontext
+        self.autocast = computing(device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.tasks = tasks_of(model)
-        kinds = {kind for kind, _ in self.tasks.values()}
-        if config.label_smoothing and loss is None and not any(kind in _SMOOTHED for kind in kinds):
-            raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(kinds))}")
-        if config.r_drop and any(kind == "regression" for kind in kinds):
-            raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
-        optimizing.check(model, config.distributed)
-        self.pad = getattr(tokenizer, "pad_token_id", None)
-        if self.pad is None:
-            self.pad = getattr(model.config, "pad_token_id", None) or 0
-        self.steps_per_epoch = math.ceil(sum(map(len, parts.values())) / config.batch_size)
-        self.joint = joint.begin(model, config, parts, precision, self.steps_per_epoch)  # None for a single task
+        tasks = tasks_of(model)
+        _check(model, tasks, config, loss)
+        self.pad = anatomy.pad_id(tokenizer, model.config)
+        self.feed = Feed(parts, tasks, self.result, self.pad, device)
+        self.epoch = math.ceil(self.feed.rows / config.batch_size) or config.max_steps  # steps in one
+        self.total = config.max_steps or config.epochs * self.epoch
+        self.joint = task_gradients.begin(model, config, parts, precision, self.epoch)  # None for a single task
         if config.checkpoint_dir:
-            self.model_digest = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
-            self.digest = steps.digest(parts, eval_rows or [])
-        self.best: dict[str, Any] | None = None  # metrics, weights (early stopping)
-        self.evaluations_since_best = 0
-        self.seen = SeenRows(model, self._words())
-        try:
-            self.seen.on()
-            self._begin(model, loss)
-        except BaseException:
-            self.seen.off()
-            raise
-
-    def _begin(self, model: nn.Module, loss: Any) -> None:
-        """What belongs to the parameters that train, some words of the embedding among them."""
-        config = self.config
+            checkpoints.prepare(config.checkpoint_dir, going_on=config.resume is not None)
+            described = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
+            print_ = checkpoints.fingerprint(
+                config, steps=self.total, rows={n: 0 if self.feed.streams else len(rows) for n, rows in parts.items()},
+                data=self.feed.digest(held_out), model=described,
+            )  # fmt: skip
         self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.best = Best(trainable, config.metric, config.patience)
+        self.random = recovery.RandomState(device)
+        self.together = recovery.Together()
         self.wrapped = distributed.wrap(model)
-        self.graphs = config.compile == "reduce-overhead"
-        self.forward = modes.captured(model, self.wrapped) if self.graphs else self.wrapped
-        functions = {t: loss or losses.task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in self.tasks.items()}
-        self.losses = joint.Losses(functions, self.tasks, config.r_drop, self.autocast)
-        self.ahead = steps.Ahead(self.run_, self.pad, self.device, self.longest if self.graphs else None)
-        self.upcoming: list[dict] | None = None  # the rows of the step after this one
-        self.total = config.max_steps or config.epochs * self.steps_per_epoch
-        self.warmup = math.ceil(config.warmup_fraction * self.total)
-        self.whole = True  # weights, optimizer, history and random state all stand at the same step
-        self.random_state = checkpoints.random_state(self.device)
-
-    def _words(self) -> Iterator[int] | None:
-        """The token ids of the training rows, gathered only if need be; None where the whole embedding trains."""
-        config = self.config
-        decay_is_a_factor = config.optimizer == "adamw" or not config.weight_decay
-        plain = decay_is_a_factor and not config.l1 and not optimizing.follows_steps(self.model)
-        if not config.shortcuts or config.compile or not plain or distributed.world_size() > 1:
-            return None
-        rows = chain.from_iterable(self.parts.values())
-        return chain([self.pad], chain.from_iterable(row["input_ids"] for row in rows))
+        functions = {t: loss or task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in tasks.items()}
+        losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast)
+        gradient = task_gradients.task_gradient(losses, self.joint, self.scaler, model)
+        self.gradient = recovery.halving(looking_ahead(gradient, self.feed), device)
+        self.kept: checkpoints.Checkpoints | None = None
+        if config.checkpoint_dir:
+            resumable = {
+                "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
+                "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
+            } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
+            self.kept = checkpoints.Checkpoints(config.checkpoint_dir, resumable, print_, config.keep_last, device)
 
     def run(self) -> Run:
         try:
-            return self._run()
+            self._run()
         finally:
-            self.seen.off()
             optimizing.begin_step(self.model, 1, 1)  # nothing stays frozen that was free
+        return self.result
 
-    def _run(self) -> Run:
-        run, config = self.run_, self.config
-        self.seen.off()
-        first = (checkpoints.resume_training(self) or 0) if config.resume else 0
-        self.seen.on()
-        plan = steps.plan(self.parts, config)
-        for _ in range(first):  # the order is a function of the seed: walk to where the run stopped
-            next(plan)
+    def _run(self) -> None:
+        run, config = self.result, self.config
+        first = (self.kept.resume() or 0) if config.resume else 0
+        self.feed.start(first, self.total)
         self.begin = time.perf_counter() - run.seconds
         bar = self._progress(first)
         self.model.train()
         try:
             # a run that was interrupted while evaluating does that first
-            unfinished = first > 0 and "loss" in run.history[-1]
-            stop = self._out_of_patience() or (unfinished and self._evaluated())
-            self.upcoming = next(plan)
-            while not stop and run.steps < self.total:
-                rows, self.upcoming = self.upcoming, next(plan) if run.steps + 1 < self.total else None
-                self.step(run.steps, rows)
+            stop = self.best.out_of_patience or (first > 0 and "loss" in run.history[-1] and self._evaluated())
+            optimizing.begin_step(self.model, first, self.total)
+            for record in () if stop else self.steps(first):
                 bar.update()
-                bar.set_postfix(loss=f"{run.history[-1]['loss']:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                self._tell(record)
+                if "skipped" in record:
+                    self._skipped(record)
+                optimizing.begin_step(self.model, run.steps, self.total)
                 stop = self._evaluated()
-                last = run.steps == self.total
-                if config.checkpoint_dir and (stop or last or self._due(config.checkpoint_every)):
+                if self.kept and (stop or run.steps == self.total or self._due(config.checkpoint_every)):
                     self._save()
+                if stop:
+                    break
             if stop:
                 run.stopped = "early stopping"
-            elif reason := steps.hopeless(run.history, config, self.total):  # gone on with until no step was left
+            elif reason := recovery.hopeless(run.history, config, self.total):  # gone on with until no step was left
                 raise ValueError(reason)
+            elif run.steps < self.total:
+                self._ended()
         except KeyboardInterrupt:
             run.stopped = "interrupted"
             if distributed.world_size() > 1:  # at several steps: the processes can't go on together
                 raise
-            if config.checkpoint_dir and self.whole and run.steps > first:
+            if self.kept and self.together.whole and run.steps > first:
                 self._save()
         finally:
             bar.close()
-        if config.patience and self.best:  # early stopping keeps the best weights
-            run.metrics = self.best["metrics"]
-            self.seen.off()
-            with torch.no_grad():
-                for parameter, best in zip(self._kept(), self.best["weights"], strict=True):
-                    parameter.copy_(best)
+        if config.patience and self.best.metrics is not None:  # early stopping keeps the best weights
+            run.metrics = self.best.metrics
+            self.best.put_back()
         run.seconds = time.perf_counter() - self.begin
-        return run
 
-    def step(self, step: int, rows: list[dict]) -> None:
-        """One optimizer step on the rows of all processes."""
-        config, run = self.config, self.run_
-        factor = schedule_factor(step, self.total, schedule=config.schedule, warmup=self.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor * group["scale"]
-        optimizing.begin_step(self.model, step, self.total)
-        begun = checkpoints.random_state(self.device)
-        while True:
-            try:
-                total, batches = self._gradients(step, rows, begun)
-                break
-            except RuntimeError as error:
-                if not steps.out_of_memory(error):
-                    raise
-                steps.halve(rows, run, self.longest)
-            self.model.zero_grad(set_to_none=True)
-            steps.free(self.device)
-            checkpoints.set_random_state(begun, self.device)
-        distributed.all_sum(total)
-        self.scaler.unscale_(self.optimizer)
-        limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-        norm = float(distributed.whole(nn.utils.clip_grad_norm_(self.trainable, limit)))
-        value = float(total)
-        scale = self.scaler.get_scale()  # fp16's overflow is the scaler's, until nothing is left to scale down
-        good = math.isfinite(value) and (math.isfinite(norm) or (self.scaler.is_enabled() and scale >= 1))
-        record = {
-            "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": value,
-            "learning_rate": config.learning_rate * factor, "grad_norm": norm, "examples": len(rows),
-            "tokens": sum(len(row["input_ids"]) for row in rows), "micro_batches": len(batches),
-        } | ({} if good else {"skipped": steps.numbers(self.parts, rows)})  # fmt: skip
-        with uninterrupted():  # weights, optimizer, history and random state go on together
-            self.whole = False
-            if good:
-                self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if good and self.scaler.get_scale() >= scale:  # smaller: fp16 overflowed, and the step was left out
-                self.seen.decayed(self.optimizer)
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.joint and good:
-                record |= self.joint.end(lambda: self._look(rows, batches, begun))
-            run.steps, run.seconds = step + 1, time.perf_counter() - self.begin
-            run.history.append(record | {"seconds": run.seconds})
-            self.random_state = checkpoints.random_state(self.device)
-            self.whole = True
-        if not good:
-            if reason := steps.hopeless(run.history, config, self.total):
-                if config.checkpoint_dir:
-                    self._save()
-                raise ValueError(reason)
-            steps.warn_of(record)
+    def steps(self, first: int) -> Any:
+        """The loop, with everything that `fit` puts into it."""
+        config = self.config
+        warmup = math.ceil(config.warmup_fraction * self.total)
+        return steps(
+            self.wrapped, self._noted(), self.optimizer, total=self.total, first=first, gradient=self.gradient,
+            schedule=partial(schedule_factor, schedule=config.schedule, warmup=warmup),
+            max_grad_norm=config.max_grad_norm, scaler=self.scaler if self.scaler.is_enabled() else None,
+            whole=self.together, done=self._done,
+        )  # fmt: skip
 
-    def _gradients(self, step: int, rows: list[dict], begun: dict) -> tuple[torch.Tensor, list]:
-        """This process's share of the step's loss, its gradients added up; and the micro-batches."""
-        items, shares = steps.counts(rows, self.tasks)
-        batches = self.ahead.take(rows)
-        if self.joint:
-            self.joint.begin(step, shares, lambda: self._look(rows, batches, begun), cut=len(batches) > 1)
-        total = torch.zeros((), device=self.device)
-        for place, (batch, weight) in enumerate(batches):
-            last = place + 1 == len(batches)
-            with nullcontext() if last else distributed.hold_gradients(self.wrapped):
-                # taken apart, gradients are exchanged by `joint`
-                forward = self.model if self.joint and self.joint.apart else self.forward
-                parts = self.losses.parts(forward, batch, items, weight)
-                part = self.joint.add(parts) if self.joint else sum(parts.values())
-                # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
-                if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
-                    self.scaler.scale(part * distributed.world_size()).backward()
-            total += part.detach()
-            if self.graphs and not last:
-                modes.own_gradients(self.trainable)
-        if self.joint:
-            self.joint.finish()
-        if self.upcoming is not None:
-            self.ahead.make(self.upcoming)
-        return total, batches
+    def _noted(self) -> Any:
+        for step in self.feed:
+            self.step = step
+            yield step
 
-    def _look(self, rows: list[dict], batches: list, begun: dict) -> torch.Tensor:
-        """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
-        now = checkpoints.random_state(self.device)
-        checkpoints.set_random_state(begun, self.device)
-        means = self.losses.means(self.model, batches, steps.counts(rows, self.tasks)[0])
-        checkpoints.set_random_state(now, self.device)
-        return means
+    def _done(self, record: dict[str, Any]) -> None:
+        """Weights, optimizer, history and random state go on together: this is called inside `together`."""
+        run, step = self.result, self.step
+        record |= {
+            "epoch": record["step"] / self.epoch, "examples": len(step.rows), "micro_batches": len(step),
+            "tokens": sum(len(row["input_ids"]) for row in step.rows),
+        }  # fmt: skip
+        if "skipped" in record:
+            record["skipped"] = step.row_numbers()
+        elif self.joint:
+            record |= self.joint.end()
+        run.steps, run.seconds = record["step"], time.perf_counter() - self.begin
+        record["seconds"] = run.seconds
+        run.history.append(record)
+        self.random.take()
+
+    def _skipped(self, record: dict[str, Any]) -> None:
+        if reason := recovery.hopeless(self.result.history, self.config, self.total):
+            if self.kept:
+                self._save()
+            raise ValueError(reason)
+        recovery.warn_of(record)
+
+    def _ended(self) -> None:
+        """A stream has ended before max_steps: evaluate and save what there is, and say so."""
+        run = self.result
+        run.stopped = "no more rows"
+        if self.held_out and "loss" in run.history[-1]:
+            self.evaluate()
+        if self.kept:
+            self._save()
 
     def _save(self) -> None:
-        with self.seen.whole(decay=False):  # what has decayed stands beside it
-            checkpoints.save_training(self)
+        self.kept.save(self.result.steps, best=self.best.step)
 
-    def _kept(self) -> list[nn.Parameter]:
-        """The trainable parameters, with the whole word embedding in the place of its seen rows."""
-        return [self.seen.full if p is self.seen.own else p for p in self.trainable]
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.on_record and distributed.rank() == 0:
+            self.on_record(record)
 
     def _evaluated(self) -> bool:
         """Evaluate if it is time; True when patience has run out.  An error costs no step: they are saved first."""
+        run = self.result
+        if not self.held_out or not (run.steps == self.total or self._due(self.config.eval_every)):
+            return False
         try:
-            return self._evaluation_due() and self.evaluate()
+            return self.evaluate()
         except Exception:
-            if self.config.checkpoint_dir and distributed.world_size() == 1:
+            if self.kept and distributed.world_size() == 1:
                 self._save()
             raise
 
     def evaluate(self) -> bool:
         """Record the metrics of the evaluation rows; True when patience has run out."""
-        with self.seen.whole():
-            return self._evaluate()
-
-    def _evaluate(self) -> bool:
-        run, config = self.run_, self.config
-        with self.autocast():
-            metrics = evaluate(self.model, self.eval_rows, tokenizer=self.tokenizer, shared=True)
+        run, config = self.result, self.config
+        options = dict(pad_token_id=self.pad, loss=self.loss, autocast=self.autocast, shared=True)
+        metrics = scores(self.model, self.held_out, **options)
         if config.patience:
             if config.metric not in metrics:
                 raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
-        with uninterrupted():  # the best weights and the record of them
+        record = {"step": run.steps, "epoch": run.steps / self.epoch}
+        record |= {f"eval_{name}": value for name, value in metrics.items()}
+        with recovery.uninterrupted():  # the best weights and the record of them
             if config.patience:
-                if self.best is None or self._score(metrics) > self._score(self.best["metrics"]):
-                    weights = [p.detach().clone() for p in self._kept()]
-                    self.best = {"metrics": metrics, "weights": weights, "step": run.steps}
-                    self.evaluations_since_best = 0
-                else:
-                    self.evaluations_since_best += 1
+                self.best.look(metrics, run.steps)
             run.metrics = metrics
-            record = {"step": run.steps, "epoch": run.steps / self.steps_per_epoch}
-            run.history.append(record | {f"eval_{name}": value for name, value in metrics.items()})
-        return self._out_of_patience()
-
-    def _out_of_patience(self) -> bool:
-        return bool(self.config.patience) and self.evaluations_since_best >= self.config.patience
-
-    def _score(self, metrics: dict[str, float]) -> float:
-        """Larger is better; a metric that is not a number is the worst."""
-        value = metrics[self.config.metric]
-        sign = -1.0 if self.config.metric.split("/")[-1] in ("loss", "mse") else 1.0
-        return -math.inf if math.isnan(value) else sign * value
-
-    def _evaluation_due(self) -> bool:
-        last = self.run_.steps == self.total
-        return self.eval_rows is not None and (last or self._due(self.config.eval_every))
+            run.history.append(record)
+        self._tell(record)
+        return self.best.out_of_patience
 
     def _due(self, every: int | None) -> bool:
-        return self.run_.steps % (every or self.steps_per_epoch) == 0
+        return self.result.steps % (every or self.epoch) == 0
 
     def _progress(self, first: int) -> Any:
         from tqdm.auto import tqdm
 
         hidden = not self.config.progress or distributed.rank() > 0
-        if not hidden and self.run_.precision != "fp32":
-            tqdm.write(f"precision {self.run_.precision}: {self.run_.reason}")
+        if not hidden and self.result.precision != "fp32":
+            tqdm.write(f"precision {self.result.precision}: {self.result.reason}")
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
 
-_SMOOTHED = ("sequence-classification", "token-classification")
+def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any) -> None:
+    """Refuse what is asked for and has no meaning for this model."""
+    records = {kind: TASKS[kind] for kind, _ in tasks.values()}
+    if config.label_smoothing and loss is None and not any(record.smooths for record in records.values()):
+        raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(records))}")
+    if config.r_drop and any(record.divergence is None for record in records.values()):
+        raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
+    optimizing.check(model, config.distributed)
 
 
 def _smoothing(kind: str, config: TrainConfig) -> float:
-    return config.label_smoothing if kind in _SMOOTHED else 0.0
+    return config.label_smoothing if TASKS[kind].smooths else 0.0

@@ -1,6 +1,4 @@
 """Looking for a learning rate before the first real run.
-
-To use this module you need all that training.py names, and matplotlib to draw.
 """
 
 import copy
@@ -9,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.batches import whole
 from .fit import fit
 from .settings import TrainConfig
 
@@ -49,8 +48,7 @@ def find_learning_rate(
     Raises ValueError for fewer than 10 steps, and as `fit` does.
     Source: Smith 2017 (arXiv:1506.01186), section 3.3; smoothing as in fastai's lr_find.
     """
-    if type(steps) is not int or steps < 10:
-        raise ValueError(f"steps={steps!r}: need a whole number of at least 10 to see a curve")
+    whole("steps", steps, 10)  # fewer show no curve
     config = replace(
         config or TrainConfig(), learning_rate=highest, schedule="range", warmup_fraction=0.0, max_steps=steps,
         patience=None, max_bad_steps=1, checkpoint_dir=None, checkpoint_every=None, resume=None,

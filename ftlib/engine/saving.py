@@ -1,16 +1,13 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
-To copy this module you need: saving.py, files.py, tuning.py, adapters.py, rows.py, optimizing.py, regularization.py,
-speedups.py, torch, transformers and safetensors (multitask.py, balancing.py for several heads; peft for its adapters;
-pretrained.py, assets.py, wheels.py to find an adapter's base model by name).
+To copy: this file, engine/untrusted.py, inputs/files.py, the rest of inputs/ to find an adapter's base model by name,
+methods/{tuning,adapters,through_peft,optimizing,regularization,speedups,multitask}.py, core/ and tasks/.
 """
 
 import copy
 import json
-import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..inputs.files import MARK, aside, read_json, read_tensors, refuse_kernels, shapes_of, tensors_of
-from ..methods import adapters
+from ..core.anatomy import head_modules
+from ..inputs.files import MARK, aside, read_json, read_tensors, refuse_kernels, tensors_of
+from ..methods import adapters, through_peft
 from ..methods.optimizing import tuning_of
-from ..methods.tuning import head_modules, tune
+from ..methods.tuning import tune
+from ..tasks.task import class_named, given_names, kind_of
+from .untrusted import refuse_adapter_sizes, refuse_other_files, refuse_sizes
 
 
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
@@ -39,7 +39,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
         if not hasattr(value, "save_pretrained") and not hasattr(value, "specs"):
             raise TypeError(f"the {what} is a {type(value).__name__}, which can't be saved; pass one of Transformers'")
     folder = Path(folder).resolve()
-    _refuse_other_files(folder)
+    refuse_other_files(folder)
     with aside(folder) as temporary:
         if hasattr(model, "specs") and hasattr(model, "heads"):
             _save_multitask(model, temporary)
@@ -76,38 +76,15 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
     return _load_stock(folder)
 
 
-_MARKS = {"config.json": "model_type", "multitask.json": "heads", "adapter_config.json": "peft_type"}
-_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # what save_pretrained and people write
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    if not entries:
-        return
-    if not any((folder / mark).is_file() and key in read_json(folder / mark) for mark, key in _MARKS.items()):
-        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
-    for entry in entries:
-        if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
-            raise ValueError(f"{folder} holds more than a model: {entry.name}; choose another folder, or move that")
-
-
 def _load_stock(folder: Path) -> nn.Module:
-    import transformers
-
     config = read_json(folder / "config.json")
     refuse_kernels(config, f"{folder}/config.json")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    try:
-        kind = getattr(transformers, name, None)
-    except Exception:  # a class whose own needs are not installed
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    kind = class_named(name, config)
+    if kind is None:
         raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
-    _refuse_sizes(folder, config, kind)
+    refuse_sizes(folder, config, kind)
     try:
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -119,37 +96,6 @@ def _load_stock(folder: Path) -> nn.Module:
     if wrong:
         raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
     return model.eval()
-
-
-def _refuse_sizes(folder: Path, config: dict, kind: type) -> None:
-    """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        shapes |= shapes_of(path)
-    if not shapes:
-        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
-    largest = max([2**20, *(size for shape in shapes.values() for size in shape)])
-    for key, value in _whole_numbers(config):
-        if abs(value) > (max(len(shapes), 100) if key.endswith("layers") else largest):
-            raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
-    try:
-        with torch.device("meta"):
-            twin = kind(kind.config_class.from_dict(config))
-            twin.tie_weights()
-        asked = sum(p.numel() for p in twin.parameters())
-    except Exception as error:
-        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
-    held = sum(math.prod(shape) for shape in shapes.values())
-    if asked > held:
-        raise ValueError(f"{folder}: weights missing: config.json describes {asked} numbers, the files hold {held}")
-
-
-def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(value, (dict, list)):
-        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
-            yield from _whole_numbers(inner, name)
-    elif isinstance(value, int):
-        yield key, value
 
 
 def _save_multitask(model: nn.Module, folder: Path) -> None:
@@ -184,7 +130,7 @@ def _load_multitask(folder: Path, base: Any) -> nn.Module:
         raise ValueError(f"{folder}/heads.safetensors does not fit multitask.json, which has more labels; mend it")
     adapted = (folder / "encoder" / "adapter_config.json").is_file()
     if adapted:
-        _refuse_adapter_sizes(folder / "encoder")
+        refuse_adapter_sizes(folder / "encoder")
     encoder = _base_of(folder / "encoder", base) if adapted else _load_stock(folder / "encoder")
     model = MultiTaskModel(encoder, heads)
     if adapted:
@@ -216,25 +162,13 @@ def _save_adapter(model: nn.Module, folder: Path, tuning: Any = None) -> None:
         names = {name.removeprefix("encoder.") for name in tuning.names} | own
         state = {name: p for name, p in model.named_parameters() if name in names or p.requires_grad}
         save_file(tensors_of({_PREFIX + n: p for n, p in state.items()}), folder / "adapter_model.safetensors")
-        config = adapters.peft_config(model, head_modules(model)) | {"base_model_name_or_path": base}
+        config = through_peft.peft_config(model, head_modules(model)) | {"base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    names = [name for _, name in sorted(model.config.id2label.items())]
     note = {
-        "strategy": tuning.strategy, "options": tuning.options, "task": _task_of(model),
-        "num_labels": len(names), "label_names": None if names[:1] == ["LABEL_0"] else names,
+        "strategy": tuning.strategy, "options": tuning.options, "task": kind_of(model),
+        "num_labels": len(model.config.id2label), "label_names": given_names(model.config.id2label),
     }  # fmt: skip
     (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
-
-
-def _task_of(model: nn.Module) -> str | None:
-    """The word `load_model` builds this head by; None for a bare encoder."""
-    if model.base_model is model:
-        return None
-    if "TokenClassification" in type(model).__name__:
-        return "token-classification"
-    return {
-        "multi_label_classification": "multi-label-classification", "regression": "regression",
-    }.get(model.config.problem_type, "sequence-classification")  # fmt: skip
 
 
 def _public_name(place: str) -> str | None:
@@ -246,21 +180,10 @@ def _public_name(place: str) -> str | None:
 
 
 def _load_adapter(folder: Path, base: Any) -> nn.Module:
-    _refuse_adapter_sizes(folder)
+    refuse_adapter_sizes(folder)
     model = _base_of(folder, base)
     _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
     return model.eval()
-
-
-def _refuse_adapter_sizes(folder: Path) -> None:
-    """Raise ValueError where the settings describe larger matrices than the file holds, before they fill the memory."""
-    path = folder / "adapter_model.safetensors"
-    shapes = shapes_of(path).values() if path.is_file() else ()
-    largest = max([4096, *(size for shape in shapes for size in shape)])
-    for name in ("adapter_config.json", "ftlib.json"):
-        for key, value in _whole_numbers(read_json(folder / name) if (folder / name).is_file() else {}):
-            if abs(value) > largest and not key.endswith(("seed", "key")):
-                raise ValueError(f"{folder}/{name}: {key} is {value}, too large for the weights; mend it")
 
 
 def _base_of(folder: Path, base: Any) -> nn.Module:
@@ -275,42 +198,13 @@ def _base_of(folder: Path, base: Any) -> nn.Module:
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ValueError(f"{folder}/adapter_config.json names no base model; pass base=... (a name, folder or model)")
     ours = {entry.get("hub"): asset for asset, entry in assets.manifest().items() if entry["kind"] == "model"}
-    note = read_json(folder / "ftlib.json") if (folder / "ftlib.json").is_file() else _guessed(folder, config)
+    known = (folder / "ftlib.json").is_file()
+    note = read_json(folder / "ftlib.json") if known else through_peft.head_guess(folder, config)
     given = {key: note[key] for key in ("num_labels", "label_names") if note.get("task") and note.get(key) is not None}
     try:
         return load_model(ours.get(name, name), note.get("task"), **given)
     except OSError as error:
         raise OSError(f"{folder}: can't load its base model {name!r}; pass base=... ({error})") from error
-
-
-def _guessed(folder: Path, config: dict) -> dict[str, Any]:
-    """Kind and size of the head of an adapter that PEFT wrote."""
-    kinds = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification", "FEATURE_EXTRACTION": None}
-    if config.get("task_type") not in kinds:
-        raise ValueError(f"{folder}/adapter_config.json: task_type {config.get('task_type')!r}; pass base=a model")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    ends = ("classifier.weight", "score.weight", "out_proj.weight")
-    heads = [tensor for name, tensor in tensors.items() if name.endswith(ends)]
-    labels = {"num_labels": len(heads[-1])} if heads else {}
-    return {"task": kinds[config["task_type"]], **labels}
-
-
-def _peft_settings(folder: Path) -> Any:
-    """PEFT's configuration in a folder, without what would load or compute first values: the file replaces those."""
-    import peft
-
-    settings = peft.PeftConfig.from_pretrained(str(folder))
-    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
-        if hasattr(settings, name):
-            setattr(settings, name, None)
-    if hasattr(settings, "prompt_tuning_init"):
-        settings.prompt_tuning_init = "RANDOM"
-    if hasattr(settings, "prefix_projection"):
-        settings.prefix_projection = False  # the file holds what the projection made
-    if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
-        names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
-        settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
-    return settings
 
 
 def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: bool = False) -> None:
@@ -324,7 +218,7 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
     if config.get("megatron_config") is not None:
         raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
     try:
-        tune(model, note["strategy"], **note["options"]) if ours else tune(model, _peft_settings(folder))
+        tune(model, note["strategy"], **note["options"]) if ours else tune(model, through_peft.settings_in(folder))
     except Exception as error:  # PEFT has many types for settings that make no sense
         raise ValueError(f"{folder}: its settings make no adapter for this model ({error}); mend them") from error
     if ours:

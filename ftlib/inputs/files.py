@@ -1,6 +1,6 @@
 """Folders that appear whole or not at all; JSON and safetensors read with a word on what is wrong.
 
-To copy this module you need: files.py, torch and safetensors.
+To copy: this file alone.
 """
 
 import errno

@@ -3,30 +3,37 @@
     tokenizer = load_tokenizer("minilm")
     model = load_model("minilm", task="sequence-classification", num_labels=2)
 
+To copy: this file, core/batches.py, inputs/assets.py, inputs/files.py, torch and transformers.
+
 Weights are float32 and the model is in eval mode unless you ask otherwise. No remote code is ever run, and
-safetensors files are preferred to pickles. Needs: files.py, assets.py, wheels.py, torch and transformers.
+safetensors files are preferred to pickles.
 """
 
 import contextlib
 import logging
 import os
 import re
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-from . import assets
+from ..core.batches import whole
+from . import assets, files
 
-# task -> (Transformers class, ending of the architecture name, problem_type)
-_TASKS = {
-    "encoder": ("AutoModel", "", None),
-    "sequence-classification": (
-        "AutoModelForSequenceClassification", "ForSequenceClassification", "single_label_classification",
-    ),
-    "multi-label-classification": (
-        "AutoModelForSequenceClassification", "ForSequenceClassification", "multi_label_classification",
-    ),
-    "regression": ("AutoModelForSequenceClassification", "ForSequenceClassification", "regression"),
-    "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification", None),
-}  # fmt: skip
+
+class _Kind(NamedTuple):
+    auto: str
+    architecture: str
+    problem_type: str | None
+
+
+_TEXT = ("AutoModelForSequenceClassification", "ForSequenceClassification")
+_TASKS = {  # of a task, three fields are used here
+    "sequence-classification": _Kind(*_TEXT, "single_label_classification"),
+    "multi-label-classification": _Kind(*_TEXT, "multi_label_classification"),
+    "regression": _Kind(*_TEXT, "regression"),
+    "token-classification": _Kind("AutoModelForTokenClassification", "ForTokenClassification", None),
+}
 
 # Parts that a task may start new although they lie inside the encoder: the pooler is a head in all but name.
 _MAY_BE_NEW = re.compile(r"(^|\.)(pooler|pooling_layer)(\.|$)")
@@ -80,55 +87,47 @@ def load_model(
         ...
     ValueError: unknown task 'classify'; choose from encoder, sequence-classification, ...
     """
-    task = "encoder" if task is None else task
-    if task not in _TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(_TASKS)}")
-    num_labels, label_names = _check_labels(task, num_labels, label_names)
+    kind = None if task in (None, "encoder") else _TASKS.get(task)
+    if kind is None and task not in (None, "encoder"):
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(['encoder', *_TASKS])}")
+    num_labels, label_names = _check_labels(kind, num_labels, label_names)
 
     import torch
     import transformers
 
-    place = _locate(name, kwargs)
-    class_name, ending, problem_type = _TASKS[task]
-    if task != "encoder":
+    place, auto = _locate(name, kwargs), kind.auto if kind else "AutoModel"
+    if kind is not None:
+        num_labels = num_labels or _labels_of_checkpoint(place, kind.architecture, kwargs)
         if num_labels is None:
-            num_labels = _labels_of_checkpoint(place, ending, kwargs)
-            if num_labels is None:
-                raise ValueError(f"task '{task}' needs num_labels=… or label_names=[…]")
-        else:
-            kwargs["num_labels"] = num_labels
-        kwargs["problem_type"] = problem_type
-        if label_names is not None:
-            kwargs["id2label"] = dict(enumerate(label_names))
-            kwargs["label2id"] = {label: i for i, label in enumerate(label_names)}
+            raise ValueError(f"task '{task}' needs num_labels=… or label_names=[…]")
+        kwargs |= {"num_labels": num_labels, "problem_type": kind.problem_type}
+    if label_names is not None:
+        kwargs["id2label"] = dict(enumerate(label_names))
+        kwargs["label2id"] = {label: i for i, label in enumerate(label_names)}
     kwargs.setdefault("dtype", torch.float32)  # Transformers 5 would keep whatever type the file has
-    with _explain(name, place), _seeded(seed, kwargs), _quiet_loading(name):
-        model, info = getattr(transformers, class_name).from_pretrained(
-            place, trust_remote_code=False, output_loading_info=True, **kwargs
-        )
-    _check_encoder(name, model, info, task)
+    auto = getattr(transformers, auto) if isinstance(auto, str) else auto
+    # shapes that differ come back in `info`, whose table would go to the log instead of the error
+    options = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True, "trust_remote_code": False}
+    with _explain(name, place), _seeded(seed, kwargs), _quiet_loading():
+        model, info = auto.from_pretrained(place, **options)
+    _check_weights(name, model, info, kind is not None, kwargs.get("ignore_mismatched_sizes", False))
     return model
 
 
-def _check_labels(task, num_labels, label_names):
+def _check_labels(kind, num_labels, label_names):
     """Number and names of the labels, made consistent; (None, None) when the checkpoint has to tell."""
     if label_names is not None:
         label_names = [str(label) for label in label_names]
-        repeated = sorted({label for label in label_names if label_names.count(label) > 1})
-        if repeated:
+        if repeated := [label for label, times in Counter(label_names).items() if times > 1]:
             raise ValueError(f"label_names has {repeated[0]!r} more than once; each label needs its own name")
-        if num_labels is not None and num_labels != len(label_names):
+        if num_labels not in (None, len(label_names)):
             raise ValueError(f"num_labels={num_labels} but label_names has {len(label_names)} names")
         num_labels = len(label_names)
-    if task == "encoder":
-        if num_labels is not None:
-            raise ValueError("num_labels and label_names belong to a head; give a task as well")
-        return None, None
     if num_labels is None:
-        return (1, None) if task == "regression" else (None, None)
-    if type(num_labels) is not int or num_labels < 1:
-        raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}")
-    if task == "sequence-classification" and num_labels == 1:
+        return (1 if kind and kind.problem_type == "regression" else None), None
+    if kind is None:
+        raise ValueError("num_labels and label_names belong to a head; give a task as well")
+    if whole("num_labels", num_labels) == 1 and kind.problem_type == "single_label_classification":
         raise ValueError("one label leaves nothing to classify; use num_labels=2, or task='regression'")
     return num_labels, label_names
 
@@ -144,17 +143,14 @@ def _locate(name, kwargs) -> str:
             raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
         return str(assets.path(name))
     if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, "config.json")):
-            from .files import read_json, refuse_kernels
-
-            refuse_kernels(read_json(Path(name) / "config.json"), f"{name}/config.json")
+        config = Path(name, "config.json")
+        if config.is_file():
+            files.refuse_kernels(files.read_json(config), str(config))
         return name
     models = [asset for asset, entry in known.items() if entry["kind"] == "model"]
-    looks_local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
-    if looks_local:
-        raise ValueError(f"there is no folder '{name}'")
-    if "/" not in name and assets.near_names(name, models):
-        raise ValueError(assets.unknown_name(name, models))
+    local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
+    if local or ("/" not in name and assets.near_names(name, models)):
+        raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, models))
     return name
 
 
@@ -167,11 +163,9 @@ def _explain(name, place):
         if os.path.isdir(place):
             raise
         models = ", ".join(asset for asset, entry in assets.manifest().items() if entry["kind"] == "model")
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(
-            f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which "
-            f"failed: {reason} Without the hub, use one of: {models}"
-        ) from error
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        looked = f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which failed"
+        raise OSError(f"{looked}: {reason} Without the hub, use one of: {models}") from error
     except (ValueError, TypeError, RuntimeError, MemoryError):
         raise
     except Exception as error:  # Transformers has many types for settings that make no sense
@@ -198,8 +192,7 @@ def _seeded(seed: int, kwargs):
 
     # Seeding CUDA would start it, or change its global state, for a head that is drawn on the CPU.
     wanted = kwargs.get("device_map") is not None or torch.cuda.is_initialized()
-    on_cuda = wanted and torch.cuda.is_available()
-    devices = list(range(torch.cuda.device_count())) if on_cuda else []
+    devices = list(range(torch.cuda.device_count())) if wanted and torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:
@@ -208,51 +201,35 @@ def _seeded(seed: int, kwargs):
 
 
 @contextlib.contextmanager
-def _quiet_loading(name):
-    """Drop the bar over local tensors and the table of new weights (_check_encoder looks at those instead).
+def _quiet_loading():
+    """Without Transformers' bar over local tensors and its table of new weights, at which `_check_weights` looks."""
+    from transformers.utils import logging as theirs
 
-    When loading fails because shapes differ, the table goes into the error.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    reports = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if "LOAD REPORT" in record.getMessage():
-            reports.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
-            return False
-        return True
-
-    def bar(factory, args, options):
-        return factory(*args, **{**options, "disable": True})
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.funcName != "log_state_dict_report" or "CONVERSION" in record.getMessage()
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
+    logger.addFilter(wanted)
     # The hook touches Transformers' own bars alone; downloads from the hub keep theirs.
-    set_hook = getattr(transformers_logging, "set_tqdm_hook", lambda hook: None)
-    before = set_hook(bar)
+    set_hook = getattr(theirs, "set_tqdm_hook", lambda hook: None)
+    before = set_hook(lambda factory, args, options: factory(*args, **options | {"disable": True}))
     try:
         yield
-    except RuntimeError as error:
-        if not reports:
-            raise
-        raise ValueError(
-            f"the weights of '{name}' do not fit the model asked for; num_labels of a saved head must be "
-            f"what it was saved with (ignore_mismatched_sizes=True starts a new head instead).\n{reports[-1]}"
-        ) from error
     finally:
         set_hook(before)
-        logger.removeFilter(keep)
+        logger.removeFilter(wanted)
 
 
-def _check_encoder(name, model, info: dict, task: str) -> None:
+def _check_weights(name, model, info: dict, headed: bool, may_differ: bool) -> None:
     """Only the head may be new; a hole in the encoder means the checkpoint is not what it is taken for."""
-    prefix = "" if task == "encoder" else f"{model.base_model_prefix}."
-    fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    different = info["mismatched_keys"]  # (key, shape in the file, shape asked for)
+    other = [f"{key} {tuple(saved)} in the file, {tuple(asked)} asked for" for key, saved, asked in different]
+    if other and not may_differ:
+        remedy = "num_labels of a saved head is what it was saved with; ignore_mismatched_sizes=True starts anew"
+        raise ValueError(f"the weights of '{name}' do not fit ({'; '.join(sorted(other)[:3])}): {remedy}")
+    prefix = f"{model.base_model_prefix}." if headed else ""
+    fresh = {*info["missing_keys"], *(key[0] for key in different)}
     holes = sorted(key for key in fresh if key.startswith(prefix) and not _MAY_BE_NEW.search(key))
     if holes:
-        more = f" and {len(holes) - 3} more" if len(holes) > 3 else ""
-        raise ValueError(
-            f"the checkpoint '{name}' lacks weights of the encoder itself ({', '.join(holes[:3])}{more}); "
-            f"they would start random. Is it a checkpoint of {type(model).__name__}?"
-        )
+        lost = f"{len(holes)} weights of the encoder itself ({', '.join(holes[:3])}, …), which would start random"
+        raise ValueError(f"the checkpoint '{name}' lacks {lost}; is it one of {type(model).__name__}?")

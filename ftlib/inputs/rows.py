@@ -1,147 +1,134 @@
-"""Check texts, and rows of token ids and labels against a model before it sees them, and name the first bad one.
+"""The door for data: texts, and rows of token ids and labels, checked against a model once, in one pass.
 
 A label outside the model's classes is an index error inside a GPU kernel, a float label trains the wrong loss, and a
-row padded by hand feeds padding to the model as if it were text.  All of it is found here, before any training.
+row padded by hand feeds padding to the model as if it were text.  All of it is found here, before any training, and
+said with row, column, value and remedy; behind the door rows are trusted.  A Dataset's rows stay in Arrow and are read
+when a step needs them; a stream's are checked as they come.
 
-To copy this module you need: rows.py alone.
+To copy: this file, core/anatomy.py, core/batches.py and tasks/.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
-IGNORE = -100  # the label PyTorch's and our losses skip
-_LARGEST = 3.4e38  # what fits into a float32
+import numpy as np
+from torch import nn
 
-Row = dict[str, Any]
+from ..core import anatomy
+from ..core.anatomy import max_positions
+from ..core.batches import Row, short
+from ..tasks.classification import plain
+from ..tasks.task import TASKS, tasks_of
 
-
-def to_rows(dataset: Any, name: str = "dataset") -> list[Row]:
-    """A list of rows from a tokenized Dataset, or from any sequence of dicts; says what is missing.
-
-    >>> to_rows([{"input_ids": [2, 3]}])
-    [{'input_ids': [2, 3]}]
-    """
-    columns = getattr(dataset, "column_names", None)
-    if isinstance(columns, dict):
-        raise TypeError(f"{name} is a DatasetDict; pass one split, e.g. {name}['train']")
-    if columns is not None and hasattr(dataset, "to_list"):
-        if "input_ids" not in columns:
-            has = ", ".join(columns) or "none"
-            raise ValueError(f"{name} has no column 'input_ids' (it has {has}); call ftlib.tokenize first")
-        keep = [c for c in ("input_ids", "attention_mask", "token_type_ids", "labels") if c in columns]
-        rows = dataset.select_columns(keep).with_format(None).to_list()
-    elif isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, dict)):
-        rows = list(dataset)
-    else:
-        raise TypeError(f"{name} must be a Dataset or a list of rows, got {type(dataset).__name__}")
-    if not rows:
-        raise ValueError(f"{name} has zero examples")
-    out = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or "input_ids" not in row:
-            raise ValueError(f"{name} row {i}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
-        if isinstance(row.get("labels"), dict):  # Arrow fills tasks a row does not have with None
-            row = {**row, "labels": {task: value for task, value in row["labels"].items() if value is not None}}
-        out.append(row)
-    return out
+CHUNK = 1_000  # rows of a Dataset read at a time for the check
 
 
-_AFTER_PAD = (  # model types whose position numbers start after the padding id
-    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
-    "xlm-roberta-xl",
-)  # fmt: skip
+@dataclass(frozen=True)
+class Door:
+    """What a model takes, and `row`, which checks one row.  tasks: {task, "" for a single one: (kind, labels)}."""
 
+    tasks: dict[str, tuple[str, int]]
+    name: str = "dataset"
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    type_vocab_size: int | None = None
+    labels_needed: bool = True
+    inputs: frozenset[str] = frozenset({"token_type_ids"})  # further columns that the model's forward takes
+    under: str = ""  # the task whose labels plain ones are
+    first: list = field(default_factory=list)  # the columns of the first row
 
-def max_positions(config: Any) -> int | None:
-    """Longest row a model takes, in tokens; None where it does not say."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and getattr(config, "model_type", None) in _AFTER_PAD:
-        return limit - (config.pad_token_id or 0) - 1
-    return limit or None
+    @classmethod
+    def of(cls, model: nn.Module, name: str, labels_needed: bool = True, under: str = "") -> "Door":
+        config = model.config
+        limits = {
+            "vocab_size": getattr(config, "vocab_size", None), "max_positions": max_positions(config),
+            "type_vocab_size": getattr(config, "type_vocab_size", None) or None,
+        }  # fmt: skip
+        return cls(tasks_of(model), name, **limits, labels_needed=labels_needed, inputs=inputs_of(model), under=under)
 
-
-def token_limit(max_length: Any, tokenizer: Any, config: Any) -> Any:
-    """Tokens a text may have: as asked for, or as the tokenizer knows, but no more than the model takes."""
-    limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
-    most = max_positions(config)
-    if type(limit) is int and most is not None:  # what is no number is for the tokenizing to refuse
-        return min(limit, most)
-    return most if limit is None else limit
-
-
-def checked_rows(
-    rows: Iterable[Row],
-    tasks: dict[str, tuple[str, int]],
-    *,
-    name: str = "dataset",
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
-    type_vocab_size: int | None = None,
-    labels_needed: bool = True,
-) -> list[Row]:
-    """Find the first bad row before any training: ids, lengths and labels against the model.
-
-    `tasks` maps a task name ("" for a model with one task) to (kind, number of labels).  Returns rows with
-    `input_ids` (and `token_type_ids`, `labels`) as plain lists and numbers, labels of regression and multi-label tasks
-    as floats, and without the padding that an `attention_mask` of zeros marks.
-
-    >>> checked_rows([{"input_ids": [1], "labels": 7}], {"": ("sequence-classification", 2)})
-    Traceback (most recent call last):
-    ...
-    ValueError: dataset row 0, column 'labels': label 7 is outside 0..1; give the model num_labels=8 or mend the label
-    """
-    out: list[Row] = []
-    for i, row in enumerate(rows):
-        where = f"{name} row {i}"
+    def row(self, row: Any, i: int) -> Row:
+        """The row as a dict of its own: ids, further inputs and labels as plain numbers, without what a mask hides."""
+        where = f"{self.name} row {i}"
         if not isinstance(row, dict) or "input_ids" not in row:
             raise ValueError(f"{where}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
-        row = {key: _plain(value) for key, value in row.items()}
-        ids = row["input_ids"] = _numbers(row["input_ids"], vocab_size, f"{where}, column 'input_ids'")
-        if row.get("token_type_ids") is not None:
-            types = _numbers(row["token_type_ids"], type_vocab_size, f"{where}, column 'token_type_ids'")
-            if len(types) != len(ids):
-                raise ValueError(f"{where}: {len(types)} token_type_ids for {len(ids)} input_ids; must be equal")
-            row["token_type_ids"] = types
-        if out and ("token_type_ids" in row) != ("token_type_ids" in out[0]):
-            raise ValueError(f"{where}: token_type_ids in some rows and not in others; tokenize all rows alike")
+        ids = _numbers(row["input_ids"], self.vocab_size, f"{where}, column 'input_ids'")
+        out: Row = {"input_ids": ids}
         length = len(ids)
-        mask = row.pop("attention_mask", None)
-        if mask is not None:
-            mask = _numbers(mask, 2, f"{where}, column 'attention_mask'")
+        for name in sorted(self.inputs & row.keys()):
+            if (value := row[name]) is not None:
+                out[name] = self._input(name, value, length, f"{where}, column {name!r}")
+        columns = [name for name in out if name != "input_ids"]
+        if self.first and self.first[0] != columns:
+            odd = min({*self.first[0]} ^ {*columns}, default="inputs")
+            raise ValueError(f"{where}: {odd} in some rows and not in others; tokenize all rows alike")
+        self.first or self.first.append(columns)
+        mask = None
+        if row.get("attention_mask") is not None:
+            mask = _numbers(row["attention_mask"], 2, f"{where}, column 'attention_mask'")
             if len(mask) != length:
                 raise ValueError(f"{where}: {len(mask)} attention_mask values for {length} input_ids; must be equal")
-            mask = None if all(mask) else mask
+            mask = None if all(mask) else list(mask)
         if mask:
-            row |= {key: _kept(row[key], mask) for key in ("input_ids", "token_type_ids") if key in row}
-        real = len(row["input_ids"])
+            out |= {key: _kept(value, mask) for key, value in out.items() if np.ndim(value) and len(value) == length}
+        real = len(out["input_ids"])
         if real == 0:
             raise ValueError(f"{where}, column 'input_ids': no tokens; drop the row")
-        if max_positions is not None and real > max_positions:
-            raise ValueError(
-                f"{where}, column 'input_ids': {real} tokens, the model takes {max_positions}; "
-                f"tokenize with max_length={max_positions}"
-            )
-        labels = row.get("labels")
-        if labels is None or labels == {}:
-            if labels_needed:
-                raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...")
-        else:
-            row["labels"] = _checked_labels(labels, tasks, length, mask, where)
-        out.append(row)
-    return out
+        if self.max_positions is not None and real > self.max_positions:
+            most = f"the model takes {self.max_positions}; tokenize with max_length={self.max_positions}"
+            raise ValueError(f"{where}, column 'input_ids': {real} tokens, {most}")
+        labels = _without_none(plain(row.get("labels")))
+        if labels is not None and labels != {}:
+            out["labels"] = self._labels(labels, length, mask, f"{where}, column 'labels'")
+        elif self.labels_needed:
+            raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...")
+        if "word_starts" in row:
+            out["word_starts"] = row["word_starts"]
+        return out
+
+    def _input(self, name: str, value: Any, length: int, where: str) -> Any:
+        if name == "token_type_ids":
+            value = _numbers(value, self.type_vocab_size, where)
+            if len(value) != length:
+                raise ValueError(f"{where}: {len(value)} token_type_ids for {length} input_ids; must be equal")
+        elif np.asarray(value).dtype.kind not in "biuf":
+            raise TypeError(f"{where}: expected numbers, got {short(value)}; drop the column or fill it in")
+        return value
+
+    def _labels(self, labels: Any, length: int, mask: list[int] | None, where: str) -> Any:
+        if not isinstance(labels, dict) and self.under:
+            labels = {self.under: labels}
+        if not isinstance(labels, dict) and "" not in self.tasks:
+            has = ", ".join(self.tasks)
+            raise ValueError(f"{where}: a plain label, but the model has the tasks {has}: {{task: label}}")
+        clean = {}
+        for task, label in labels.items() if isinstance(labels, dict) else [("", labels)]:
+            if task not in self.tasks:
+                has = "one task" if "" in self.tasks else ", ".join(map(repr, self.tasks))
+                raise ValueError(f"{where}: labels for a task {task!r}; the model has {has}")
+            kind, num_labels = self.tasks[task]
+            record = TASKS[kind]
+            clean[task] = record.check(plain(label), num_labels, length, where + (f" ({task})" if task else ""))
+            if mask and record.a_token:
+                clean[task] = _kept(clean[task], mask)
+        return clean[""] if "" in self.tasks else clean
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and numpy values as Python's lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+def inputs_of(model: nn.Module) -> frozenset[str]:
+    """The names of what a model's forward takes beside token ids, mask and labels."""
+    known = getattr(model, "input_names", None)  # MultiTaskModel
+    names = known or inspect.signature(anatomy.unwrapped(model).forward).parameters
+    return frozenset(names) - {"input_ids", "attention_mask", "labels", "inputs_embeds", "kwargs", "self"}
 
 
-def _kept(values: list, mask: list[int]) -> list:
-    return [value for value, keep in zip(values, mask, strict=True) if keep]
-
-
-def _numbers(values: Any, size: int | None, where: str) -> list[int]:
+def _numbers(values: Any, size: int | None, where: str) -> Sequence[int]:
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1 and len(values):
+        if size is None or 0 <= values.min() <= values.max() < size:
+            return values  # from Arrow, where it stays
+    values = plain(values)
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{where}: expected a list of whole numbers, got {short(values)}")
     if not set(map(type, values)) <= {int}:
@@ -155,60 +142,161 @@ def _numbers(values: Any, size: int | None, where: str) -> list[int]:
     return list(values)
 
 
-def _checked_labels(labels: Any, tasks: dict, length: int, mask: list[int] | None, where: str) -> Any:
-    where += ", column 'labels'"
-    named = isinstance(labels, dict)
-    if not named and "" not in tasks:
-        raise ValueError(f"{where}: a plain label, but the model has the tasks {', '.join(tasks)}: {{task: label}}")
-    clean = {}
-    for task, label in labels.items() if named else [("", labels)]:
-        if task not in tasks:
-            has = "one task" if "" in tasks else ", ".join(map(repr, tasks))
-            raise ValueError(f"{where}: labels for a task {task!r}; the model has {has}")
-        kind, num_labels = tasks[task]
-        place = where + (f" ({task})" if task else "")
-        clean[task] = _checked_label(_plain(label), kind, num_labels, length, place)
-        if mask and kind == "token-classification":
-            clean[task] = _kept(clean[task], mask)
-    return clean[""] if "" in tasks else clean
+def _kept(values: Sequence, mask: list[int]) -> list:
+    return [value for value, keep in zip(values, mask, strict=True) if keep]
 
 
-def _checked_label(label: Any, kind: str, num_labels: int, length: int, where: str) -> Any:
-    many = isinstance(label, (list, tuple))
-    values = [_plain(value) for value in label] if many else [label]
-    if kind == "regression":
-        if len(values) != num_labels:
-            raise ValueError(f"{where}: {len(values)} values for {num_labels} outputs")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where}: {short(value)} is no number; regression needs a float")
-            if not abs(value) < _LARGEST:
-                raise ValueError(f"{where}: the value is {short(value)}; drop the row or fill it in")
-        return [float(value) for value in values] if num_labels > 1 else float(values[0])
-    if kind == "multi-label-classification":
-        if not many or len(values) != num_labels:
-            got = f"{short(label)}; multi-label needs a list of {num_labels} values, each 0.0 or 1.0"
-            raise ValueError(f"{where}: {got}")
-        for value in values:
-            if value not in (0, 1, IGNORE):
-                raise ValueError(f"{where}: {short(value)} is neither 0, 1 nor {IGNORE} (ignored)")
-        return [float(value) for value in values]
-    if kind == "token-classification":
-        if not many or len(values) != length:
-            got = f"{len(values)} labels" if many else short(label)
-            raise ValueError(f"{where}: {got} for {length} tokens; one label per token, {IGNORE} to ignore")
-    elif many:
-        raise ValueError(f"{where}: a list of {len(values)} labels, but the model gives one label per text")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{where}: {short(value)} is no class number; cross-entropy needs whole numbers (int)")
-        if value != IGNORE and not 0 <= value < num_labels:
-            remedy = f"give the model num_labels={value + 1}" if value >= num_labels else "count labels from 0"
-            raise ValueError(f"{where}: label {value} is outside 0..{num_labels - 1}; {remedy} or mend the label")
-    return [int(value) for value in values] if many else int(label)
+def _without_none(labels: Any) -> Any:
+    """Arrow fills tasks a row does not have with None."""
+    return {t: v for t, v in labels.items() if v is not None} if isinstance(labels, dict) else labels
+
+
+class Rows(Sequence):
+    """Rows that passed a door.  lengths: tokens of each, int32 (rows,).
+
+    A Dataset stays where it is: rows are read, and made plain, when they are asked for.
+    """
+
+    def __init__(self, source: Any, door: Door):
+        self.door, self.table, self.kept = door, None, []
+        if hasattr(source, "column_names"):
+            columns = source.column_names
+            wanted = {"input_ids", "attention_mask", "labels", *door.inputs}
+            self.table = source.select_columns([c for c in columns if c in wanted]).with_format("arrow")
+            self.lengths = np.empty(len(source), dtype=np.int32)
+            for start in range(0, len(source), CHUNK):
+                rows = self.take(range(start, min(start + CHUNK, len(source))))
+                self.lengths[start : start + len(rows)] = [len(row["input_ids"]) for row in rows]
+        else:
+            self.kept = [door.row(row, i) for i, row in enumerate(source)]
+            self.lengths = np.array([len(row["input_ids"]) for row in self.kept], dtype=np.int32)
+        if not len(self):
+            raise ValueError(f"{door.name} has zero examples")
+
+    def __len__(self) -> int:
+        return len(self.lengths) if self.table is not None else len(self.kept)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return self.take(range(*i.indices(len(self))))
+        return self.take([range(len(self))[i]])[0]
+
+    def take(self, indices: Sequence[int]) -> list[Row]:
+        """The rows of these numbers, in this order; several are quicker than one by one."""
+        if self.table is None:
+            return [self.kept[i] for i in indices]
+        table = self.table[indices if isinstance(indices, range) else list(indices)]
+        columns = [_values(column) for column in table.columns]
+        rows = (dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True))
+        return [self.door.row(row, i) for row, i in zip(rows, indices, strict=True)]
+
+
+def _values(column: Any) -> list:
+    """The values of an Arrow column; lists of whole numbers as arrays that share its memory."""
+    import pyarrow
+
+    column = column.combine_chunks()
+    inner = getattr(column.type, "value_type", None)
+    if inner is None or not pyarrow.types.is_integer(inner) or not hasattr(column, "offsets"):
+        return column.to_pylist()
+    if column.null_count or column.values.null_count:
+        return column.to_pylist()
+    flat, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    return [flat[begin:end] for begin, end in pairwise(ends)]
+
+
+class Stream:
+    """Rows that come one after the other, checked as they come; read again from the start for every epoch."""
+
+    def __init__(self, source: Iterable, door: Door):
+        self.source, self.door = source, door
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self.door.row(row, i) for i, row in enumerate(self.source))
+
+
+def take(parts: Mapping[str, Rows | Stream], places: Sequence[tuple[Any, Any]]) -> list[Row]:
+    """The rows at [(part, number)], in this order, read part by part; a stream's place is the row itself."""
+    wanted: dict[Any, list[int]] = {}
+    for name, number in places:
+        wanted.setdefault(name, []).append(number)
+    read = {}
+    for name, own in wanted.items():
+        read[name] = iter(own if isinstance(parts[name], Stream) else parts[name].take(own))
+    return [next(read[name]) for name, _ in places]
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data is read one row after the other: an IterableDataset, a generator; all but what has a length."""
+    return isinstance(data, Iterable) and not hasattr(data, "__len__")
+
+
+def checked(dataset: Any, door: Door) -> Rows:
+    """The rows of a Dataset, or of any collection of dicts; TypeError or ValueError for what is none."""
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, dict):
+        raise TypeError(f"{door.name} is a DatasetDict; pass one split, e.g. {door.name}['train']")
+    if columns is not None and "input_ids" not in columns and not is_stream(dataset):
+        has = ", ".join(columns) or "none"
+        raise ValueError(f"{door.name} has no column 'input_ids' (it has {has}); call ftlib.tokenize first")
+    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, bytes, dict)):
+        raise TypeError(f"{door.name} must be a Dataset or a list of rows, got {type(dataset).__name__}")
+    return Rows(list(dataset) if is_stream(dataset) else dataset, door)
+
+
+def checked_rows(rows: Any, tasks: dict[str, tuple[str, int]], **limits: Any) -> Rows:
+    """Rows that fit `tasks`, {task name ("" for a model with one task): (kind, number of labels)}.
+
+    limits: name, vocab_size, max_positions, type_vocab_size, labels_needed of a `Door`.
+
+    >>> checked_rows([{"input_ids": [1], "labels": 7}], {"": ("sequence-classification", 2)})
+    Traceback (most recent call last):
+    ...
+    ValueError: dataset row 0, column 'labels': label 7 is outside 0..1; give the model num_labels=8 or mend the label
+    """
+    return checked(rows, Door(tasks, **limits))
+
+
+def rows_for(dataset: Any, model: nn.Module, *, name: str, labels_needed: bool = True) -> list[Rows]:
+    """Checked rows from a dataset, or from {task or mixture name: dataset} for a MultiTaskModel: a part each."""
+    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
+        return list(parts_for(dataset, model, name=name).values())
+    return [checked(dataset, Door.of(model, name, labels_needed))]
+
+
+def parts_for(dataset: Any, model: nn.Module, *, name: str, stream: bool = False) -> dict[str, Rows | Stream]:
+    """{name: checked rows} from {name: dataset}; plain labels under a task's name become {task: label}.
+
+    stream: what has no length stays a `Stream`; else it is read to its end.
+    """
+    if not isinstance(dataset, dict) or hasattr(dataset, "column_names"):
+        door = Door.of(model, name)
+        if is_stream(dataset) and hasattr(dataset, "take") and not stream:  # it may have no end
+            raise ValueError(f"{name} is a {type(dataset).__name__}, of unknown length; say how far: max_steps")
+        return {"": Stream(dataset, door) if stream and is_stream(dataset) else checked(dataset, door)}
+    tasks = tasks_of(model)
+    if not dataset:
+        raise ValueError(f"{name} is empty; pass {{task name: dataset}}")
+    if "" in tasks:
+        raise ValueError(f"{name} has {', '.join(map(repr, dataset))}, but the model has one task; pass one dataset")
+    parts = {}
+    for key, part in dataset.items():
+        if is_stream(part) and hasattr(part, "take"):
+            raise ValueError(f"{name}[{key!r}] is a stream; several datasets are mixed by size, so load it whole")
+        parts[key] = checked(part, Door.of(model, f"{name}[{key!r}]", under=key))
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------- texts
+
+
+def token_limit(max_length: Any, tokenizer: Any, config: Any) -> Any:
+    """Tokens a text may have: as asked for, or as the tokenizer knows, but no more than the model takes."""
+    limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
+    most = max_positions(config)
+    if type(limit) is int and most is not None:  # what is no number is for the tokenizing to refuse
+        return min(limit, most)
+    return most if limit is None else limit
 
 
 def text_iterator(texts: Iterable[Any]) -> Iterator[Any]:
@@ -248,9 +336,3 @@ def checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
     return value
-
-
-def short(value: Any) -> str:
-    """How a message shows a value: at most 60 signs of it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,9 +1,9 @@
 """Attention by hand: the formula, the multi-head layer, and the maps of a pretrained encoder.
 
-A mask is boolean and True means "may attend" (`ftlib.masking` makes them). `nn.MultiheadAttention` means the
-opposite with its masks; Transformers' models take the tokenizer's 0/1 `attention_mask`.
+To copy: this file alone.
 
-To copy: this file alone; it needs only torch (`attention_maps` is handed a Transformers model).
+A mask is boolean and True means "may attend" (masking.py makes them). `nn.MultiheadAttention` means the
+opposite with its masks; Transformers' models take the tokenizer's 0/1 `attention_mask`.
 """
 
 import math
@@ -14,17 +14,10 @@ from torch import Tensor, nn
 
 
 def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False,
+    scale: float | None = None, dropout: float = 0.0, generator: torch.Generator | None = None,
     return_weights: bool = False,
-):
+):  # fmt: skip
     """softmax(Q Kᵀ / √head_dim) V: each query takes a mean of the values, weighted by how well keys match.
 
     query: float (…, queries, head_dim), key: (…, keys, head_dim), value: (…, keys, value_dim); mostly … is
@@ -45,10 +38,9 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(query, key, value).item()  # equal scores: the plain mean of 1 and 3
     2.0
     """
-    _check_shapes(query, key, value, dropout)
+    _check(query, key, value, mask, dropout)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (…, queries, keys)
-    _check_mask(mask, scores.shape)
     if causal:
         past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()  # (queries, keys)
         mask = past if mask is None else mask & past
@@ -81,28 +73,16 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True):
         super().__init__()
         if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; every "
-                "head gets hidden_size / num_heads features, so choose numbers that divide"
-            )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}; it is the chance of zeroing a weight, in [0, 1)")
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads} >= 1")
+        _check_dropout(dropout)
         self.hidden_size, self.num_heads, self.dropout = hidden_size, num_heads, dropout
-        self.query = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=bias)
+        layers = [nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(4)]
+        self.query, self.key, self.value, self.output = layers
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        causal: bool = False,
-        return_weights: bool = False,
-    ):
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None, *,
+        causal: bool = False, return_weights: bool = False,
+    ):  # fmt: skip
         """Self-attention with `query` alone; cross-attention with `key` (and `value`, by default `key`).
 
         query: float (batch, queries, hidden), key and value: (batch, keys, hidden). mask: bool, True = may
@@ -114,9 +94,7 @@ class MultiHeadAttention(nn.Module):
         value = key if value is None else value
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() != 3 or tensor.shape[-1] != self.hidden_size:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; (batch, tokens, {self.hidden_size}) is needed"
-                )
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; need (batch, tokens, {self.hidden_size})")
         q = self._split(self.query(query))  # (batch, heads, queries, head_dim)
         k = self._split(self.key(key))  # (batch, heads, keys, head_dim)
         v = self._split(self.value(value))  # (batch, heads, keys, head_dim)
@@ -145,10 +123,7 @@ class MultiHeadAttention(nn.Module):
         2
         """
         if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
-            raise ValueError(
-                "this nn.MultiheadAttention uses kdim, vdim, add_bias_kv or add_zero_attn, "
-                "which have no counterpart here; build it without them"
-            )
+            raise ValueError("kdim, vdim, add_bias_kv, add_zero_attn have no counterpart here; build it without")
         bias = module.in_proj_bias is not None
         ours = cls(module.embed_dim, module.num_heads, dropout=module.dropout, bias=bias)
         weights = [*module.in_proj_weight.chunk(3), module.out_proj.weight]  # four of (hidden, hidden)
@@ -167,10 +142,7 @@ class MultiHeadAttention(nn.Module):
         8
         """
         if not hasattr(attention, "self") or not hasattr(getattr(attention, "output", None), "dense"):
-            raise TypeError(
-                f"{type(attention).__name__} has no .self and .output.dense; pass a "
-                "BertAttention, for example model.encoder.layer[0].attention"
-            )
+            raise TypeError(f"{type(attention).__name__} has no .self and .output.dense; pass layer[0].attention")
         inner = attention.self
         layers = [inner.query, inner.key, inner.value, attention.output.dense]
         ours = cls(inner.query.in_features, inner.num_attention_heads, dropout=inner.dropout.p)
@@ -205,10 +177,7 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
     torch.Size([3, 1, 2, 4, 4])
     """
     if not hasattr(model, "set_attn_implementation"):
-        raise TypeError(
-            f"{type(model).__name__} has no set_attn_implementation; pass the Transformers "
-            "model itself (for a wrapper, the encoder inside it)"
-        )
+        raise TypeError(f"{type(model).__name__} has no set_attn_implementation; pass the Transformers model inside it")
     # Outer modules come first, so inner configs, restored last, keep their own setting.
     configs = [getattr(module, "config", None) for module in model.modules()]
     configs = [config for config in configs if hasattr(config, "_attn_implementation")]
@@ -225,71 +194,46 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
         for module, training in modes:
             module.training = training
     if not layers or any(layer is None for layer in layers):
-        raise ValueError(
-            f"{type(model).__name__} returned no attention weights; it may not be an encoder "
-            "with an eager attention"
-        )
+        raise ValueError(f"{type(model).__name__} returned no attention weights; has it an eager attention?")
     ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     batch, tokens = ids.shape[:2]
     for number, layer in enumerate(layers):
         if layer.dim() != 4 or layer.shape[0] != batch or layer.shape[2:] != (tokens, tokens):
-            raise ValueError(
-                f"layer {number} gave weights of shape {tuple(layer.shape)} for {batch} rows "
-                f"of {tokens} tokens; (batch, heads, tokens, tokens) is needed. An unpadded "
-                "model shows its maps after ftlib.repad(model)"
-            )
+            found = f"layer {number} gave weights of shape {tuple(layer.shape)} for {batch} rows of {tokens} tokens"
+            raise ValueError(f"{found}; an unpadded model shows its maps after ftlib.repad(model)")
     return torch.stack([layer.float() for layer in layers])  # (layers, batch, heads, queries, keys)
 
 
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
 ) -> Tensor:
-    scores_shape = (*query.shape[:-1], key.shape[-2])
-    _check_shapes(query, key, value, dropout)
-    _check_mask(mask, scores_shape)
+    _check(query, key, value, mask, dropout)
     if causal and mask is not None:  # documented as an error in F.scaled_dot_product_attention
-        mask = mask & torch.ones(scores_shape[-2:], dtype=torch.bool, device=query.device).tril()
+        mask = mask & torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         causal = False
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
-    fits = (
-        min(query.dim(), key.dim(), value.dim()) >= 2
-        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    )
-    if not fits or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
-            "don't fit: (…, queries, head_dim), (…, keys, head_dim), (…, keys, value_dim) with the "
-            "same … are needed"
-        )
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    same = len({shape[:-2] for shape in shapes}) == 1 and min(map(len, shapes)) >= 2
+    if not same or not query.shape[-1] == key.shape[-1] > 0 or key.shape[-2] != value.shape[-2]:
+        found = "query {}, key {} and value {} don't fit".format(*shapes)
+        raise ValueError(f"{found}: (…, queries, head_dim), (…, keys, head_dim), (…, keys, value_dim), the same …")
     if not (query.is_floating_point() and query.dtype == key.dtype == value.dtype):
-        raise TypeError(
-            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; one float "
-            "dtype is needed, cast them with .to(query.dtype)"
-        )
-    if query.shape[-1] == 0:
-        raise ValueError(f"query {tuple(query.shape)} has no features: head_dim must be at least 1")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; it is the chance of zeroing a weight, in [0, 1)")
-
-
-def _check_mask(mask: Tensor | None, scores_shape: tuple[int, ...]) -> None:
+        raise TypeError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; use .to(query.dtype)")
+    _check_dropout(dropout)
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask is {mask.dtype}; torch.bool with True = may attend is needed. For a "
-            "tokenizer's 0/1 attention_mask use ftlib.masking.padding_mask(attention_mask)"
-        )
-    wanted = scores_shape[-mask.dim() :]
-    fits = mask.dim() in (2, len(scores_shape)) and all(
-        size in (1, full) for size, full in zip(mask.shape, wanted, strict=True)
-    )
-    if not fits:  # three dimensions for four could be (batch, queries, keys) or (heads, queries, keys): ask
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit scores of shape "
-            f"{tuple(scores_shape)}, which are (…, queries, keys); give (queries, keys), or "
-            "every dimension with 1 where shared, such as padding_mask's (batch, 1, 1, keys)"
-        )
+        raise TypeError(f"mask is {mask.dtype}; torch.bool is needed: padding_mask(attention_mask) makes it of 0 and 1")
+    scores = (*query.shape[:-1], key.shape[-2])  # (…, queries, keys)
+    ends = zip(mask.shape[::-1], scores[::-1], strict=False)
+    # three dimensions for four could be (batch, queries, keys) or (heads, queries, keys): ask
+    if mask.dim() not in (2, len(scores)) or any(size not in (1, full) for size, full in ends):
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit scores of shape {scores}, 1 where shared")
+
+
+def _check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; it is the chance of zeroing a weight, in [0, 1)")

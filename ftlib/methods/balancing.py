@@ -7,7 +7,7 @@ does as well, e.g. TorchJD's aggregators.
 
 Loss weighting, `Weighting` and `TaskWeights`, is one number a task: one backward pass serves all tasks.
 
-To copy this module you need: balancing.py and torch.
+To copy: this file alone.
 Source, named as in TrainConfig: pcgrad: Yu et al. 2020 (arXiv:2001.06782), algorithm 1; cagrad: Liu et al. 2021
 (arXiv:2110.14048), algorithm 1; mgda: Désidéri 2012 and Sener & Koltun 2018 (arXiv:1810.04650); uncertainty: Kendall
 et al. 2018 (arXiv:1705.07115); gradnorm: Chen et al. 2018 (arXiv:1711.02257); dwa: Liu et al. 2019
@@ -15,7 +15,7 @@ et al. 2018 (arXiv:1705.07115); gradnorm: Chen et al. 2018 (arXiv:1711.02257); d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,14 +187,15 @@ class Weighting:
 class TaskWeights:
     """The weights of a `Weighting` while they change; `state` is all they go by, to save and put back.
 
-    kinds: of the tasks, as in `Head.task`.  All tensors here are float64 on the CPU, (tasks,) unless said otherwise.
+    factors: 1 for a task of classes, 1/2 for one of numbers, whose likelihood is Gaussian.
+    All tensors here are float64 on the CPU, (tasks,) unless said otherwise.
     Ask for `weights` before a step, and tell `learn` after it what came of it; a loss of nan is a task that was not
     in the step.
     """
 
-    def __init__(self, weighting: Weighting, kinds: list[str], *, seed: int = 0):
+    def __init__(self, weighting: Weighting, factors: Sequence[float], *, seed: int = 0):
         self.weighting, self.seed = weighting, seed
-        self.half = torch.tensor([0.5 if kind == "regression" else 1.0 for kind in kinds], dtype=torch.float64)
+        self.half = torch.tensor(factors, dtype=torch.float64)
         zero, unknown = torch.zeros_like(self.half), torch.full_like(self.half, math.nan)
         self.state: dict[str, torch.Tensor] = {}  # replaced, never changed in place
         if weighting.how in _LEARNT:
@@ -252,6 +253,13 @@ class TaskWeights:
             share = torch.where(there, state["value"].softmax(0), 0.0)
             share = share / share.sum()
             self._adam(share * (fall - share @ fall) + weighting.decay * state["value"])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = {name: state[name] for name in self.state}
 
     def end_epoch(self) -> None:
         """Tell that an epoch is over, for "dwa"."""

@@ -1,7 +1,7 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-To copy this module you need: features.py, speedups.py, batching.py, rows.py, torch and transformers (pretrained.py and
-assets.py, wheels.py only to load by name).
+To copy: this file, methods/speedups.py, inputs/rows.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py,
+core/device.py, tasks/, torch and transformers (inputs/pretrained.py and what it names to load by name).
 """
 
 import copy
@@ -20,16 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..inputs.rows import token_limit
-from ..inputs.tokenizing import (
-    checked_texts,
-    collate,
-    encode_texts,
-    evaluating,
-    split_by_size,
-    text_iterator,
-    to_device,
-)
+from ..core import anatomy
+from ..core.batches import collate, one_of, split_by_size, to_device
+from ..core.device import choose_precision, dtype_of
+from ..inputs.rows import checked_texts, text_iterator, token_limit
+from ..inputs.tokenizing import encode_texts
 from .speedups import shortcuts
 
 POOLINGS = ("mean", "cls", "max")
@@ -49,8 +44,7 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mea
     >>> [pool(hidden, torch.tensor([[1, 1, 0]]), p).item() for p in ("mean", "cls", "max")]
     [3.0, 2.0, 4.0]
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {pooling!r}; choose one of {', '.join(POOLINGS)}")
+    one_of("pooling", pooling, POOLINGS)
     mask = attention_mask.bool().unsqueeze(-1)  # (batch, tokens, 1)
     if pooling == "cls":
         first = attention_mask.to(torch.int64).argmax(dim=1)  # (batch,), not 0 where padding is on the left
@@ -103,8 +97,7 @@ def extract_features(
     overflows); for a layer that does not exist; for an `out` that does not fit; FileExistsError and other OSErrors
     naming the file.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {pooling!r}; choose one of {', '.join(POOLINGS)}")
+    one_of("pooling", pooling, POOLINGS)
     iterator = text_iterator(texts)
     split_by_size([], [], batch_size=batch_size, max_tokens=max_tokens)
     if isinstance(model, (str, os.PathLike)):
@@ -112,8 +105,7 @@ def extract_features(
 
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_model(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-    base = base.encoder if hasattr(base, "heads") else getattr(base, "base_model", base)
+    base = anatomy.base_of(model)
     if not hasattr(base, "config"):
         raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
     if tokenizer is None:
@@ -124,10 +116,8 @@ def extract_features(
         tokenizer = load_tokenizer(base.config._name_or_path)
     count = base.config.num_hidden_layers
     layers = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
-    for one in layers or [layer]:
-        if type(one) is not int or not -count - 1 <= one <= count:
-            raise ValueError(f"layer={one!r}: choose 0 (embeddings) to {count}, or from the end, -1 to {-count - 1}")
-
+    if wrong := [one for one in layers or [layer] if type(one) is not int or not -count - 1 <= one <= count]:
+        raise ValueError(f"layer={wrong[0]!r}: choose 0 (embeddings) to {count}, or from the end, -1 to {-count - 1}")
     size = len(texts) if hasattr(texts, "__len__") else None
     shape = (base.config.hidden_size,) if layers == [layer] else (len(layers), base.config.hidden_size)
     _check_out(out, size, shape)
@@ -136,8 +126,8 @@ def extract_features(
     if max_tokens is None:
         max_tokens = 4_096 if device.type == "cpu" else 32_768
     limit = token_limit(max_length, tokenizer, base.config)
-    work = _batches(iterator, tokenizer, batch_size, max_tokens, device, max_length=limit, truncation=truncation)
-    with evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
+    work = _batches(iterator, tokenizer, batch_size, max_tokens, base, max_length=limit, truncation=truncation)
+    with anatomy.evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling, normalize, size, progress)
         if isinstance(out, (str, os.PathLike)):
             return _written(chunks, os.fspath(out), shape)
@@ -156,47 +146,42 @@ def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
         return
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file, or a float32 array")
-    folder = os.path.dirname(os.path.abspath(out))
-    if os.path.lexists(out):
-        raise FileExistsError(errno.EEXIST, "out exists already; delete it or choose another name", os.fspath(out))
-    if os.path.lexists(aside := f"{os.fspath(out)}.part"):
-        raise FileExistsError(errno.EEXIST, "a run writes this file, or was killed and left it; delete it", aside)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder)
-    need, free = 4 * int(np.prod(shape)) * (size or 0), shutil.disk_usage(folder).free
-    if need > free:
+    path = os.fspath(out)
+    folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.part"
+    error = None
+    if os.path.lexists(path):
+        error = errno.EEXIST, "out exists already; delete it or choose another name", path
+    elif os.path.lexists(aside):
+        error = errno.EEXIST, "a run writes this file, or was killed and left it; delete it", aside
+    elif not os.path.isdir(folder):
+        error = errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder
+    elif (need := 4 * int(np.prod(shape)) * (size or 0)) > (free := shutil.disk_usage(folder).free):
         text = f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-        raise OSError(errno.ENOSPC, text, os.fspath(out))
+        error = errno.ENOSPC, text, path
+    if error:
+        raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
 
 
 def _in_precision(base: nn.Module, precision: str | None, device: torch.device) -> nn.Module:
     """The model itself, or a copy with its weights in another precision."""
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision is None:
         return base
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
-    if precision not in names:
-        raise ValueError(
-            f"precision={precision!r}: choose one of auto, {', '.join(names)}, or None: as the weights are"
-        )
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision='fp16' needs a GPU (a CPU gains nothing and overflows); use fp32")
-    if {p.dtype for p in base.parameters() if p.is_floating_point()} == {names[precision]}:
+    one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
+    dtype = dtype_of(choose_precision(device, precision)[0])
+    if {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}:
         return base
-    return copy.deepcopy(base).to(names[precision])
+    return copy.deepcopy(base).to(dtype)
 
 
 def _batches(
-    texts: Iterator[Any], tokenizer: Any, batch_size: int | None, max_tokens: int, device: torch.device, **options: Any
+    texts: Iterator[Any], tokenizer: Any, batch_size: int | None, max_tokens: int, base: nn.Module, **options: Any
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """(texts in this chunk, batch) with `places`, int64 (batch,): where in the chunk each of the batch's texts is.
 
     A chunk is checked as a whole, then tokenized in slices, the longest texts (in characters) first, so that
     computing begins after the first slice.
     """
-    start = 0
+    start, pad, on_gpu = 0, anatomy.pad_id(tokenizer, base.config), next(base.parameters()).device.type == "cuda"
     while chunk := list(islice(texts, CHUNK)):
         checked_texts(chunk, range(start, start + len(chunk)))
         order = sorted(range(len(chunk)), key=lambda i: -len(str(chunk[i])))
@@ -207,9 +192,9 @@ def _batches(
             by_length = sorted(range(len(rows)), key=lambda i: -lengths[i])
             sizes = [min(length, max_tokens) for length in lengths]  # what is longer is alone in its batch
             for indices in split_by_size(by_length, sizes, batch_size=batch_size, max_tokens=max_tokens):
-                batch = collate([rows[i] for i in indices], pad_token_id=tokenizer.pad_token_id or 0)
+                batch = collate([rows[i] for i in indices], pad_token_id=pad)
                 batch["places"] = torch.tensor([part[i] for i in indices])
-                if device.type == "cuda":
+                if on_gpu:
                     batch = {key: value.pin_memory() for key, value in batch.items()}
                 yield len(chunk), batch
         start += len(chunk)

@@ -1,25 +1,21 @@
-"""Losses by their formulas, in a form that never overflows, and the fused ones the training loop uses.
+"""Losses by their formulas, in a form that never overflows.
 
-The functions here are for reading and for checking; `task_loss` gives the same numbers from PyTorch's fused
-kernels. Shared rules:
+To copy: this file alone.
+
+The functions here are for reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`), which give the
+same numbers. Shared rules:
 - a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
 - float16 and bfloat16 logits are turned to float32, and so is the loss (F.cross_entropy stays in half, where
   anything above 65504 is infinite);
-- a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label (`count_labelled` tells);
+- a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label;
 - shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for the device at
   each step. There an impossible label trips PyTorch's device assert, and a NaN target shows as a NaN loss.
-
-To copy: this file alone; it needs only torch.
 """
 
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-TASKS = ("sequence-classification", "token-classification", "multi-label-classification", "regression")
 
 
 def cross_entropy(
@@ -104,15 +100,12 @@ def binary_cross_entropy(
     tensor([6.9315e-01, 1.0000e+04])
     """
     logits = _checked_logits(logits)
-    _check_float_targets("targets", targets, logits)
+    if not targets.is_floating_point():
+        raise TypeError(f"targets is {targets.dtype}; multi-label targets are 0.0 to 1.0: cast with .float()")
+    _check_same_shape("targets", targets, "logits", logits)
     counts = targets != ignore_index  # (…, labels)
-    if _can_read(targets):
-        _refuse(
-            targets,
-            counts & ~((targets >= 0) & (targets <= 1)),
-            "targets",
-            f"is not in [0, 1]; use 0 for no, 1 for yes, {ignore_index} for unknown",
-        )
+    remedy = f"is not in [0, 1]; use 0 for no, 1 for yes, {ignore_index} for unknown"
+    _refuse("targets", targets, counts & ~((targets >= 0) & (targets <= 1)), remedy)
     y = targets.to(logits.dtype).masked_fill(~counts, 0.0)  # (…, labels)
     zero = torch.zeros_like(logits)
     minus_log_yes = torch.logaddexp(zero, -logits)  # -log σ(z) = log(e⁰ + e^-z), (…, labels)
@@ -135,8 +128,7 @@ def mean_squared_error(predictions: Tensor, targets: Tensor, *, reduction: str =
     """
     predictions = _checked_logits(predictions, "predictions", classes=False)
     _check_same_shape("targets", targets, "predictions", predictions)
-    if _can_read(targets):
-        _refuse(targets, ~torch.isfinite(targets), "targets", "is not a finite number; drop or fill the row")
+    _refuse("targets", targets, ~torch.isfinite(targets), "is not a finite number; drop or fill the row")
     loss = (predictions - targets.to(predictions.dtype)).square()  # as predictions
     everything = torch.ones_like(loss, dtype=torch.bool)
     return _reduce(loss, everything, everything, reduction)
@@ -153,93 +145,13 @@ def class_weights(labels, num_classes: int) -> Tensor:
     tensor([0.6667, 2.0000])
     """
     labels = torch.as_tensor(labels).flatten()  # (n,)
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; at least one class is needed")
     labels = _whole_labels(labels.long() if labels.numel() == 0 else labels, num_classes, IGNORE)
     labels = labels[labels != IGNORE]  # (labelled,)
     counts = labels.bincount(minlength=num_classes)  # (num_classes,)
     missing = (counts == 0).nonzero()
     if len(missing):
-        raise ValueError(
-            f"class {int(missing[0])} of {num_classes} never occurs among {labels.numel()} "
-            "labels; add an example of it or lower num_classes"
-        )
+        raise ValueError(f"class {int(missing[0])} of {num_classes} never occurs in {labels.numel()} labels; add one")
     return labels.numel() / (num_classes * counts.float())  # (num_classes,)
-
-
-def count_labelled(labels: Tensor, task: str) -> Tensor:
-    """How many items the summed loss of `task_loss` runs over: what to divide by, per optimizer step.
-
-    Classification counts labels other than IGNORE, multi-label counts entries other than IGNORE, regression
-    counts all entries. Returns an int64 scalar tensor on the labels' device, so that nothing waits for a GPU.
-
-    >>> count_labelled(torch.tensor([[3, IGNORE, IGNORE], [0, 1, IGNORE]]), "token-classification")
-    tensor(3)
-    """
-    _check_task(task)
-    if task == "regression":
-        return torch.full((), labels.numel(), dtype=torch.int64, device=labels.device)
-    return (labels != IGNORE).sum()
-
-
-def task_loss(task: str, label_smoothing: float = 0.0):
-    """The loss of a task as a function (logits, labels) -> scalar, **summed** over labelled items.
-
-    The caller divides by `count_labelled` of the whole optimizer step; a mean per micro-batch would weigh a
-    label in a short batch more than one in a long batch. Uses PyTorch's fused functions; same numbers as the
-    ones above.
-    - sequence- and token-classification: cross_entropy; logits (…, classes), labels int (…)
-    - multi-label-classification: binary_cross_entropy; logits and labels (batch, labels), any number dtype
-    - regression: mean_squared_error; logits (batch, 1) or (batch,) with labels (batch,), or both (batch, k)
-    Raises ValueError for an unknown task, or label_smoothing with a task other than the first two.
-
-    >>> loss = task_loss("regression")
-    >>> loss(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 4.0]))
-    tensor(4.)
-    """
-    _check_task(task)
-    if task in ("sequence-classification", "token-classification"):
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of the target, in [0, 1]")
-        return partial(_summed_cross_entropy, label_smoothing=label_smoothing)
-    if label_smoothing:
-        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for {task}; set it to 0")
-    return _summed_binary_cross_entropy if task == "multi-label-classification" else _summed_squared_error
-
-
-def _summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    logits = _checked_logits(logits)  # (…, classes)
-    _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
-    labels = _whole_labels(labels, logits.shape[-1], IGNORE)
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1),
-        reduction="sum",
-        ignore_index=IGNORE,
-        label_smoothing=label_smoothing,
-    )
-
-
-def _summed_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = _checked_logits(logits)  # (batch, labels)
-    _check_same_shape("labels", labels, "logits", logits)
-    labels = labels.to(logits.dtype)  # (batch, labels)
-    counts = labels != IGNORE  # (batch, labels)
-    if _can_read(labels):
-        _refuse(labels, counts & ~((labels >= 0) & (labels <= 1)), "labels", "is not in [0, 1] and not -100")
-    return F.binary_cross_entropy_with_logits(
-        logits, labels.masked_fill(~counts, 0.0), weight=counts.to(logits.dtype), reduction="sum"
-    )
-
-
-def _summed_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = _checked_logits(logits, classes=False)  # (batch, 1), (batch,), (batch, k)
-    if logits.dim() == labels.dim() + 1 and logits.shape[-1] == 1:
-        logits = logits[..., 0]  # (batch,)
-    _check_same_shape("labels", labels, "logits", logits)
-    if _can_read(labels):
-        _refuse(labels, ~torch.isfinite(labels), "labels", "is not a finite number; drop or fill the row")
-    return F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
 
 
 def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int):
@@ -256,8 +168,6 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
     log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)
     weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
-    if weight.dim() != 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; one number per class is needed")
     return log_probs, labels, counts, _checked_weight("weight", weight, logits)
 
 
@@ -284,59 +194,29 @@ def _checked_logits(logits: Tensor, name: str = "logits", classes: bool = True) 
 
 def _whole_labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"labels is {labels.dtype}; cross-entropy needs whole class numbers: cast with "
-            '.long() (float targets belong to task "regression" or "multi-label-classification")'
-        )
+        raise TypeError(f"labels is {labels.dtype}; cross-entropy needs whole class numbers: cast with .long()")
     labels = labels.long()  # before comparing: -100 would wrap round to 156 in uint8
-    if _can_read(labels):
-        _refuse(
-            labels,
-            (labels != ignore_index) & ((labels < 0) | (labels >= classes)),
-            "labels",
-            f"is not one of {classes} classes, 0 … {classes - 1}; check num_labels and the label "
-            f"column, or use {ignore_index} to leave it out",
-        )
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    remedy = f"check num_labels and the label column, or use {ignore_index} to leave it out"
+    _refuse("labels", labels, bad, f"is not one of {classes} classes, 0 … {classes - 1}; {remedy}")
     return labels
 
 
-def _check_float_targets(name: str, targets: Tensor, logits: Tensor) -> None:
-    if not targets.is_floating_point():
-        raise TypeError(f"{name} is {targets.dtype}; multi-label targets are 0.0 to 1.0: cast with .float()")
-    _check_same_shape(name, targets, "logits", logits)
-
-
 def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.is_complex():
-        raise TypeError(f"{name} is {tensor.dtype}; real numbers are needed, take .real or .abs()")
     if tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}; "
-            "they must be equal (a stray dimension of 1 goes away with .squeeze(-1))"
-        )
+        shapes = f"{name} has shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}"
+        raise ValueError(f"{shapes}; they must be equal (a stray dimension of 1 goes away with .squeeze(-1))")
 
 
 def _checked_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
-    if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != logits.shape[-1]):
-        raise ValueError(
-            f"{name} has shape {tuple(weight.shape)} but the logits have {logits.shape[-1]} "
-            "columns; one weight per column is needed"
-        )
-    return weight.to(logits)  # device and dtype
+    columns = logits.shape[-1]
+    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != columns):
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} but the logits have {columns} columns, one each")
+    return weight.to(logits).expand(columns)  # device and dtype too
 
 
-def _check_task(task: str) -> None:
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
-
-
-def _refuse(values: Tensor, bad: Tensor, name: str, why: str) -> None:
-    """Raise ValueError for the first entry where `bad` holds, with its place and value."""
-    if bad.any():
+def _refuse(name: str, values: Tensor, bad: Tensor, why: str) -> None:
+    """Raise ValueError for the first entry where `bad` holds, with its place and value; on CPU alone."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
         place = bad.nonzero()[0].tolist()  # one index per dimension
-        shown = f"{name}[{', '.join(map(str, place))}]" if place else name
-        raise ValueError(f"{shown} = {values[tuple(place)].item():g} {why}")
-
-
-def _can_read(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+        raise ValueError(f"{name}{place or ''} = {values[tuple(place)].item():g} {why}")

@@ -1,10 +1,10 @@
 """Attention masks: who may look at whom.
 
+To copy: this file alone.
+
 One convention everywhere in ftlib: a mask is boolean and True means "may attend", as in
 `torch.nn.functional.scaled_dot_product_attention`. `nn.MultiheadAttention` means the opposite (True =
 ignore), so negate a mask before handing it over. All masks broadcast to (batch, heads, queries, keys).
-
-To copy: this file alone; it needs only torch.
 """
 
 import torch
@@ -22,23 +22,13 @@ def lengths_to_mask(lengths, max_length: int | None = None) -> Tensor:
     [[1, 1, 1], [1, 0, 0]]
     """
     lengths = torch.as_tensor(lengths)  # (batch,)
-    if lengths.dim() != 1:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one number per row is needed: (batch,)")
-    if lengths.numel() == 0:
-        lengths = lengths.long()  # as_tensor([]) is float32
-    _refuse_non_integers("lengths", lengths)
+    _check("lengths", lengths if lengths.numel() else lengths.long(), "batch")  # as_tensor([]) is float32
     if max_length is None:
         max_length = int(lengths.max()) if lengths.numel() else 0
-    if _can_read(lengths):
-        bad = ((lengths < 0) | (lengths > max_length)).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            raise ValueError(
-                f"row {row} has length {int(lengths[row])}, outside 0 … {max_length}; "
-                "truncate the row or raise max_length"
-            )
-    positions = torch.arange(max_length, device=lengths.device)  # (max_length,)
-    return positions < lengths[:, None]  # (batch, max_length)
+    bad = ((lengths < 0) | (lengths > max_length)).nonzero() if _can_read(lengths) else ()
+    if len(bad):
+        raise ValueError(f"row {int(bad[0])} has length {int(lengths[bad[0]])}, outside 0 … {max_length}; truncate it")
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]  # (batch, max_length)
 
 
 def padding_mask(attention_mask: Tensor) -> Tensor:
@@ -51,17 +41,11 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
     torch.Size([1, 1, 1, 3])
     """
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; (batch, keys) is needed")
-    _refuse_non_integers("attention_mask", attention_mask, or_bool=True)
-    if _can_read(attention_mask):
-        bad = ((attention_mask != 0) & (attention_mask != 1)).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise ValueError(
-                f"attention_mask[{row}, {column}] is {int(attention_mask[row, column])}; only "
-                "0 and 1 are masks (for numbered documents in one row use document_mask)"
-            )
+    _check("attention_mask", attention_mask, "batch", "keys", also_bool=True)
+    bad = ((attention_mask != 0) & (attention_mask != 1)).nonzero().tolist() if _can_read(attention_mask) else ()
+    if bad:
+        value = int(attention_mask[tuple(bad[0])])
+        raise ValueError(f"attention_mask{bad[0]} is {value}; only 0 and 1 are masks (for numbers: document_mask)")
     return attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, keys)
 
 
@@ -73,28 +57,22 @@ def causal_mask(length: int, *, device=None) -> Tensor:
     >>> causal_mask(3).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
-    if length < 0:
-        raise ValueError(f"length is {length}; a number of tokens is 0 or more")
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()  # (queries, keys)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
     """Several documents packed in one row: a token looks only at tokens of its own document (block-diagonal).
 
-    document_ids: int (batch, tokens), the number of the document each token belongs to; a negative number
-    marks padding, which looks at nothing and is looked at by nothing. Returns bool (batch, 1, tokens,
-    tokens).
+    document_ids: int (batch, tokens), the number of the document each token belongs to; a negative number marks
+    padding, which looks at nothing and is looked at by nothing. Returns bool (batch, 1, tokens, tokens).
     Source: the packing of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
 
     >>> document_mask(torch.tensor([[0, 0, 1, -1]]))[0, 0].int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     """
-    if document_ids.dim() != 2:
-        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; (batch, tokens) is needed")
-    _refuse_non_integers("document_ids", document_ids)
+    _check("document_ids", document_ids, "batch", "tokens")
     same = document_ids[:, :, None] == document_ids[:, None, :]  # (batch, tokens, tokens)
-    real = document_ids >= 0  # (batch, tokens)
-    return (same & real[:, :, None])[:, None]  # (batch, 1, tokens, tokens)
+    return (same & (document_ids >= 0)[:, :, None])[:, None]  # (batch, 1, tokens, tokens)
 
 
 def combine_masks(*masks: Tensor | None) -> Tensor | None:
@@ -103,8 +81,7 @@ def combine_masks(*masks: Tensor | None) -> Tensor | None:
     masks: bool, shapes that broadcast together. Returns bool, or None when every mask is None.
     Raises TypeError for a mask that is not bool, ValueError when shapes don't broadcast.
 
-    >>> padding = padding_mask(torch.tensor([[1, 1, 0]]))
-    >>> combine_masks(padding, causal_mask(3))[0, 0].int().tolist()
+    >>> combine_masks(padding_mask(torch.tensor([[1, 1, 0]])), causal_mask(3))[0, 0].int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
     """
     combined = None
@@ -112,27 +89,21 @@ def combine_masks(*masks: Tensor | None) -> Tensor | None:
         if mask is None:
             continue
         if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask {number} is {mask.dtype}; masks are torch.bool with True = may attend "
-                "(padding_mask turns a tokenizer's 0/1 attention_mask into one)"
-            )
+            raise TypeError(f"mask {number} is {mask.dtype}; torch.bool is needed: padding_mask makes it of 0 and 1")
         try:
             combined = mask if combined is None else combined & mask
         except RuntimeError:
-            raise ValueError(
-                f"mask {number} has shape {tuple(mask.shape)}, which does not broadcast with "
-                f"the {tuple(combined.shape)} of the masks before it; masks are shaped "
-                "(batch, heads, queries, keys) with 1 where all share"
-            ) from None
+            shapes = f"shape {tuple(mask.shape)}, which does not broadcast with {tuple(combined.shape)} before it"
+            raise ValueError(f"mask {number} has {shapes}; (batch, heads, queries, keys), 1 where shared") from None
     return combined
 
 
-def _refuse_non_integers(name: str, tensor: Tensor, or_bool: bool = False) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not or_bool):
-        raise TypeError(
-            f"{name} is {tensor.dtype}; whole numbers {'or bool ' if or_bool else ''}are needed: "
-            "pass the tokenizer's own tensor, or cast with .long() if the values are whole"
-        )
+def _check(name: str, tensor: Tensor, *dimensions: str, also_bool: bool = False) -> None:
+    allowed = "whole numbers or bool" if also_bool else "whole numbers"
+    if tensor.dim() != len(dimensions):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {allowed} ({', '.join(dimensions)}) are needed")
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not also_bool):
+        raise TypeError(f"{name} is {tensor.dtype}; {allowed} are needed: cast with .long() if the values are whole")
 
 
 def _can_read(tensor: Tensor) -> bool:

@@ -1,14 +1,13 @@
-"""How fast the chosen parameters move: optimizer groups, schedules, and what a strategy asks of every step.
+"""How fast the chosen parameters move: optimizer groups, and what a strategy asks of every step.
 
 `tuning.tune` writes a `Tuning` beside the model's modules; the functions here read it, for `ftlib.fit` and, through
 `trainer_options`, for the stock `Trainer`.
 
-To copy this module you need: optimizing.py, regularization.py, speedups.py and torch.
+To copy: this file, methods/regularization.py, methods/speedups.py, core/anatomy.py and torch.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.anatomy import normalizes
 from . import regularization
-
-SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass
@@ -39,11 +37,6 @@ class Tuning:
 def tuning_of(model: nn.Module) -> Tuning | None:
     """What `tune` has set up, None for a model as it came."""
     return vars(model).get("tuning")
-
-
-def normalizes(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer."""
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
 
 
 def _no_decay_names(model: nn.Module) -> Iterator[str]:
@@ -146,12 +139,11 @@ def follows_steps(model: nn.Module) -> bool:
 
 def check(model: nn.Module, how: str) -> None:
     """ValueError for weights that train in float16, and for a strategy that needs them whole where they are spread."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(
-                f"{name} would train in float16, where small steps vanish and Adam divides by zero; load the model "
-                "with dtype=torch.float32, and let precision='fp16' compute in half"
-            )
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        why = "small steps vanish and Adam divides by zero"
+        remedy = "load the model with dtype=torch.float32, and let precision='fp16' compute in half"
+        raise ValueError(f"{half[0]} would train in float16, where {why}; {remedy}")
     if how == "fsdp" and follows_steps(model):
         raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
 
@@ -193,28 +185,3 @@ def trainer_options(model: nn.Module, *, learning_rate: float, weight_decay: flo
     optimizer = torch.optim.AdamW(groups, lr=learning_rate)
     attach(optimizer, model)
     return {"optimizers": (optimizer, None), "callbacks": [Unfreezing()]}
-
-
-def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: int = 0) -> float:
-    """What the learning rate is multiplied by at optimizer step `step` (0-based) of `total`.
-
-    After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
-    cosine; "exponential" falls by the same ratio every step, to 0.01 at the end; "range" rises so, from 1e-5 to 1.
-
-    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
-    [0.0, 1.0, 0.67, 0.33, 0.0]
-    """
-    if schedule not in (*SCHEDULES, "range"):
-        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if step < warmup:
-        return step / warmup
-    done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 - done
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    if schedule == "range":
-        return 1e-5 ** (1.0 - done)
-    return 0.01**done

@@ -3,20 +3,18 @@
 Weight decay, label smoothing, early stopping and gradient clipping are fields of `TrainConfig`, and so are `l1`,
 `r_drop` and `dropout` from here; L2-SP and mixout are strategies of `tuning.tune`.
 
-To copy this module you need: regularization.py, speedups.py and torch.
+To copy: this file, methods/speedups.py, core/anatomy.py and torch (tasks/task.py and what it names for `r_drop`).
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import anatomy
 from .speedups import dropout
-
-IGNORE = -100
 
 
 @torch.no_grad()
@@ -48,7 +46,7 @@ def shrink_(parameter: nn.Parameter, amount: float) -> None:
 def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
     """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labelled items.
 
-    (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats.
+    (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats: `divergence` in the kind's record.
 
     Args:
         first, second: logits, (items, classes), or (batch, tokens, classes) for tags.
@@ -58,50 +56,48 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
     Source: Liang et al. 2021 (arXiv:2106.14448), equation 2; the factors are those of the authors' code.
     Raises ValueError for another kind: a predicted number has no distribution.
     """
-    first, second = first.float(), second.float()
-    if kind == "multi-label-classification":
-        both = zip((first, second), (second, first), strict=True)
-        each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
-        return each.sum() / 4
-    if kind not in ("sequence-classification", "token-classification"):
+    from ..tasks.task import TASKS
+
+    divergence = TASKS[kind].divergence
+    if divergence is None:
         raise ValueError(f"r_drop compares predicted distributions; {kind} predicts numbers: leave r_drop at 0")
-    p, q = first.log_softmax(-1), second.log_softmax(-1)
-    each = ((p.exp() - q.exp()) * (p - q)).sum(-1)  # KL(p‖q) + KL(q‖p)
-    return each[labels != IGNORE].sum() / 2
+    return divergence(first, second, labels)
 
 
 # ------------------------------------------------------------------------------------------------------ mixout
 
 
-def add_mixout(linears: Iterable[nn.Linear], p: float) -> None:
+def add_mixout(linears: Iterable[nn.Module], p: float) -> None:
     """While training, every weight of these layers is with probability p the present (pretrained) one, in place.
 
     W ← W₀ + dropout(W - W₀, p): dropout towards the pretrained weights in place of zero, with the same mean W.
     Source: Lee et al. 2020 (arXiv:1909.11299).
     """
     for linear in linears:
-        linear.forward = partial(_mixed, linear, linear.weight.detach().clone(), p)
+        anatomy.put_forward(linear, _mixed, linear.weight.detach().clone(), p)
 
 
-def _mixed(linear: nn.Linear, start: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
+def _mixed(linear: nn.Module, start: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
     weight = linear.weight
     if linear.training:
         start = start.to(weight.device)
         weight = start + dropout(weight - start, p)
-    return F.linear(x, weight, linear.bias)
+    return F.linear(x, weight if isinstance(linear, nn.Linear) else weight.T, linear.bias)  # GPT-2's Conv1D
+
+
+def _mixing(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(anatomy.taken_by(module), "func", None) is _mixed]
 
 
 def mixout_starts(model: nn.Module) -> list[torch.Tensor]:
     """The pretrained weights that `add_mixout` keeps, in the order of the modules."""
-    forwards = [vars(module).get("forward") for module in model.modules()]
-    return [forward.args[1] for forward in forwards if getattr(forward, "func", None) is _mixed]
+    return [anatomy.taken_by(module).args[1] for module in _mixing(model)]
 
 
 def remove_mixout(model: nn.Module) -> None:
     """Undo `add_mixout`."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "func", None) is _mixed:
-            del module.forward
+    for module in _mixing(model):
+        anatomy.take_forward(module)
 
 
 # ------------------------------------------------------------------------------------------------------ dropout

@@ -5,23 +5,22 @@
 - `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
 - `attend`: attention over packed rows, one example at a time, so that no score of a padded position is computed and
   attention dropout does not push PyTorch off its quick path.
-- `SeenRows`: a word embedding without the rows that never occur in the training data.  Their gradient is zero at
-  every step; they need no optimizer state and no time.
 
-`shortcuts(model)` switches `linear` and `dropout` on for a while.  To copy: this file alone.
+`shortcuts(model)` switches `linear` and `dropout` on for a while.
+
+To copy: this file, core/anatomy.py and torch.
 """
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from ..core import anatomy
 
 # oneDNN's linear layer, the one torch.compile calls.  A choice by processor, not by stopwatch: the same every time.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -205,15 +204,10 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
     Without gradients a BERT layer's GELU is computed inside the product before it.
     """
     ours = {nn.Linear: _linear_forward, nn.Dropout: _dropout_forward}
-    changed = {m: ours[type(m)] for m in model.modules() if type(m) in ours and "forward" not in vars(m)}
-    changed |= {m: _gelu_forward for m in model.modules() if _makes_gelu(m) and "forward" not in vars(m)}
-    try:
-        for module, forward in changed.items():
-            module.forward = partial(forward, module)
+    free = [module for module in model.modules() if anatomy.taken_by(module) is None]
+    functions = {module: ours[type(module)] for module in free if type(module) in ours}
+    with anatomy.forwards(functions | {module: _gelu_forward for module in free if _makes_gelu(module)}):
         yield
-    finally:
-        for module in changed:
-            vars(module).pop("forward", None)
 
 
 def _makes_gelu(module: nn.Module) -> bool:
@@ -235,119 +229,3 @@ def _linear_forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 def _dropout_forward(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
     return dropout(input, module.p, module.training)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold an interrupt (Ctrl-C) back until the block, a short one, is done: so that it is done as a whole.
-
-    Only the main thread is ever interrupted; elsewhere, and where SIGINT does something else, this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, held = signal.getsignal(signal.SIGINT), []
-    if before is not signal.default_int_handler:  # also inside another such block
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *what: held.append(what))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
-
-
-class SeenRows:
-    """A word embedding that trains only the rows whose ids occur in the training data.
-
-    A row that never occurs has gradient zero at every step, so an optimizer without weight decay leaves it alone, and
-    one with (decoupled) weight decay multiplies it by 1 - lr * decay a step: `decayed` counts that, and it is done
-    when the whole embedding is next needed.  Once it is `on`, `embedding.weight` is a parameter of the seen rows only.
-    Where nothing is to be saved (frozen or shared weights, most rows seen) it does nothing.
-    """
-
-    def __init__(self, model: nn.Module, ids: Iterable[int] | None):
-        self.embedding, self.own, self.hook, self.pending, self.name = None, None, None, 1.0, None
-        owner = model.encoder if hasattr(model, "heads") and hasattr(model, "encoder") else model  # a MultiTaskModel
-        get = getattr(owner, "get_input_embeddings", None)
-        embedding = get() if get and ids is not None else None
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.sparse:
-            return
-        full = embedding.weight
-        users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is full]
-        if not full.requires_grad or len(users) != 1:
-            return
-        seen = torch.tensor(sorted({*ids, embedding.padding_idx or 0}), device=full.device)
-        if len(seen) > 0.75 * len(full):
-            return
-        self.embedding, self.full, self.seen, self.name = embedding, full, seen, users[0]
-        self.padding = embedding.padding_idx
-        self.lookup = torch.full((len(full),), -1, device=full.device)
-        self.lookup[seen] = torch.arange(len(seen), device=full.device)
-        self.own = nn.Parameter(full.detach()[seen])
-
-    def on(self) -> None:
-        """Train the seen rows."""
-        if self.embedding is None or self.hook is not None:
-            return
-        with torch.no_grad(), uninterrupted():
-            self.own.copy_(self.full[self.seen])
-            self.embedding.weight = self.own
-            if self.padding is not None:
-                self.embedding.padding_idx = int(self.lookup[self.padding])
-            self.hook = self.embedding.register_forward_pre_hook(lambda module, args: (self.lookup[args[0]], *args[1:]))
-
-    def off(self, decay: bool = True) -> None:
-        """Put the whole embedding back, with what was learnt, and (unless told not to) with what has decayed."""
-        if self.hook is None:
-            return
-        with torch.no_grad(), uninterrupted():
-            self.hook.remove()
-            self.hook = None
-            if decay and self.pending != 1:
-                self.full.mul_(self.pending)
-                self.pending = 1.0
-            self.full[self.seen] = self.own
-            self.embedding.weight, self.embedding.padding_idx = self.full, self.padding
-
-    def decayed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take note of a step's weight decay."""
-        for group in optimizer.param_groups:
-            if any(p is self.own for p in group["params"]):
-                self.pending *= 1 - group["lr"] * group["weight_decay"]
-
-    def spread(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """Optimizer state of `parameter` as for the whole embedding: zeros for the rows that were not seen."""
-        if parameter is not self.own or tensor.shape != parameter.shape:
-            return tensor
-        return tensor.new_zeros(self.full.shape).index_copy_(0, self.seen, tensor)
-
-    def gathered(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """The other way round: the seen rows of a whole embedding's optimizer state."""
-        if parameter is not self.own or tensor.shape != self.full.shape:
-            return tensor
-        return tensor[self.seen.to(tensor.device)]
-
-    @contextmanager
-    def whole(self, decay: bool = True) -> Iterator[None]:
-        """Inside, the embedding is whole, for a look at it: to evaluate or save.
-
-        Afterwards the account of the decay is as before, so that nothing depends, in the last bit, on who looked when.
-        """
-        if self.hook is None:
-            yield
-            return
-        pending = self.pending
-        before = self.full.detach().clone() if decay and pending != 1 else None
-        try:
-            self.off(decay)
-            yield
-        finally:
-            with uninterrupted():
-                if before is not None:
-                    self.full.data.copy_(before)
-                    self.full.data[self.seen] = self.own.data
-                self.pending = pending
-                self.on()

@@ -5,18 +5,21 @@ subset by setting `requires_grad`, nothing else.  LoRA and the adapters freeze t
 inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
 stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
 
-To copy this module you need: tuning.py, adapters.py, rows.py, optimizing.py, regularization.py, speedups.py and torch.
+To copy: this file, methods/adapters.py, methods/through_peft.py, methods/optimizing.py, methods/regularization.py,
+methods/speedups.py, core/anatomy.py, core/batches.py and torch (peft and tasks/ for PEFT configurations).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import adapters, regularization
-from .optimizing import Tuning, normalizes, tuning_of
+from ..core import anatomy
+from ..core.anatomy import head_modules
+from ..core.batches import number, one_of, whole
+from . import adapters, regularization, through_peft
+from .optimizing import Tuning, tuning_of
 
 OPTIONS = {  # strategy -> its options
     "full": (),
@@ -55,38 +58,6 @@ class TuneReport:
         return "\n".join(lines)
 
 
-def base_model_of(model: nn.Module) -> nn.Module:
-    """The pretrained encoder inside a task model, a PEFT model, or a MultiTaskModel."""
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    if hasattr(model, "heads") and hasattr(model, "encoder"):
-        return model.encoder
-    return getattr(model, "base_model", model)
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """The names of what stands above the Transformer layers: the task head, and the encoder's pooler."""
-    base = base_model_of(model)
-    outside = [name for name, c in model.named_children() if base not in c.modules() and list(c.parameters())]
-    pooler = getattr(base, "pooler", None)
-    inside = [name for name, module in model.named_modules() if pooler is not None and module is pooler]
-    return [*inside, *outside] if outside else []
-
-
-def encoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The Transformer layers in order; the longest ModuleList inside the base model.
-
-    Raises ValueError for models without such a list, and for ALBERT, whose layers share one set of weights.
-    """
-    base = base_model_of(model)
-    if hasattr(getattr(base, "config", None), "num_hidden_groups"):
-        raise ValueError("ALBERT's layers share one set of weights; there are no last layers to train alone")
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    if not lists:
-        raise ValueError(f"{type(base).__name__} has no list of layers")
-    return list(max(lists, key=len))
-
-
 def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport:
     """Choose what trains, in place; returns a report.
 
@@ -95,7 +66,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
         ELECTRA and DistilBERT count as part of the head anyway.
             "full": everything.
             "head-only": nothing else.
-            "last-layers" (layers=2): and the last Transformer layers.
+            "last-layers" (layers=2): and the last Transformer layers, of an encoder-decoder those of its decoder.
             "frozen-embeddings": and all Transformer layers.
             "bitfit": and all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
             "layer-norm": and all normalization layers (Qi et al. 2022, arXiv:2211.08682).
@@ -115,42 +86,29 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
 
     The call starts from a model with everything trainable, so calling it again changes the choice; adapters must be
     merged or removed before.  A frozen part still runs with dropout in training mode; that regularizes the head.
-    Raises ValueError for an unknown strategy or option, for a model without a head, for adapters already there.
+    Raises ValueError for an unknown strategy or option, for a model without a head or without what the strategy trains
+    (biases, say), for adapters already there.
 
     >>> model = nn.Module(); model.base_model = nn.Linear(3, 2); model.classifier = nn.Linear(2, 2)
     >>> tune(model, "head-only").trainable
     6
     """
     named = isinstance(strategy, str)
-    if named and strategy not in OPTIONS:
-        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    known = OPTIONS[strategy] if named else ("seed",)
-    for name in options:
-        if name not in known:
-            what = f"takes {', '.join(known)}" if known else "takes no options"
-            raise ValueError(f"unknown option {name!r}: strategy {strategy!r} {what}")
-    if adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
-        raise ValueError("the model has adapters already; ftlib.merge(model) folds them in, or load the model anew")
-    base = base_model_of(model)
-    encoder_ids = {id(p) for p in base.parameters()}
-    head = [p for p in model.parameters() if id(p) not in encoder_ids]
-    if strategy != "full" and not head:
-        raise ValueError(f"{strategy!r} needs a task head; load the model with task=... and num_labels=...")
-    if not named and hasattr(model, "heads"):
-        raise ValueError("PEFT configurations are for models with one head; for several use 'lora' or an adapter")
+    known = OPTIONS[one_of("strategy", strategy, STRATEGIES)] if named else ("seed",)
+    if unknown := [name for name in options if name not in known]:
+        what = f"takes {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"unknown option {unknown[0]!r}: strategy {strategy!r} {what}")
+    base = anatomy.base_of(model)
+    if why := _obstacle(model, base, strategy):
+        raise ValueError(why)
     tuning = Tuning(strategy if named else type(strategy).__name__, dict(options))
-    seed = options.get("seed", 0)
-    if type(seed) is not int:
-        raise ValueError(f"seed={seed!r}: need a whole number")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(whole("seed", options.get("seed", 0), 0))
         moving = _apply(model, base, strategy, {k: v for k, v in options.items() if k != "seed"}, tuning)
-
     if moving is not None:  # None: PEFT has chosen
-        pooler = getattr(base, "pooler", None)
-        model.requires_grad_(False)
-        for part in [*moving, *head, *([pooler] if pooler is not None and strategy != "full" else [])]:
-            part.requires_grad_(True)
+        inside, pooler = {id(p) for p in base.parameters()}, getattr(base, "pooler", None)
+        head = [p for p in model.parameters() if id(p) not in inside]
+        _free(model, [*moving, *head, *([pooler] if pooler is not None and strategy != "full" else [])])
     regularization.remove_mixout(model)
     if strategy == "mixout":
         regularization.add_mixout(adapters.linears(base).values(), tuning.options["p"])
@@ -158,6 +116,17 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     model.tuning = tuning
     shown = ", ".join(f"{name}={value}" for name, value in options.items() if name != "seed")
     return report(model, f"{tuning.strategy} ({shown})" if shown else tuning.strategy)
+
+
+def _obstacle(model: nn.Module, base: nn.Module, strategy: Any) -> str | None:
+    """Why this strategy can't start from this model, if so."""
+    if adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
+        return "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"
+    if (base is model and strategy != "full") or (strategy == "head-only" and not head_modules(model)):
+        return f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."
+    if not isinstance(strategy, str) and hasattr(model, "heads"):
+        return "PEFT configurations are for models with one head; for several use 'lora' or an adapter"
+    return None
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -168,96 +137,95 @@ def merge(model: nn.Module) -> nn.Module:
     """
     wrapper = getattr(tuning_of(model), "peft", None)
     if wrapper is not None:
-        adapters.merge_peft(wrapper)
+        through_peft.merge_peft(wrapper)
     adapters.merge_own(model)
     regularization.remove_mixout(model)
     vars(model).pop("tuning", None)
-    return model.requires_grad_(True)
+    _free(model, [model])
+    return model
+
+
+def _free(model: nn.Module, parts: list[Any]) -> None:
+    """Let these parts train and nothing else; computed tables (Marian's and Pegasus' sines) never do."""
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+    for table in _computed(model):
+        table.requires_grad_(False)
+
+
+def _computed(model: nn.Module) -> list[nn.Parameter]:
+    return [p for m in model.modules() if "Sinusoidal" in type(m).__name__ for p in m.parameters()]
 
 
 def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuning: Tuning) -> list[Any] | None:
     """The modules and parameters that train beside the head; fills in what the training loop has to know."""
     if not isinstance(strategy, str):
-        tuning.peft = adapters.add_peft(model, strategy, head_modules(model))
+        tuning.peft = through_peft.add_peft(model, strategy, head_modules(model))
         return None
+    if strategy in ("head-only", "frozen-embeddings", "bitfit", "layer-norm", "last-layers"):
+        return _chosen(model, base, strategy, options)
     if strategy == "mixout":
-        tuning.options["p"] = _share("p", options.get("p", 0.7), below=True)
-    if strategy in ("full", "mixout"):
-        return [model]
-    if strategy == "head-only":
-        return []
-    if strategy == "last-layers":
-        blocks, layers = encoder_layers(model), options.get("layers", 2)
-        if type(layers) is not int or not 1 <= layers <= len(blocks):
-            raise ValueError(f"layers={layers!r}: the encoder has {len(blocks)}; choose 1 to {len(blocks)}")
-        return blocks[-layers:]
-    if strategy == "frozen-embeddings":
-        kept = [p for name, p in base.named_parameters() if "embed" not in name.split(".")[0]]
-        if len(kept) == len(list(base.parameters())):
-            raise ValueError(f"no embeddings found in {type(base).__name__}; set requires_grad yourself")
-        return kept
-    if strategy == "bitfit":
-        return [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"]
-    if strategy == "layer-norm":
-        return [module for module in base.modules() if normalizes(module)]
+        tuning.options["p"] = float(number("p", options.get("p", 0.7), 0, 1, below=True))
     if strategy in ("gradual-unfreezing", "layer-decay"):
         below = _downwards(model)
-        decay = _share("decay", options.get("decay", 0.9 if strategy == "layer-decay" else 1.0))
+        decay = number("decay", options.get("decay", 0.9 if strategy == "layer-decay" else 1.0), 0, 1)
         tuning.scales = {name: decay**depth for depth, layer in enumerate(below) for name in layer if decay != 1}
         if strategy == "gradual-unfreezing":
-            tuning.until, tuning.stages = _share("until", options.get("until", 0.5)), below
-        return [model]
+            tuning.until, tuning.stages = float(number("until", options.get("until", 0.5), 0, 1)), below
     if strategy == "l2-sp":
-        strength = options.get("strength", 10.0)
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
-            raise ValueError(f"strength={strength!r}: need a number of at least 0")
-        tuning.strength = strength
+        tuning.strength = number("strength", options.get("strength", 10.0), 0)
         inside = {id(p) for p in base.parameters()}
         tuning.start = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in inside}
-        return [model]
     if strategy == "lora":
         adapters.add_lora(base, **options)
-        norms = []
-    else:
+    elif strategy in ("houlsby", "pfeiffer"):
         adapters.add_bottlenecks(base, **options, attention=strategy == "houlsby")
-        norms = [module for module in base.modules() if strategy == "houlsby" and normalizes(module)]
+    else:
+        return [model]
+    norms = [module for module in base.modules() if strategy == "houlsby" and anatomy.normalizes(module)]
     return [*(p for adapter in adapters.adapters_of(base).values() for p in adapter.own().values()), *norms]
 
 
-def _share(name: str, value: Any, *, below: bool = False) -> float:
-    right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not right or not 0 <= value <= 1 or (below and value == 1):
-        raise ValueError(f"{name}={value!r}: need a number from 0 to {'below ' if below else ''}1")
-    return float(value)
+def _chosen(model: nn.Module, base: nn.Module, strategy: str, options: dict) -> list[Any]:
+    """What a strategy that only chooses trains beside the head; ValueError where the model has nothing of the kind."""
+    if strategy == "head-only":
+        return []
+    if strategy == "last-layers":
+        layers = anatomy.layers(model)
+        return layers[-one_of("layers", options.get("layers", 2), range(1, len(layers) + 1)) :]
+    below = {id(p) for p in anatomy.embeddings(model)}
+    found = {
+        "frozen-embeddings": [p for p in base.parameters() if id(p) not in below] if below else [],
+        "bitfit": [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"],
+        "layer-norm": [module for module in base.modules() if anatomy.normalizes(module)],
+    }[strategy]
+    if not found:
+        what = {"frozen-embeddings": "embeddings", "bitfit": "biases", "layer-norm": "normalization layers"}[strategy]
+        raise ValueError(f"no {what} found in {type(base).__name__}; choose another strategy, or set requires_grad")
+    return found
 
 
 def _downwards(model: nn.Module) -> list[list[str]]:
-    """The names of the encoder's parameters, a list a layer from the top down, the last one of the embeddings.
+    """The names of the base model's parameters, a list a layer from the top down, the last one of the embeddings.
 
-    What stands above the layers (head, pooler, a last normalization) is not among them.
+    A decoder's layers are above its encoder's.  What stands above the layers (head, pooler, a last normalization) is
+    not among them.
     """
-    layers = encoder_layers(model)
-    place = {id(p): depth for depth, layer in enumerate(reversed(layers)) for p in layer.parameters()}
-    first = next(iter(layers[0].parameters()))
-    lists: list[list[str]] = [[] for _ in range(len(layers) + 1)]
-    below = True  # parameters come in the order of the modules: embeddings, layers, the rest
-    inside = {id(p) for p in base_model_of(model).parameters()}
-    for name, parameter in model.named_parameters():
-        below = below and parameter is not first
-        if id(parameter) in place:
-            lists[place[id(parameter)]].append(name)
-        elif id(parameter) in inside and (below or "embed" in name):
-            lists[-1].append(name)
-    return lists
+    anatomy.layers(model)  # refuses models without separate layers
+    stages = [list(layer.parameters()) for stack in anatomy.stacks(model) for layer in stack][::-1]
+    fixed = set(map(id, _computed(model)))
+    names = {id(p): name for name, p in model.named_parameters() if id(p) not in fixed}
+    return [[names[id(p)] for p in stage if id(p) in names] for stage in [*stages, anatomy.embeddings(model)]]
 
 
 def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     """Count trainable and total parameters of a model, as embeddings, layers, adapters, pooler and head."""
     groups = {name: [0, 0] for name in ("embeddings", "layers", "adapters", "pooler", "head")}
-    base = base_model_of(model)
+    base, below = anatomy.base_of(model), {id(p) for p in anatomy.embeddings(model)}
     in_encoder = {id(p): name for name, p in base.named_parameters()}
     own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
-    marks = adapters.peft_marks(getattr(tuning_of(model), "peft", None))
+    marks = through_peft.peft_marks(getattr(tuning_of(model), "peft", None))
     for full_name, parameter in model.named_parameters():
         if ".original_module." in full_name:  # PEFT keeps the head as it came beside the one that trains
             continue
@@ -267,7 +235,7 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
         elif name is None:
             part = "head"
         else:
-            part = next((part for part in ("embeddings", "pooler") if part in name.split(".")), "layers")
+            part = "embeddings" if id(parameter) in below else "pooler" if "pooler" in name.split(".") else "layers"
         groups[part][1] += parameter.numel()
         groups[part][0] += parameter.numel() if parameter.requires_grad else 0
     groups["layers"][1] += sum(m.codes.numel() for m in model.modules() if isinstance(m, adapters.Int8Linear))

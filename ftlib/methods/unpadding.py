@@ -10,12 +10,11 @@ With padding on the right, attention runs on the packed tokens: on a CPU in floa
 of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.  Otherwise
 the heads are padded again for it.
 
-To copy this module you need: unpadding.py, speedups.py, torch and transformers.
+To copy: this file, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
 arXiv:2412.13663).
 """
 
-import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -24,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ..core import anatomy
 from . import speedups
 
-NAME = "ftlib_unpadded"
+NAME = "unpadded_by_" + __name__.replace(".", "_")  # another for every copy of this file in a process
 
 # Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
 _ENCODER = {
@@ -110,18 +110,12 @@ def pad_input(packed: Tensor, packing: Packing) -> Tensor:
 
 
 def _attend_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packing: Packing,
-    dropout: float,
-    scaling: float | None,
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
     window: int | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(1, heads, N_tokens, head_dim) to (1, N_tokens, heads, head_dim); window: how far a token sees to each side."""
-    query, key, value = (
-        pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value)
-    )  # (batch, heads, tokens, head_dim)
+    # (batch, heads, tokens, head_dim) each
+    query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
     keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
     if window is not None:
         position = torch.arange(packing.tokens, device=query.device)
@@ -203,22 +197,18 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _checked(base: nn.Module, kwargs: dict) -> dict:
     """The inputs of the base model; packed if it has rotary positions."""
-    kind = base.config.model_type
-    if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and base.config.output_attentions):
-        raise ValueError(
-            f"output_attentions=True: an unpadded {kind} keeps no attention weights; call repad(model) and "
-            'model.set_attn_implementation("eager") first'
-        )
+    kind, asked = base.config.model_type, kwargs.get("output_attentions")
+    if asked or (asked is None and base.config.output_attentions):
+        remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
+        raise ValueError(f"output_attentions=True: an unpadded {kind} keeps no attention weights; {remedy}")
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if inputs is None:
         return kwargs  # the model itself says what is wrong
     shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
     if mask is not None and getattr(mask, "shape", None) != shape:
-        raise ValueError(
-            f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got "
-            f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}; for a mask of your own, "
-            "a cache or prefix tuning call repad(model) first"
-        )
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        needed = f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got {got}"
+        raise ValueError(f"{needed}; for a mask of your own, a cache or prefix tuning call repad(model) first")
     if kind not in _ROTARY:
         return kwargs
     if mask is None:
@@ -284,15 +274,6 @@ def _hooked(base: nn.Module) -> list[nn.Module]:
     return [_encoder_of(base)] + ([pooler] if pooler is not None and base.config.model_type in _ROTARY else [])
 
 
-def _base_of(model: nn.Module) -> nn.Module:
-    """The base Transformers model inside a task model, a PEFT model, or a MultiTaskModel."""
-    if hasattr(model, "heads") and hasattr(model, "encoder"):  # MultiTaskModel
-        model = model.encoder
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    return getattr(model, "base_model", model)
-
-
 def unpad(model: nn.Module) -> nn.Module:
     """Make a Transformers encoder skip padding, in place; returns the model.
 
@@ -305,29 +286,16 @@ def unpad(model: nn.Module) -> nn.Module:
     and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for
     `output_attentions` and for an attention_mask that isn't (batch, tokens).
     """
-    base = _base_of(model)
-    config = getattr(base, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in _ENCODER and kind not in _ROTARY:
-        reason = ""
-        if getattr(config, "is_encoder_decoder", False):
-            reason = ", an encoder-decoder"
-        elif any(getattr(module, "is_causal", False) for module in base.modules()):
-            reason = ", a decoder"
-        elif config is not None and not getattr(base, "_supports_attention_backend", False):
-            reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
-        known = ", ".join(sorted((*_ENCODER, *_ROTARY)))
-        raise ValueError(f"unpad can't handle model type {kind!r}{reason}; it handles {known}")
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)")
+    base = anatomy.base_of(model)
+    if why := _obstacle(base):
+        raise ValueError(why)
     if is_unpadded(model):
         return model
     encoder, *poolers = _hooked(base)
-    encoder._before_unpad = config._attn_implementation
+    encoder._before_unpad = base.config._attn_implementation
     base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
-    base.forward = functools.partial(_forward, base)
-    base.forward.__signature__ = inspect.signature(type(base).forward.__get__(base))
+    anatomy.put_forward(base, _forward, signature=True)
     if encoder is not base:
         encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
         encoder.register_forward_hook(_after_encoder)
@@ -336,17 +304,35 @@ def unpad(model: nn.Module) -> nn.Module:
     return model
 
 
+def _obstacle(base: nn.Module) -> str | None:
+    """Why this model can't be unpadded, if so."""
+    config, kind = getattr(base, "config", None), anatomy.kind_of(base)
+    if kind in _ENCODER or kind in _ROTARY:
+        decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
+        why = f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)"
+        return why if decoder else None
+    reason = ""
+    if getattr(config, "is_encoder_decoder", False):
+        reason = ", an encoder-decoder"
+    elif any(getattr(module, "is_causal", False) for module in base.modules()):
+        reason = ", a decoder"
+    elif config is not None and not getattr(base, "_supports_attention_backend", False):
+        reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
+    known = ", ".join(sorted((*_ENCODER, *_ROTARY)))
+    return f"unpad can't handle model type {kind!r}{reason}; it handles {known}"
+
+
 def repad(model: nn.Module) -> nn.Module:
     """Undo `unpad`, in place; returns the model."""
     if is_unpadded(model):
-        base = _base_of(model)
+        base = anatomy.base_of(model)
         _remove_hooks(base)
         base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
     return model
 
 
 def _remove_hooks(base: nn.Module) -> None:
-    vars(base).pop("forward", None)
+    anatomy.take_forward(base)
     ours = (_before_encoder, _before_pooler, _after_encoder)
     for module in _hooked(base):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -356,5 +342,5 @@ def _remove_hooks(base: nn.Module) -> None:
 
 def is_unpadded(model: nn.Module) -> bool:
     """Whether `unpad` is on."""
-    config = getattr(_base_of(model), "config", None)
+    config = getattr(anatomy.base_of(model), "config", None)
     return getattr(config, "model_type", None) in (*_ENCODER, *_ROTARY) and config._attn_implementation == NAME

@@ -1,6 +1,6 @@
 """Time and peak memory of a block of code.
 
-To copy this module you need: memory.py and torch.
+To copy: this file alone.
 """
 
 import math

@@ -1,5 +1,7 @@
 """Figures of the series: learning curves, confusions, attention, embeddings, methods side by side.
 
+To copy: this file alone.
+
 Every function draws into `ax`, or into a new figure of notebook size when `ax` is None, and returns the
 Matplotlib Axes. Colours are Okabe and Ito's palette, which colour-blind readers can tell apart, and markers
 or line styles differ as well. Legends stand beside the axes, never on the data; make figures of your own with
@@ -63,12 +65,10 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     lines = []  # (run number, key number, label, key, points (2, n))
     for i, (name, run) in enumerate(named.items()):
         history = getattr(run, "history", run)
-        if not isinstance(history, Sequence) or len(history) == 0:
-            raise ValueError(f"run {name!r} has no history records to draw: {history!r}")
         for j, key in enumerate(keys):
             points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
             if not points:
-                known = ", ".join(sorted({k for record in history for k in record} - {"step"}))
+                known = ", ".join(sorted({k for record in history for k in record} - {"step"})) or "no records"
                 raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
             label = f"{name}, {key}" if name and len(keys) > 1 else name or key
             lines.append((i, j, label, key, np.array(points, dtype=float).T))
@@ -104,8 +104,9 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
     if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
         raise ValueError(f"labels {labels.shape} and predictions {predictions.shape}: expected the same (n,)")
     for what, ids in (("labels", labels), ("predictions", predictions)):
-        for row in np.flatnonzero(~np.isin(ids, range(len(names))))[:1]:
-            raise ValueError(f"{what} row {row} is {ids[row]:g}: expected an id from 0 to {len(names) - 1}")
+        bad = np.flatnonzero(~np.isin(ids, range(len(names))))
+        if len(bad):
+            raise ValueError(f"{what} row {bad[0]} is {ids[bad[0]]:g}: expected an id from 0 to {len(names) - 1}")
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
     return counts
@@ -194,14 +195,11 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
     'key (attended to)'
     """
     weights = _numbers(weights)  # (queries, keys)
-    if weights.ndim != 2 or weights.size == 0:
-        raise ValueError(f"weights have shape {weights.shape}: expected (queries, keys) of one layer and head")
-    for row, column in np.argwhere(~np.isfinite(weights))[:1]:
-        raise ValueError(f"weights row {row}, column {column} is {weights[row, column]}")
     queries = tokens if query_tokens is None else query_tokens
-    for what, given, wanted in zip(("query tokens", "tokens"), (queries, tokens), weights.shape, strict=True):
-        if isinstance(given, str) or len(given) != wanted:
-            raise ValueError(f"{len(given)} {what} for weights of shape {weights.shape}: expected {wanted}")
+    given = f"finite (queries, keys) of one head, {len(queries)} query tokens and {len(tokens)} tokens as lists"
+    fits = weights.shape == (len(queries), len(tokens)) and weights.size and not isinstance(tokens, str)
+    if not fits or not np.isfinite(weights).all():
+        raise ValueError(f"weights have shape {weights.shape}: expected {given}")
     longest = max(weights.shape)
     size = min(max(3.2, 1.4 + 0.27 * longest), 7.5)
     ax = _axes(ax, size + 0.9, size)
@@ -259,12 +257,11 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
     '3 vectors of 2 numbers, PCA'
     """
     features, labels = _numbers(features), _numbers(labels)
-    if features.ndim != 2 or len(features) < 3 or features.shape[1] < 2:
-        raise ValueError(f"features have shape {features.shape}: expected (n, dimensions), at least (3, 2)")
-    for row in np.flatnonzero(~np.isfinite(features).all(axis=1))[:1]:
-        raise ValueError(f"features row {row} is not finite")
-    if len(labels) != len(features):
-        raise ValueError(f"{len(labels)} labels for {len(features)} rows of features")
+    if features.ndim != 2 or len(labels) != len(features) or len(features) < 3 or features.shape[1] < 2:
+        raise ValueError(f"features {features.shape}, {len(labels)} labels: need (n, dimensions), (3, 2) or more, n")
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad):
+        raise ValueError(f"features row {bad[0]} is not finite")
     _counts(labels, labels, names)
     kind = {"pca": "PCA", "tsne": f"t-SNE (seed {seed})"}.get(method)
     if kind is None:
@@ -308,12 +305,10 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
     'accuracy'
     """
     tasks = list(dict.fromkeys(task for row in table.values() for task in row))
-    if not tasks:
-        raise ValueError(f"nothing to compare: {table!r}")
-    for method, row in table.items():
-        for task, cell in row.items():
-            if np.shape(cell) != (2,) or not np.isfinite(_numbers(cell)[0]):
-                raise ValueError(f"table[{method!r}][{task!r}] is {cell!r}: expected (mean, std)")
+    cells = [(method, task, cell) for method, row in table.items() for task, cell in row.items()]
+    wrong = [cell for cell in cells if np.shape(cell[2]) != (2,) or not np.isfinite(_numbers(cell[2])[0])]
+    if wrong or not cells:
+        raise ValueError(f"{wrong[0] if wrong else 'nothing to compare'}: expected (mean, std) a method and task")
     width = 0.8 / len(table)
     ax = _axes(ax, min(3.5 + 0.45 * len(tasks) * len(table), 9.0), 3.6)
     for i, (method, row) in enumerate(table.items()):
@@ -343,11 +338,10 @@ def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training 
     >>> points_with_errors([100, 200], [0.7, 0.8], [0.02, 0.01], "probe").get_xlabel()
     'training examples'
     """
-    if not len(x) == len(means) == len(stds) or len(x) == 0:
-        raise ValueError(f"x, means and stds must be equally long: {len(x)}, {len(means)}, {len(stds)}")
-    x, means, stds = (_numbers(values)[np.argsort(_numbers(x))] for values in (x, means, stds))
-    if not (np.isfinite(x).all() and np.isfinite(means).all()):
-        raise ValueError(f"x and means of {label!r} must be finite: {x.tolist()}, {means.tolist()}")
+    x, means, stds = _numbers(x), _numbers(means), _numbers(stds)
+    if not x.shape == means.shape == stds.shape or x.size == 0 or not np.isfinite([x, means]).all():
+        raise ValueError(f"{label!r} needs x, means, stds equally long, x and means finite: {x}, {means}, {stds}")
+    x, means, stds = (values[np.argsort(x)] for values in (x, means, stds))
     ax = _axes(ax, 7.0, 3.8)
     i = len(ax.containers)
     style = dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6)

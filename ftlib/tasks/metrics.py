@@ -1,76 +1,56 @@
-"""Metrics that fit each task: plain functions on arrays, and the same as offline `evaluate` metrics.
+"""Metrics that fit each task: plain functions on lists, arrays or tensors.
+
+To copy: this file alone.
 
 Three rules hold everywhere. Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average
 runs over the labels that occur in the references or in the predictions: a label predicted but never right
 counts 0, one that occurs on neither side is left out, and anything divided by zero is 0. A correlation with a
 constant is undefined and comes back as nan: 0.0 would read as a measured "no relation", and would slip unseen
-into a mean over seeds.
-
-Needs numpy; scikit-learn, scipy and seqeval where used; `evaluate` for `load_metric` and `combine` only.
+into a mean over seeds. Scikit-learn, scipy and seqeval are imported where they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 IGNORE = -100  # the label PyTorch's and our losses skip
 
 
-def _host(values):
-    """A tensor on any device as a numpy array (which has no bfloat16); anything else as it is."""
-    if not hasattr(values, "detach"):
-        return values
-    return (values.double() if values.is_floating_point() else values).detach().cpu().numpy()
-
-
 def _array(values, what: str) -> np.ndarray:
-    """Finite float64 numbers of shape (n,) or (n, labels)."""
-    values = _host(values)
-    try:
-        if np.asarray(values).dtype.kind in "USM":
-            raise ValueError("found text")
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be numbers in rows of equal length: {error}") from None
-    if array.size == 0 or array.ndim not in (1, 2):
-        raise ValueError(f"{what} have shape {array.shape}: expected (n,) or (n, labels), n of at least 1")
-    bad = np.argwhere(~np.isfinite(array))
+    """Finite float64 numbers; a tensor may be on any device, and bfloat16, which numpy lacks."""
+    values = np.asarray(values.detach().double().cpu() if hasattr(values, "detach") else values)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{what} must be numbers, and are {values.dtype}")
+    bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        raise ValueError(f"{what} row {bad[0][0]} is {array[tuple(bad[0])]}: expected a finite number")
-    return array
+        raise ValueError(f"{what} row {bad[0][0]} is {values[tuple(bad[0])]}: expected a finite number")
+    return values.astype(np.float64)
 
 
 def _pair(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides as arrays of one shape."""
+    """Both sides as arrays of one shape, (n,) or (n, labels)."""
     predictions, labels = _array(predictions, "predictions"), _array(labels, "labels")
-    if len(predictions) != len(labels):
-        short = min(len(predictions), len(labels))
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(labels)} labels: row {short} has no partner"
-        )
-    if predictions.shape != labels.shape:
+    if predictions.shape != labels.shape or labels.size == 0 or labels.ndim > 2:
         shapes = f"predictions have shape {predictions.shape}, labels {labels.shape}"
-        raise ValueError(f"{shapes}: give class ids (the argmax of logits) or, for multi-label, 0/1 matrices")
+        raise ValueError(f"{shapes}: give class ids (n,) (the argmax of logits) or, for multi-label, 0/1 (n, labels)")
     return predictions, labels
 
 
 def _ids(predictions, labels, names: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (n,) or 0/1 matrices (n, labels) as int64, without what is to be ignored."""
     predictions, labels = _pair(predictions, labels)
-    matrix = labels.ndim == 2
-    if matrix and names is not None and labels.shape[1] != len(names):
-        raise ValueError(f"labels have {labels.shape[1]} columns for {len(names)} label names")
-    size = 2 if matrix else np.inf if names is None else len(names)
-    ignored = labels == IGNORE
+    matrix, ignored = labels.ndim == 2, labels == IGNORE
+    largest = 1 if matrix else len(names) - 1 if names else np.inf
     # a matrix entry that is 0 on both sides changes no F1 and breaks no exact match
     predictions, labels = np.where(ignored, 0, predictions), np.where(ignored, 0, labels)
     for what, array in (("predictions", predictions), ("labels", labels)):
-        bad = np.argwhere((array != np.floor(array)) | (array < 0) | (array >= size))
+        bad = np.argwhere((array != np.floor(array)) | (array < 0) | (array > largest))
         if len(bad):
-            allowed = "a whole number >= 0" if size == np.inf else f"a whole number from 0 to {size - 1}"
-            raise ValueError(f"{what} row {bad[0][0]} is {array[tuple(bad[0])]:g}: expected {allowed}")
+            value = array[tuple(bad[0])]
+            raise ValueError(f"{what} row {bad[0][0]} is {value:g}: expected a whole number, 0 to {largest}")
     keep = ~(ignored.all(axis=1) if matrix else ignored)
     if not keep.any():
         raise ValueError(f"all labels are {IGNORE} (ignored): nothing to score")
@@ -92,12 +72,11 @@ def _averaged(predictions, labels, average: str) -> tuple[float, float, float]:
     from sklearn.metrics import precision_recall_fscore_support as prf
 
     predictions, labels = _ids(predictions, labels)
-    if labels.ndim == 1:
-        present = np.union1d(predictions, labels)
-    elif len(present := np.flatnonzero((predictions + labels).any(axis=0))) == 0:
+    matrix = labels.ndim == 2
+    present = np.flatnonzero((predictions + labels).any(axis=0)) if matrix else np.union1d(predictions, labels)
+    if len(present) == 0:
         return 0.0, 0.0, 0.0
-    scores = prf(labels, predictions, labels=present, average=average, zero_division=0)
-    return tuple(map(float, scores[:3]))
+    return tuple(map(float, prf(labels, predictions, labels=present, average=average, zero_division=0)[:3]))
 
 
 def precision(predictions, labels) -> float:
@@ -156,8 +135,7 @@ def mse(predictions, labels) -> float:
     >>> mse([1.0, 2.0], [1.0, 4.0])
     2.0
     """
-    predictions, labels = _pair(predictions, labels)
-    return float(np.square(predictions - labels).mean())
+    return float(np.square(np.subtract(*_pair(predictions, labels))).mean())
 
 
 def _correlation(kind: str, predictions, labels) -> float:
@@ -207,12 +185,11 @@ def entity_scores(predictions, labels) -> dict[str, float]:
 
     predictions, labels = [list(row) for row in predictions], [list(row) for row in labels]
     _same_lengths(predictions, labels)
-    for row, sides in enumerate(zip(predictions, labels, strict=True)):
-        wrong = [tag for side in sides for tag in side if not _is_entity_tag(tag)]
-        if wrong:
-            raise ValueError(f"row {row} has the tag {wrong[0]!r}: expected 'O', 'B-…' or 'I-…'")
-    if not any(labels):
-        raise ValueError("no tags: nothing to score")
+    tags = ((i, tag) for side in (predictions, labels) for i, row in enumerate(side) for tag in row)
+    wrong = [(i, tag) for i, tag in tags if not _is_entity_tag(tag)]
+    if wrong or not any(labels):
+        found = f"row {wrong[0][0]} has the tag {wrong[0][1]!r}" if wrong else "no tags, nothing to score"
+        raise ValueError(f"{found}: expected 'O', 'B-…' or 'I-…'")
     right = np.concatenate([np.equal(a, b) for a, b in zip(predictions, labels, strict=True) if b])
     scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
     found = {name: float(score(labels, predictions, zero_division=0)) for name, score in scores.items()}
@@ -220,13 +197,9 @@ def entity_scores(predictions, labels) -> dict[str, float]:
 
 
 def _same_lengths(predictions, labels) -> None:
-    if len(predictions) != len(labels):
-        raise ValueError(f"{len(predictions)} rows of predictions for {len(labels)} rows of labels")
-    for row, (guess, truth) in enumerate(zip(predictions, labels, strict=True)):
-        if len(guess) != len(truth):
-            raise ValueError(
-                f"row {row}: {len(guess)} predictions for {len(truth)} labels (trim the padding)"
-            )
+    for row, (found, wanted) in enumerate(zip_longest(map(len, predictions), map(len, labels), fillvalue="no")):
+        if found != wanted:
+            raise ValueError(f"row {row}: {found} predictions for {wanted} labels (trim the padding)")
 
 
 def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] | None = None) -> dict:
@@ -248,7 +221,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     if task == "token-classification":
         return _token_scores(predictions, labels, label_names)
     if task == "regression":  # a head with one output gives (n, 1)
-        sides = [_array(predictions, "predictions"), _array(labels, "labels")]
+        sides = _array(predictions, "predictions"), _array(labels, "labels")
         sides = [side[:, 0] if side.ndim == 2 and side.shape[1] == 1 else side for side in sides]
     else:
         sides = _ids(predictions, labels, label_names)
@@ -258,14 +231,12 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
 
 
 def _token_scores(predictions, labels, label_names: Sequence[str] | None) -> dict[str, float]:
-    predictions, labels = _host(predictions), _host(labels)
     _same_lengths(predictions, labels)
     rows = []  # one (predictions, labels) per sentence, without the ignored tokens
-    for row, (guess, truth) in enumerate(zip(predictions, map(_host, labels), strict=True)):
-        if (np.asarray(truth) == IGNORE).all():
-            continue
+    for row, (guess, truth) in enumerate(zip(predictions, labels, strict=True)):
         try:
-            rows.append(_ids(guess, truth, label_names))
+            if (_array(truth, "labels") != IGNORE).any():
+                rows.append(_ids(guess, truth, label_names))
         except ValueError as error:
             raise ValueError(f"sentence {row}: {error}") from None
     if not rows:
@@ -281,7 +252,6 @@ def _token_scores(predictions, labels, label_names: Sequence[str] | None) -> dic
 METRICS = {
     "accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1_macro, "f1_macro": f1_macro,
     "f1_micro": f1_micro, "matthews": matthews, "pearson": pearson, "spearman": spearman, "mse": mse,
-    "seqeval": entity_scores,
 }  # fmt: skip
 _FITTING = {
     "sequence-classification": ("accuracy", "f1_macro", "precision", "recall", "matthews"),
@@ -289,62 +259,3 @@ _FITTING = {
     "regression": ("mse", "pearson", "spearman"),
     "token-classification": ("accuracy", "f1_macro", "precision", "recall"),  # if no name is a BIO tag
 }
-
-
-def load_metric(name: str):
-    """An `evaluate.Metric` that needs no download and gives the numbers of the functions above.
-
-    Names: the keys of METRICS (precision, recall, f1 are macro; seqeval takes rows of BIO tags). The result's
-    key is the name. All stays in memory (no cache folder is made), so it serves one process, not several.
-
-    >>> load_metric("accuracy").compute(predictions=[0, 1], references=[0, 0])
-    {'accuracy': 0.5}
-    """
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")
-    import datasets
-    import evaluate
-
-    # ids travel as floats so that 0.7 or nan reaches our check; an integer column would cut 0.7 down to 0
-    kind = datasets.Value("string" if name == "seqeval" else "float64")
-    shapes = [datasets.Sequence(kind)] + ([] if name == "seqeval" else [kind])
-
-    class Metric(evaluate.Metric):
-        def _info(self):
-            text = (METRICS[name].__doc__ or "").partition(">>>")[0].strip()
-            features = [datasets.Features(predictions=shape, references=shape) for shape in shapes]
-            return evaluate.MetricInfo(text, "", features, inputs_description=text)
-
-        def _build_data_dir(self):
-            return ""  # kept in memory: nothing is written, so no folder is made
-
-        def _infer_feature_from_batch(self, batch):
-            for column, values in batch.items():
-                if values is None or len(values) == 0:
-                    raise ValueError(f"{column} are empty: nothing to score")
-            return super()._infer_feature_from_batch(batch)
-
-        def _finalize(self):
-            if self.writer is None:
-                raise ValueError("nothing to score: give predictions and references, or call add_batch first")
-            super()._finalize()
-
-        def _compute(self, predictions, references):
-            scores = METRICS[name](predictions, references)
-            return scores if isinstance(scores, dict) else {name: scores}
-
-    Metric.__name__ = name  # evaluate takes a metric's name from its class
-    return Metric(keep_in_memory=True)
-
-
-def combine(names: Sequence[str]):
-    """`evaluate.combine` of the metrics with these names: one object whose `compute` gives all their values.
-
-    >>> combine(["accuracy", "f1_macro"]).compute(predictions=[0, 1], references=[0, 1])
-    {'accuracy': 1.0, 'f1_macro': 1.0}
-    """
-    import evaluate
-
-    if isinstance(names, str) or not names:
-        raise ValueError(f"combine takes a list of metric names, got {names!r}")
-    return evaluate.combine([load_metric(name) for name in names])

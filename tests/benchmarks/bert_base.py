@@ -30,7 +30,7 @@ from record import RESULTS, SpeedTable, installed
 from roofline import best_rate, encoder_flops, shapes
 
 import ftlib
-from ftlib.inputs.tokenizing import collate
+from ftlib.core.batches import collate
 
 # name: (batch, fixed length or None for the real ones, rows, options of the config)
 TRAINING = {

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from record import Table
 
-from ftlib.show.setup import stored_results
+from ftlib.show.tables import stored_results
 
 
 def measured_lengths(seed: int = 0) -> list[int]:

@@ -1,18 +1,15 @@
-"""Write the tables and the picture of the README from the stored results.
+"""Write the measured tables and pictures from the stored results.
 
-python tests/benchmarks/report.py        # rewrites README.md between its markers, and learning_curve.png
+python tests/benchmarks/report.py    # rewrites README.md here and at the root between their markers, and the pictures
 """
 
 import json
 import re
 from pathlib import Path
 
-from ftlib.show.setup import mean_std, results_table, stored_results
+from ftlib import mean_std, results_table, stored_results
 
 ROOT = Path(__file__).parents[2]
-START, END = "<!-- results: python tests/benchmarks/report.py -->", "<!-- end of results -->"
-MEMORY_START, MEMORY_END = "<!-- memory: python tests/benchmarks/report.py -->", "<!-- end of memory -->"
-FAULTS_START, FAULTS_END = "<!-- faults: python tests/benchmarks/report.py -->", "<!-- end of faults -->"
 
 
 def rows_of(name: str, **wanted) -> list[dict]:
@@ -77,7 +74,7 @@ def strategies() -> str:
     rows, digits = list(table.values()), {"step, × full": 2, "moments MB": 1, "saved MB": 1}
     seeds = sorted({row["seed"] for row in rows_of("strategies-rotten-tomatoes", part="accuracy")})
     stamps = "\n\n".join(f"*{source(f'strategies-{part}')}*" for part in (*CORPORA, "cost"))
-    drawn = "![Accuracy against trainable parameters and against time](tests/benchmarks/results/strategies.png)"
+    drawn = "![Accuracy against trainable parameters and against time](results/strategies.png)"
     return (
         "**Which parameters move** (notebook 03b): MiniLM, test accuracy after training on so many texts, mean ± "
         f"standard deviation over {len(seeds)} seeds, each strategy with its own learning rate (searched at the "
@@ -449,25 +446,59 @@ def reliability() -> str:
     return "\n\n".join(parts)
 
 
-def section() -> str:
-    return f"{START}\n\n{strategies()}\n\n{multitask()}\n\n{methods()}\n\n{speed()}\n\n{END}"
+def headlines() -> str:
+    """What a visitor wants to know first, each with the program that measured it."""
+
+    def ratio(part: str, rival: str | tuple[str, ...]) -> str:
+        value = reached(part, "", rival)[0]
+        return f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
+
+    costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
+    count, points = max(strategy_points("rotten-tomatoes").items())
+    equal = ", a tie" if {"lora", "full"} <= ties({name: points[name] for name in ("lora", "full")}) else ""
+    accuracy = " and ".join(f"{points[name][0]:.3f} ± {points[name][1]:.3f}" for name in ("lora", "full"))
+    saved = " and ".join(f"{costs[name]['bytes'] / 2**20:.1f}" for name in ("lora", "full"))
+    kept = {row["method"]: row["peak_mb"] for row in speed_rows("memory") if row["device"].startswith("CPU")}
+    first, less = kept["full fine-tuning, float32"], kept["unpad, micro-batches of 8"]
+    runs = [row for row in rows_of("faults") if row["fault"] != FAULTS[-1]]
+    tried, survived = (sum(row[key] for row in runs) for key in ("tried", "survived"))
+    long = max(rows_of("long_features", part="extract_features"), key=lambda row: row["rows"])
+    table = [
+        ("fine-tuning MiniLM, against the `Trainer` as it comes", ratio("fine-tune", TRAINER), "speed"),
+        ("the same, against the `Trainer` with the best settings found", ratio("fine-tune", BEST), "speed"),
+        ("features of MiniLM, against sentence-transformers' `encode`", ratio("features", ENCODE), "speed"),
+        ("features of MiniLM, against ONNX Runtime", ratio("features", "ONNX Runtime"), "speed"),
+        ("BERT-base on a GPU", "see the tables" if speed_rows(BERT) else "not measured yet", "bert_base"),
+        (f"LoRA and full fine-tuning, {count:,} film reviews, test accuracy", f"{accuracy}{equal}", "strategies"),
+        ("what the two save", f"{saved} MB", "strategies"),
+        ("peak memory of a step with `unpad` and micro-batches of 8", f"{less / first:.2f} × of it without", "memory"),
+        ("runs killed, stopped or damaged, that ended as if undisturbed", f"{survived:,} of {tried:,}", "faults"),
+        (f"memory for the features of {long['rows']:,} short texts", f"{long['peak_gb']:.2f} GB", "long_features"),
+    ]  # fmt: skip
+    keys = ("what", "measured", "program")
+    rows = [dict(zip(keys, (what, value, f"`{name}.py`"), strict=True)) for what, value, name in table]
+    return results_table(rows)._repr_markdown_()
 
 
-def memory_section() -> str:
-    return f"{MEMORY_START}\n\n{memory()}\n\n{MEMORY_END}"
+def section(name: str, text: str) -> str:
+    """A text between the markers that say where it comes from."""
+    return f"<!-- {name}: python tests/benchmarks/report.py -->\n\n{text}\n\n<!-- end of {name} -->"
 
 
-def faults_section() -> str:
-    return f"{FAULTS_START}\n\n{reliability()}\n\n{FAULTS_END}"
+def sections() -> dict[str, list[str]]:
+    """{file: what stands between its markers}."""
+    results = "\n\n".join([strategies(), multitask(), methods(), speed()])
+    tables = [section("results", results), section("memory", memory()), section("faults", reliability())]
+    return {"README.md": [section("headlines", headlines())], "tests/benchmarks/README.md": tables}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for new in (section(), memory_section(), faults_section()):
-        first, *_, last = new.splitlines()
-        text = re.sub(f"{re.escape(first)}.*{re.escape(last)}", lambda _, new=new: new, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    for name, parts in sections().items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for new in parts:
+            first, *_, last = new.splitlines()
+            text = re.sub(f"{re.escape(first)}.*{re.escape(last)}", lambda _, new=new: new, text, flags=re.DOTALL)
+        (ROOT / name).write_text(text, encoding="utf-8")
     picture()
     strategies_picture()
 

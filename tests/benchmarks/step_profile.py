@@ -20,7 +20,7 @@ from lengths import measured_lengths
 from record import RESULTS, SpeedTable
 from torch.profiler import ProfilerActivity, profile
 
-from ftlib.inputs.tokenizing import collate
+from ftlib import collate
 
 # The first group with a piece that is in the operator's name gets its time.
 GROUPS = {

@@ -17,16 +17,16 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_fit import LABELS, make_rows, quick, raising, same, weights
+from test_fit import LABELS, before_steps, make_rows, quick, raising, same, weights
 
-from ftlib.engine import checkpoints
+from ftlib.core.batches import collate
+from ftlib.engine import checkpoints, feeding, recovery, task_gradients
 from ftlib.engine import fit as training
 from ftlib.engine.checkpoints import damage
-from ftlib.engine.fit import evaluate, fit
+from ftlib.engine.fit import fit
+from ftlib.engine.prediction import evaluate
 from ftlib.engine.saving import load, save
 from ftlib.inputs import files
-from ftlib.inputs.tokenizing import collate
-from ftlib.methods import speedups
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
 from ftlib.methods.unpadding import is_unpadded, unpad
@@ -40,14 +40,12 @@ def history(run):
 
 def stop_after(monkeypatch, count):
     """The run is killed after `count` steps, as if the machine had gone away: nothing is tidied up."""
-    real = training._Loop.step
 
-    def step(self, number, rows):
+    def die(number, step):
         if number >= count:
             raise SystemExit
-        real(self, number, rows)
 
-    monkeypatch.setattr(training._Loop, "step", step)
+    before_steps(monkeypatch, die)
 
 
 def resumed(monkeypatch, build, data, config, stops, **options):
@@ -124,7 +122,7 @@ def test_an_interrupted_run_goes_on_exactly(tiny_model, tmp_path, monkeypatch, w
             loss = raising(KeyboardInterrupt(), at=4)  # the second half of step 2
         else:
             loss = None
-            patch.setattr(training, "evaluate", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patch.setattr(training, "scores", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
         stopped = fit(build(), rows, eval_dataset=held_out, config=config, loss=loss)
     assert stopped.stopped == "interrupted" and stopped.steps == (1 if where == "forward" else 3)
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{stopped.steps:08d}"]
@@ -296,10 +294,10 @@ def interruptible():
 @pytest.mark.parametrize(
     "where",
     [
-        (torch.optim.AdamW, "step"), (torch.amp.GradScaler, "update"), (checkpoints, "random_state"),
-        (training._Loop, "_gradients"), (training._Loop, "_score"), (speedups.SeenRows, "off"),
-        (speedups.SeenRows, "on"), (checkpoints, "save_training"), (checkpoints, "save_file"),
-        (files, "_sync"), (training, "evaluate"),
+        (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad"), (recovery, "random_state"),
+        (task_gradients.Losses, "parts"), (training.Best, "score"), (training.Best, "look"),
+        (feeding.Feed, "ahead"), (checkpoints.Checkpoints, "save"), (checkpoints, "save_file"),
+        (files, "_sync"), (training, "scores"),
     ],
     ids=lambda where: where[1],
 )  # fmt: skip
@@ -319,7 +317,7 @@ def test_control_c_loses_nothing(tiny_model, tmp_path, monkeypatch, interruptibl
         def then_interrupted(*args, **options):
             value = real(*args, **options)
             calls.append(1)
-            if len(calls) == (at - 3 if where[1] in ("evaluate", "_score") else at):
+            if len(calls) == (at - 3 if where[1] in ("scores", "score", "look") else at):
                 os.kill(os.getpid(), signal.SIGINT)
             return value
 
@@ -470,7 +468,7 @@ def names(folder):
 
 def test_the_best_one_is_kept_too(tiny_model, tmp_path, monkeypatch):
     values = iter([0.6, 0.5, 0.7, 0.4, 0.8, 0.9, 0.9, 0.9])
-    monkeypatch.setattr(training, "evaluate", lambda *args, **options: {"loss": next(values)})
+    monkeypatch.setattr(training, "scores", lambda *args, **options: {"loss": next(values)})
     seen, real = [], checkpoints.save_training
     monkeypatch.setattr(checkpoints, "save_training", lambda loop: (real(loop), seen.append(names(tmp_path))))
     options = dict(checkpoint_every=1, eval_every=1, patience=9, keep_last=1, weight_decay=0.0)
@@ -607,19 +605,18 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_and_says_so(tiny_model, tm
     """A real limit: no file of this process may grow beyond so many bytes; the state outgrows it at step 3."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     config = quick(checkpoint_dir=str(tmp_path), checkpoint_every=1, resume="auto")
-    model, real = tiny_model(), training._Loop.step
+    model = tiny_model()
 
-    def step(self, number, rows):
+    def fill(number, step):
         if number == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        real(self, number, rows)
 
     said = (
         r"could not write .*step-00000003 \(.*File too large.*\); what was there before is as it was. "
         r"The last checkpoint is step-00000002; make room, or mend the disk, and go on with resume='auto'"
     )
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=said):
-        patch.setattr(training._Loop, "step", step)
+        before_steps(patch, fill)
         try:
             fit(model, make_rows(12), config=config)
         finally:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, compiled layers and CUDA graphs change time and memory; the numbers and the model stay."""
+"""Gradient checkpointing and compiled layers change time and memory; the numbers and the model stay."""
 
 import copy
 import pickle
@@ -202,41 +202,7 @@ def test_out_of_memory_in_a_compiled_run(tiny_model, eager_backend):
     assert steps(runs[0]) == pytest.approx(steps(runs[1]), abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------- CUDA graphs
-
-
-@pytest.mark.parametrize("micro", [None, 2])
-def test_reduce_overhead_rounds_lengths_and_changes_no_number(tiny_model, eager_backend, micro):
-    rows, shapes = make_rows(24, "token-classification", shortest=2, longest=37), set()
-    model, twin = (tiny_model("token-classification", 3) for _ in range(2))
-    model.bert.embeddings.register_forward_hook(lambda module, args, output: shapes.add(tuple(output.shape)))
-    run = fit(model, rows, config=quick(compile="reduce-overhead", micro_batch_size=micro))
-    plain = fit(twin, rows, config=quick(micro_batch_size=micro))
-    assert {width for _, width, _ in shapes} <= {16, 32, max(len(row["input_ids"]) for row in rows)}
-    assert eager_backend == [{"mode": "reduce-overhead", "dynamic": True}]
-    assert_close(torch.tensor(steps(run)), torch.tensor(steps(plain)), atol=1e-6, rtol=1e-5)
-    for name, value in weights(twin).items():
-        assert_close(weights(model)[name], value, atol=1e-4, rtol=0, msg=name)
-    assert "forward" not in vars(model)
-
-
-def test_reduce_overhead_says_what_it_can_not(tiny_model):
-    config = quick(compile="reduce-overhead")
-    with pytest.raises(ValueError, match=r"needs batches of few shapes; ftlib.repad\(model\), or compile=True"):
-        fit(unpad(tiny_model()), make_rows(4), config=config)
-    with pytest.raises(ValueError, match="needs one task"):
-        fit(MultiTaskModel(tiny_model("encoder"), {"a": Head()}), {"a": make_rows(4)}, config=config)
-
-
-@CUDA
-@pytest.mark.parametrize("micro", [None, 2])
-def test_cuda_graphs_take_the_same_steps(tiny_model, micro):
-    torch._dynamo.reset()
-    rows, runs = make_rows(48, shortest=2, longest=37), []
-    for how in (False, "reduce-overhead"):
-        model = tiny_model().cuda()
-        runs.append(fit(model, rows, config=quick(compile=how, micro_batch_size=micro, precision="fp32")))
-    assert steps(runs[1]) == pytest.approx(steps(runs[0]), abs=1e-4)
+# ------------------------------------------------------------------------------------------------------- on a GPU
 
 
 @CUDA

@@ -4,18 +4,28 @@ import warnings
 
 import pytest
 import torch
-from test_fit import make_rows, quick, same, steps, weights
+from test_fit import before_steps, make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine import distributed
-from ftlib.engine import fit as training
-from ftlib.engine.feeding import Ahead, cut, halve, out_of_memory
+from ftlib.engine.feeding import Feed, Step
 from ftlib.engine.fit import fit
-from ftlib.engine.settings import Run, TrainConfig
-from ftlib.inputs.tokenizing import collate
+from ftlib.engine.recovery import out_of_memory
+from ftlib.engine.settings import Run
+from ftlib.inputs.rows import parts_for
 from ftlib.methods.unpadding import unpad
+from ftlib.tasks.task import tasks_of
 
 CPU = torch.device("cpu")
+
+
+def feed_of(model, rows, total=9, **options):
+    config = quick(shuffle=False, **options)
+    sizes = dict(micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
+    feed = Feed(parts_for(rows, model, name="rows"), tasks_of(model), Run(config, **sizes), 0, CPU)
+    feed.start(0, total)
+    return feed
 
 
 def limited(model, rows=10**9, tokens=10**9, error=None, backward=False):
@@ -101,11 +111,12 @@ def test_a_single_row_that_does_not_fit_says_what_helps(tiny_model):
 
 
 def test_several_processes_are_told_the_size_to_start_with(tiny_model, monkeypatch):
-    run = Run(TrainConfig())
+    feed = feed_of(tiny_model(), make_rows(8), batch_size=8)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    step = next(iter(feed))
     with pytest.raises(MemoryError, match=r"process 0 is out of memory with 4 rows at a time; .*micro_batch_size=2"):
-        halve(make_rows(8), run, 9)
-    assert run.micro_batch_size is None
+        step.halve()
+    assert feed.run.micro_batch_size is None
 
 
 def test_what_counts_as_out_of_memory(tiny_model):
@@ -124,19 +135,17 @@ def test_what_counts_as_out_of_memory(tiny_model):
 
 def test_a_resumed_run_goes_on_in_the_smaller_size(tiny_model, tmp_path, monkeypatch):
     rows, states, runs = make_rows(24), [], []
-    real = training._Loop.step
     for stop in (None, 2):
         options = dict(batch_size=8, checkpoint_dir=str(tmp_path / str(stop)), checkpoint_every=1, resume="auto")
         for limit in [stop, None] if stop else [None]:
 
-            def step(self, number, rows, limit=limit):
+            def stopped(number, step, limit=limit):
                 if number == limit:
                     raise ValueError("stopped")
-                real(self, number, rows)
 
-            monkeypatch.setattr(training._Loop, "step", step)
             model, _ = limited(tiny_model(hidden_dropout_prob=0.2), rows=3)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), monkeypatch.context() as patch:
+                before_steps(patch, stopped)
                 warnings.simplefilter("error" if stop and not limit else "ignore")  # no second halving
                 try:
                     runs.append(fit(model, rows, config=quick(**options)))
@@ -152,39 +161,37 @@ def test_a_resumed_run_goes_on_in_the_smaller_size(tiny_model, tmp_path, monkeyp
 
 def test_the_next_batches_are_there_before_a_result_is_looked_at(tiny_model, monkeypatch):
     events = []
-    make, norm = Ahead.make, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(Ahead, "make", lambda self, rows: (events.append(len(rows)), make(self, rows))[1])
+    cut, norm = Step.cut, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(Step, "cut", lambda self: (events.append(len(self.rows)), cut(self))[1])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (events.append("norm"), norm(*args))[1])
     fit(tiny_model(), make_rows(9), config=quick(epochs=1))
     assert events == [4, 4, "norm", 1, "norm", "norm"]  # the last step looks at nothing beyond the run
 
 
-def test_batches_made_for_another_size_are_made_again():
-    rows, run = make_rows(8), Run(TrainConfig())
-    ahead = Ahead(run, 0, CPU)
-    ahead.make(rows)
-    run.micro_batch_size = 3
-    assert [(len(batch["input_ids"]), weight) for batch, weight in ahead.take(rows)] == [(3, 1.0), (3, 1.0), (2, 1.0)]
-    ahead.make(rows)
-    other = make_rows(4, seed=5)
-    ids = [row["input_ids"] for row in other]
-    found = [ids_[mask.bool()].tolist() for batch, _ in ahead.take(other)
-             for ids_, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
-    assert sorted(found) == sorted(ids) and ahead.ready is None
+def test_batches_made_for_another_size_are_made_again(tiny_model):
+    feed = feed_of(tiny_model(), make_rows(16), batch_size=8)
+    feed.ahead()
+    feed.run.micro_batch_size = 3
+    taken = iter(feed)
+    step = next(taken)
+    assert [len(batch["input_ids"]) for batch in step] == [3, 3, 2] and step.weights == [1.0] * 3
+    found = [ids[mask.bool()].tolist() for batch in next(taken)
+             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    assert sorted(found) == sorted(row["input_ids"] for row in make_rows(16)[8:]) and feed.ready is None
 
 
-def test_cut_gives_every_process_its_rows_once(monkeypatch):
-    rows = make_rows(7)
-    run = Run(TrainConfig(), micro_batch_size=2)
+def test_every_process_gets_its_rows_once(tiny_model, monkeypatch):
+    model, rows, seen = tiny_model(), make_rows(7), []
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    seen = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts = cut(rows, run)
-        assert len(parts) == 2 and max(len(part) for part, _ in parts) <= 2  # all as many: the first has 3 rows
-        seen += [id(row) for part, weight in parts for row in part if weight]
-    assert sorted(seen) == sorted(map(id, rows))
-    assert cut(rows[:1], run) == [(rows[:1], 0.0)]  # rank 2 has none of its own: it takes part, and counts nothing
+        step = next(iter(feed_of(model, rows, batch_size=7, micro_batch_size=2)))
+        assert len(step) == 2 and max(len(batch["input_ids"]) for batch in step) <= 2  # as many for all: one has 3 rows
+        seen += [ids[mask.bool()].tolist() for batch, weight in zip(step, step.weights, strict=True) if weight
+                 for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    assert sorted(seen) == sorted(row["input_ids"] for row in rows)
+    alone = next(iter(feed_of(model, rows[:1], batch_size=7)))
+    assert alone.weights == [0.0]  # rank 2 has no rows of its own: it takes part, and counts nothing
 
 
 def test_collate_to_a_width():

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from test_tokenizing import ROWS
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
+from ftlib.core.device import choose_device, choose_precision
+from ftlib.core.loop import schedule_factor
 from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
-from ftlib.engine.settings import Run, TrainConfig, choose_device, choose_precision
-from ftlib.inputs.tokenizing import collate
+from ftlib.engine.settings import Run, TrainConfig
 from ftlib.methods.losses import focal_loss
 from ftlib.methods.multitask import Head, MultiTaskModel
-from ftlib.methods.optimizing import schedule_factor
 from ftlib.methods.tuning import tune
 from ftlib.methods.unpadding import unpad
 
@@ -46,6 +47,16 @@ LABELS = {"sequence-classification": 2, "token-classification": 3, "multi-label-
 
 def quick(**options):
     return TrainConfig(**{"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "progress": False} | options)
+
+
+def before_steps(patch, do):
+    """Have `do(number, step)` called where the gradient of a step (from 0) is to be computed."""
+    real = training.steps
+
+    def watched(*args, gradient, **options):
+        return real(*args, gradient=lambda model, step: [do(step.number, step), gradient(model, step)][1], **options)
+
+    patch.setattr(training, "steps", watched)
 
 
 def steps(run, key="loss"):
@@ -290,7 +301,7 @@ def test_early_stopping_keeps_the_best_weights(tiny_model, monkeypatch):
         seen.append(weights(model))
         return {"accuracy": next(scores), "loss": 1.0}
 
-    monkeypatch.setattr(training, "evaluate", pretend)
+    monkeypatch.setattr(training, "scores", pretend)
     model = tiny_model()
     config = quick(epochs=10, patience=2, metric="accuracy")
     run = fit(model, make_rows(8), eval_dataset=make_rows(4), config=config)
@@ -315,7 +326,7 @@ def test_which_way_is_better(tiny_model, monkeypatch, metric, values, best):
         seen.append(weights(model))
         return {metric: next(given_values)}
 
-    monkeypatch.setattr(training, "evaluate", pretend)
+    monkeypatch.setattr(training, "scores", pretend)
     model = tiny_model()
     run = fit(
         model, make_rows(8), eval_dataset=make_rows(4), config=quick(epochs=9, patience=2, metric=metric)
@@ -331,7 +342,7 @@ def test_the_best_weights_are_kept_even_when_the_run_ends(tiny_model, monkeypatc
         seen.append(weights(model))
         return {"accuracy": next(scores)}
 
-    monkeypatch.setattr(training, "evaluate", pretend)
+    monkeypatch.setattr(training, "scores", pretend)
     model = tiny_model()
     config = quick(epochs=2, patience=5, metric="accuracy")
     run = fit(model, make_rows(8), eval_dataset=make_rows(4), config=config)
@@ -354,10 +365,9 @@ def test_weights_in_float16_do_not_train(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "where", [(training.optimizing, "optimizer"), (training.SeenRows, "on"), (training.steps, "Ahead")]
+    "where", [(training.optimizing, "optimizer"), (training.recovery, "RandomState"), (training, "Feed")]
 )
 def test_an_interrupt_before_the_first_step_leaves_the_model_whole(tiny_model, monkeypatch, where):
-    """The word embedding is swapped for its seen rows meanwhile."""
     model = tiny_model(vocab_size=400)
     real = getattr(*where)
 
@@ -389,12 +399,12 @@ def test_an_interrupted_run_with_patience_keeps_the_best_weights(tiny_model):
     model = tiny_model()
     run = fit(
         model, make_rows(8), eval_dataset=make_rows(4), config=quick(epochs=9, patience=9),
-        loss=raising(KeyboardInterrupt(), at=4),
+        loss=raising(KeyboardInterrupt(), at=5),
     )  # fmt: skip
     assert run.stopped == "interrupted" and run.steps == 3 and run.metrics["loss"] == run.history[2]["eval_loss"]
 
 
-def test_a_failed_run_leaves_a_whole_embedding_with_what_was_learnt(tiny_model):
+def test_a_failed_run_leaves_a_whole_model_with_what_was_learnt(tiny_model):
     model, twin = tiny_model(), tiny_model()
     config = dict(warmup_fraction=0.0, schedule="constant", weight_decay=0.1)
     with pytest.raises(KeyError):

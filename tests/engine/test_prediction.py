@@ -7,10 +7,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch.testing import assert_close
 
-from ftlib.engine.prediction import evaluate, logits_of, parts_for, predict, rows_for, tasks_of
+from ftlib.engine.prediction import evaluate, logits_of, parts_for, predict, rows_for
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.unpadding import unpad
+from ftlib.tasks.task import tasks_of
 
 TEXTS = ["the film is good and fun", "bad", "a great plot we book to boston", "dull film", "not fun"]
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_fit import LABELS, make_rows, quick, same, weights
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.engine.saving import load, save
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import STRATEGIES, merge, tune
 from ftlib.methods.unpadding import unpad

@@ -10,15 +10,15 @@ from test_checkpoints import history, resumed
 from test_fit import make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.engine.task_gradients import Joint
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods import balancing
 from ftlib.methods.balancing import Weighting
-from ftlib.methods.losses import task_loss
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import STRATEGIES, tune
 from ftlib.methods.unpadding import unpad
+from ftlib.tasks.task import task_loss
 
 TASKS = {"a": Head("sequence-classification", 2), "b": Head("token-classification", 3, weight=0.5),
          "c": Head("regression", 1, weight=2.0)}  # fmt: skip

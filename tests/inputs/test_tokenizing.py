@@ -6,17 +6,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftlib.core.anatomy import evaluating
+from ftlib.core.batches import collate, split_by_size, to_device
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import predict
 from ftlib.engine.settings import TrainConfig
-from ftlib.inputs.tokenizing import (
-    collate,
-    encode_texts,
-    evaluating,
-    split_by_size,
-    to_device,
-    tokenize,
-)
+from ftlib.inputs.tokenizing import encode_texts, tokenize
 from ftlib.methods.features import extract_features
 
 LOOSE = settings(

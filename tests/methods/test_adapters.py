@@ -10,8 +10,8 @@ from test_fit import make_rows, quick
 from torch import nn
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods.adapters import Bottleneck, Int8Linear, LoRA, adapters_of
 from ftlib.methods.tuning import merge, tune, tuning_of
 

@@ -337,7 +337,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"dropout is -0.1"):
         MultiHeadAttention(4, 2, dropout=-0.1)
     layer = MultiHeadAttention(4, 2)
-    with pytest.raises(ValueError, match=r"key has shape \(2, 3, 6\); \(batch, tokens, 4\) is needed"):
+    with pytest.raises(ValueError, match=r"key has shape \(2, 3, 6\); need \(batch, tokens, 4\)"):
         layer(torch.randn(2, 3, 4), torch.randn(2, 3, 6))
     with pytest.raises(ValueError, match=r"mask of shape \(2, 5\) does not fit"):
         layer(torch.randn(2, 3, 4), mask=torch.ones(2, 5, dtype=torch.bool))

@@ -8,16 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import ftlib
-from ftlib.methods.balancing import (
-    GRADIENTS,
-    WEIGHTINGS,
-    TaskWeights,
-    Weighting,
-    cagrad,
-    cosines,
-    mgda,
-    pcgrad,
-)
+from ftlib.methods.balancing import GRADIENTS, WEIGHTINGS, TaskWeights, Weighting, cagrad, cosines, mgda, pcgrad
 
 
 def make_jacobian(tasks=4, parameters=30, seed=0, kind="random"):

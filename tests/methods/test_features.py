@@ -132,7 +132,7 @@ def test_long_texts_are_cut_to_what_the_model_takes(tiny_model, tiny_tokenizer):
     [
         ("good film", {}, TypeError, "texts is 'good film'; pass a list"),
         (["good", None], {}, TypeError, "row 1, column 'text': expected text, got None"),
-        (["good"], {"pooling": "sum"}, ValueError, "unknown pooling 'sum'; choose one of mean, cls, max"),
+        (["good"], {"pooling": "sum"}, ValueError, "pooling='sum': choose one of mean, cls, max"),
         (["good"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["good"], {"max_length": 1}, ValueError, "max_length=1"),
         (["good"], {"max_length": "5"}, ValueError, "max_length='5'"),

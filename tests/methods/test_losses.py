@@ -1,9 +1,7 @@
 """Losses against torch's own, against numbers worked out by hand, at their edges, and on bad input."""
 
-import copy
 import importlib.util
 import math
-import pickle
 import shutil
 import sys
 
@@ -16,14 +14,11 @@ from hypothesis import strategies as st
 import ftlib.methods.losses
 from ftlib.methods.losses import (
     IGNORE,
-    TASKS,
     binary_cross_entropy,
     class_weights,
-    count_labelled,
     cross_entropy,
     focal_loss,
     mean_squared_error,
-    task_loss,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -134,8 +129,6 @@ def test_half_precision_is_computed_in_float32(dtype):
             F.binary_cross_entropy_with_logits(logits.float(), targets),
         ),
         (mean_squared_error(logits, targets), F.mse_loss(logits.float(), targets)),
-        (task_loss("sequence-classification")(logits, labels), F.cross_entropy(logits.float(), labels) * 64),
-        (task_loss("regression")(logits, targets), F.mse_loss(logits.float(), targets) * 320),
     ]
     for ours, theirs in pairs:
         assert ours.dtype == torch.float32
@@ -274,7 +267,6 @@ def test_a_mean_over_nothing_is_zero_with_zero_gradients():
         (gradient,) = torch.autograd.grad(loss, logits)
         assert torch.all(gradient == 0)
     assert torch.isnan(F.cross_entropy(logits, labels))  # what torch does instead
-    assert count_labelled(labels, "sequence-classification") == 0
 
 
 def test_only_classes_of_weight_zero_give_zero():
@@ -300,96 +292,14 @@ def test_class_weights_same_as_sklearn(extra):
 
 
 def test_class_weights_name_the_missing_class():
-    with pytest.raises(ValueError, match="class 1 of 3 never occurs among 3 labels"):
+    with pytest.raises(ValueError, match="class 1 of 3 never occurs in 3 labels"):
         class_weights(torch.tensor([[0, 2], [2, IGNORE]]), 3)
-    with pytest.raises(ValueError, match="class 0 of 2 never occurs among 0 labels"):
+    with pytest.raises(ValueError, match="class 0 of 2 never occurs in 0 labels"):
         class_weights([], 2)
     with pytest.raises(ValueError, match=r"labels\[1\] = 2 is not one of 2 classes"):
         class_weights([0, 2], 2)
-    with pytest.raises(ValueError, match="num_classes is 0"):
+    with pytest.raises(ValueError, match="is not one of 0 classes"):
         class_weights([0], 0)
-
-
-# ---- the losses of the training loop ----
-
-
-def test_task_loss_same_as_the_hand_written_ones():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 6, 3, generator=generator)
-    labels = torch.randint(3, (4, 6), generator=generator)
-    labels[1, 2:] = IGNORE
-    targets = (torch.rand(4, 3, generator=generator) > 0.5).float()
-    targets[2, 1] = IGNORE
-    cases = [
-        ("sequence-classification", logits[:, 0], labels[:, 0], cross_entropy, {}),
-        ("sequence-classification", logits[:, 0], labels[:, 0], cross_entropy, {"label_smoothing": 0.1}),
-        ("token-classification", logits, labels, cross_entropy, {}),
-        ("token-classification", logits, labels, cross_entropy, {"label_smoothing": 0.2}),
-        ("multi-label-classification", logits[:, 0], targets, binary_cross_entropy, {}),
-        ("regression", logits[:, 0], torch.randn(4, 3, generator=generator), mean_squared_error, {}),
-    ]
-    for task, z, y, by_hand, options in cases:
-        fused = task_loss(task, **options)
-        assert_same_loss_and_gradient(
-            lambda z, y=y, fused=fused: fused(z, y),
-            lambda z, y=y, by_hand=by_hand, options=options: by_hand(z, y, reduction="sum", **options),
-            z,
-        )
-        close(fused(z, y) / count_labelled(y, task), by_hand(z, y, **options))  # sum / count = mean
-
-
-def test_micro_batches_add_up_to_the_whole_batch():
-    """Why the loss is summed: averaged per micro-batch, labels in sparse ones would weigh more."""
-    logits = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
-    labels = torch.full((4, 6), IGNORE)
-    labels[0], labels[3, 0] = 1, 2  # six labels in the first half, one in the second
-    loss, halves = task_loss("token-classification"), [slice(0, 2), slice(2, 4)]
-    total = sum(loss(logits[half], labels[half]) for half in halves)
-    count = sum(count_labelled(labels[half], "token-classification") for half in halves)
-    assert count == 7
-    close(total / count, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
-    mean_of_means = sum(cross_entropy(logits[half], labels[half]) for half in halves) / 2
-    assert (mean_of_means - total / count).abs() > 0.1
-
-
-def test_task_loss_regression_shapes():
-    loss = task_loss("regression")
-    assert loss(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 2.0])).item() == 4.0
-    assert loss(torch.tensor([1.0, 2.0]), torch.tensor([3, 2])).item() == 4.0
-    assert loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])).item() == 13.0
-    assert loss(torch.tensor([[1.0]]), torch.tensor([[3.0]])).item() == 4.0
-    with pytest.raises(ValueError, match=r"labels has shape \(2, 1\) but logits \(2,\)"):
-        loss(torch.zeros(2), torch.zeros(2, 1))
-    with pytest.raises(ValueError, match=r"labels\[1\] = nan is not a finite number"):
-        loss(torch.zeros(2, 1), torch.tensor([0.0, math.nan]))
-
-
-def test_task_loss_accepts_integer_multi_labels():
-    loss = task_loss("multi-label-classification")
-    close(loss(torch.zeros(1, 2), torch.tensor([[1, IGNORE]])), torch.tensor(math.log(2)))
-    with pytest.raises(ValueError, match=r"labels\[0, 1\] = 2 is not in \[0, 1\]"):
-        loss(torch.zeros(1, 2), torch.tensor([[1, 2]]))
-
-
-def test_task_loss_can_be_copied_and_pickled():
-    for task in TASKS:
-        loss = task_loss(task)
-        logits = torch.zeros(2, 3)
-        classes = task in ("sequence-classification", "token-classification")
-        labels = torch.tensor([0, 1]) if classes else logits
-        for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-            assert other(logits, labels) == loss(logits, labels)
-
-
-def test_count_labelled_by_hand():
-    ids = torch.tensor([[0, IGNORE, 2], [IGNORE, IGNORE, 1]])
-    assert count_labelled(ids, "token-classification").item() == 3
-    assert count_labelled(ids[:, 0], "sequence-classification").item() == 1
-    assert count_labelled(ids.float(), "multi-label-classification").item() == 3
-    assert count_labelled(torch.zeros(4, 2), "regression").item() == 8
-    for task in TASKS:
-        count = count_labelled(torch.zeros(2, 2), task)
-        assert count.shape == () and count.dtype == torch.int64
 
 
 # ---- errors ----
@@ -398,7 +308,7 @@ def test_count_labelled_by_hand():
 def test_errors_name_the_row_the_value_and_the_remedy():
     logits = torch.zeros(3, 4)
     labels = torch.tensor([0, 4, -1])
-    for loss in (cross_entropy, focal_loss, task_loss("sequence-classification")):
+    for loss in (cross_entropy, focal_loss):
         with pytest.raises(
             ValueError, match=r"labels\[1\] = 4 is not one of 4 classes, 0 … 3; check num_labels"
         ):
@@ -447,20 +357,8 @@ def test_errors_of_options():
         cross_entropy(logits, labels, reduction="avg")
     with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
         cross_entropy(logits, labels, label_smoothing=1.5)
-    with pytest.raises(ValueError, match=r"label_smoothing is -0\.1"):
-        task_loss("token-classification", label_smoothing=-0.1)
-    with pytest.raises(ValueError, match=r"label_smoothing 0\.1 has no meaning for regression; set it to 0"):
-        task_loss("regression", label_smoothing=0.1)
-    with pytest.raises(
-        ValueError, match="task 'ner' is unknown; choose one of sequence-classification, token"
-    ):
-        task_loss("ner")
-    with pytest.raises(ValueError, match="task 'encoder' is unknown"):
-        count_labelled(labels, "encoder")
     with pytest.raises(ValueError, match=r"weight has shape \(2,\) but the logits have 3 columns"):
         cross_entropy(logits, labels, weight=torch.ones(2))
-    with pytest.raises(ValueError, match=r"weight has shape \(\); one number per class"):
-        cross_entropy(logits, labels, weight=torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"pos_weight has shape \(4,\)"):
         binary_cross_entropy(logits, torch.zeros(2, 3), pos_weight=torch.ones(4))
     for gamma in (-1.0, math.nan):
@@ -477,7 +375,7 @@ ANY_DTYPE = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(
     loss=st.sampled_from(
-        [cross_entropy, focal_loss, binary_cross_entropy, mean_squared_error, *(task_loss(t) for t in TASKS)]
+        [cross_entropy, focal_loss, binary_cross_entropy, mean_squared_error]
     ),
     shape=ANY_SHAPE,
     other=st.none() | ANY_SHAPE,
@@ -514,10 +412,6 @@ def test_values_are_not_read_off_the_cpu():
             mean_squared_error(logits, targets, reduction=reduction),
         ):
             assert loss.device.type == "meta"
-    for task in TASKS:
-        y = labels if task in ("sequence-classification", "token-classification") else targets
-        task_loss(task)(logits, y).backward()
-        assert count_labelled(y, task).device.type == "meta"
 
 
 def test_runs_alone_in_an_empty_folder(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from ftlib.inputs.tokenizing import collate
-from ftlib.methods.multitask import SAMPLERS, Head, MultiTaskModel, TaskSampler
+from ftlib.core.batches import collate
+from ftlib.core.sampling import SAMPLERS, TaskSampler
+from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.unpadding import is_unpadded, unpad
 
 HEADS = {

@@ -7,9 +7,9 @@ from test_fit import make_rows, quick, steps, weights
 from torch import nn
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.engine.settings import TrainConfig
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods import optimizing
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.regularization import add_mixout, dropout_rate, pull_, r_drop, remove_mixout, shrink_
@@ -284,7 +284,6 @@ def test_dropout_in_fit(tiny_model):
         (dict(dropout=1), "dropout=1: need a number from 0 to 0.99"),
         (dict(dropout=-0.1), "dropout=-0.1: need"),
         (dict(dropout="0"), "dropout='0': need"),
-        (dict(r_drop=1.0, compile="reduce-overhead"), "r_drop makes two forward passes"),
     ],
 )
 def test_settings_that_are_refused(options, message):

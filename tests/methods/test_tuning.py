@@ -11,11 +11,13 @@ from test_fit import make_rows, quick, raising
 from torch import nn
 from torch.testing import assert_close
 
+from ftlib.core import anatomy
+from ftlib.core.batches import collate
+from ftlib.core.loop import SCHEDULES, schedule_factor
 from ftlib.engine.fit import fit
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods.multitask import Head, MultiTaskModel
-from ftlib.methods.optimizing import SCHEDULES, parameter_groups, schedule_factor, trainer_options
-from ftlib.methods.tuning import STRATEGIES, base_model_of, encoder_layers, report, tune
+from ftlib.methods.optimizing import parameter_groups, trainer_options
+from ftlib.methods.tuning import STRATEGIES, merge, report, tune
 
 
 def trainable(model):
@@ -74,23 +76,23 @@ def test_calling_it_again_starts_anew(tiny_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(strategy="lara"), "unknown strategy 'lara'; choose one of full, head-only, last-layers, .* pfeiffer"),
+        (dict(strategy="lara"), "strategy='lara': choose one of full, head-only, last-layers, .* pfeiffer"),
         (dict(strategy="bitfit", layers=2), "unknown option 'layers': strategy 'bitfit' takes no options"),
         (dict(strategy="lora", r=2), "unknown option 'r': strategy 'lora' takes rank, alpha, targets"),
         (dict(strategy="lora", rank=0), "rank=0: need a whole number of at least 1"),
-        (dict(strategy="lora", alpha=0), "alpha=0: need a number above 0"),
+        (dict(strategy="lora", alpha=0), "alpha=0: need a number from 1e-06"),
         (dict(strategy="lora", dropout=1), "dropout=1: need a number from 0 to below 1"),
-        (dict(strategy="lora", base_bits=2), "base_bits=2: choose None"),
+        (dict(strategy="lora", base_bits=2), "base_bits=2: choose one of None, 8, 4"),
         (dict(strategy="lora", seed=0.5), "seed=0.5: need a whole number"),
         (dict(strategy="lora", targets=["q_proj"]), r"targets=\['q_proj'\] match no linear layer; .* dense, key"),
         (dict(strategy="lora", targets=["query", "q"]), r"targets=\['q'\] match no linear layer"),
         (dict(strategy="lora", targets="query"), "targets='query': pass 'all-linear' or a list of names"),
-        (dict(strategy="houlsby", reduction=0.5), "reduction=0.5: need a number of at least 1"),
+        (dict(strategy="houlsby", reduction=0.5), "reduction=0.5: need a number from 1, finite"),
         (dict(strategy="mixout", p=1), "p=1: need a number from 0 to below 1"),
         (dict(strategy="layer-decay", decay=1.5), "decay=1.5: need a number from 0 to 1"),
         (dict(strategy="gradual-unfreezing", until=-0.1), "until=-0.1: need a number from 0 to 1"),
-        (dict(strategy="l2-sp", strength=float("inf")), "strength=inf: need a number of at least 0"),
-        (dict(strategy="last-layers", layers=3), r"layers=3: the encoder has 2; choose 1 to 2"),
+        (dict(strategy="l2-sp", strength=float("inf")), "strength=inf: need a number from 0, finite"),
+        (dict(strategy="last-layers", layers=3), "layers=3: choose one of 1, 2"),
         (dict(strategy="last-layers", layers=0), r"layers=0"),
         (dict(strategy="last-layers", layers="1"), r"layers='1'"),
         (dict(strategy="last-layers", layers=True), r"layers=True"),
@@ -111,7 +113,122 @@ def test_albert_and_bare_encoders_are_refused(tiny_model):
     with pytest.raises(ValueError, match="'head-only' needs a task head"):
         tune(tiny_model("encoder"), "head-only")
     with pytest.raises(ValueError, match="Linear has no list of layers"):
-        encoder_layers(nn.Linear(2, 2))
+        anatomy.layers(nn.Linear(2, 2))
+
+
+def pair(name, **options):
+    """An encoder-decoder that classifies texts: 3 layers and 2, width 16."""
+    if name == "t5":
+        sizes = dict(d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2)
+    else:
+        sizes = dict(
+            encoder_layers=3, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40,
+        )  # fmt: skip
+    ids = dict(pad_token_id=0, eos_token_id=3, bos_token_id=2, decoder_start_token_id=2)
+    config = transformers.CONFIG_MAPPING[name](vocab_size=64, d_model=16, num_labels=2, **sizes, **ids, **options)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+PAIRS = {"t5": "transformer.{}.block.{}.", "bart": "model.{}.layers.{}."}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_encoder_decoder_starts_at_its_decoder(name):
+    model, layer = pair(name), PAIRS[name].format
+    tune(model, "last-layers", layers=1)
+    inside = {n for n in trainable(model) if not n.startswith("classification_head.")}
+    assert inside == {n for n, _ in model.named_parameters() if n.startswith(layer("decoder", 1))} != set()
+    with pytest.raises(ValueError, match="layers=3: choose one of 1, 2"):
+        tune(model, "last-layers", layers=3)
+    tune(model, "gradual-unfreezing")
+    order = [layer("decoder", 1), layer("decoder", 0), *(layer("encoder", i) for i in (2, 1, 0))]
+    *stages, last = model.tuning.stages
+    for stage, start in zip(stages, order, strict=True):
+        assert set(stage) == {n for n, _ in model.named_parameters() if n.startswith(start)}
+    assert any("shared" in n for n in last) and not any("norm" in n and "embedding" not in n for n in last)
+    tune(model, "layer-decay", decay=0.5)
+    shares = [model.tuning.scales[stage[0]] for stage in (*stages, last)]
+    assert shares == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+
+
+def test_computed_positions_never_train():
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.MarianConfig(vocab_size=64, d_model=16, pad_token_id=1, max_position_embeddings=40, **sizes)
+    model = nn.Module()
+    model.base_model, model.head = transformers.MarianModel(config), nn.Linear(16, 2)
+    names = {"base_model.encoder.embed_positions.weight", "base_model.decoder.embed_positions.weight"}
+    for strategy in ("full", "gradual-unfreezing"):
+        tune(model, strategy)
+        assert {n for n, _ in model.named_parameters()} - trainable(model) == names
+        assert not names & {n for stage in model.tuning.stages for n in stage}
+    merge(model)
+    assert {n for n, _ in model.named_parameters()} - trainable(model) == names
+
+
+def test_what_selects_nothing_is_refused(tiny_model):
+    tuned = tiny_model(model_type="modernbert")  # ModernBERT's linear layers and norms have no bias
+    with pytest.raises(ValueError, match="no biases found in ModernBertModel; choose another strategy"):
+        tune(tuned, "bitfit")
+    bare = nn.Module()
+    bare.base_model, bare.head = nn.Linear(2, 2), nn.Linear(2, 2)
+    for strategy, what in (("frozen-embeddings", "embeddings"), ("layer-norm", "normalization layers")):
+        with pytest.raises(ValueError, match=f"no {what} found in Linear"):
+            tune(bare, strategy)
+
+
+def test_a_head_with_the_words_weights():
+    """GPT-2's language model has no head of its own: adapters may go in, a head alone can't train."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2))
+    assert anatomy.head_modules(model) == []
+    with pytest.raises(ValueError, match="'head-only' needs a task head"):
+        tune(model, "head-only")
+    assert tune(model, "lora", rank=2).trainable == 2 * 2 * (16 + 48)
+    masked = transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    tune(masked, "head-only")
+    assert all(n.startswith("cls.") for n in trainable(masked)) and len(trainable(masked)) == 5
+    assert not masked.bert.embeddings.word_embeddings.weight.requires_grad  # the last product's weights too
+
+
+@pytest.mark.parametrize("strategy", ["lora", "houlsby", "pfeiffer", "mixout"])
+def test_gpt2s_layers_are_linear_too(tiny_model, strategy):
+    """Conv1D holds its weight as (in, out): a layer has c_attn, 16 to 48, c_proj, 16 to 16, c_fc, 16 to 32, c_proj."""
+    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = tiny_model(model_type="gpt2", n_embd=16, n_layer=2, n_head=2, n_inner=32, **off)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    options = {"lora": dict(targets="all-linear", rank=2), "mixout": dict(p=0.5)}.get(strategy, dict(reduction=4))
+    found = tune(model, strategy, **options)
+    assert_close(model(ids).logits, before, atol=1e-6, rtol=0)
+    if strategy == "mixout":
+        assert_close(model.train()(ids).logits, before, atol=1e-6, rtol=0)  # W is still W0
+        return
+    bottleneck = 2 * 16 * 4 + 4 + 16
+    each = {"lora": 2 * (16 + 48 + 16 + 16 + 16 + 32 + 32 + 16), "houlsby": 2 * bottleneck, "pfeiffer": bottleneck}
+    assert found.groups["adapters"] == (2 * each[strategy],) * 2
+    if strategy == "lora":
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_()
+            expected = model(ids).logits
+            assert float((expected - before).abs().max()) > 1e-3
+            assert_close(merge(model)(ids).logits, expected, atol=1e-5, rtol=0)
+        assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+
+
+def test_gpt2_in_eight_bits(tiny_model):
+    model = tiny_model(model_type="gpt2", n_embd=16, n_layer=2, n_head=2)
+    ids, shapes = torch.tensor([[5, 6, 7]]), {n: p.shape for n, p in model.named_parameters()}
+    with torch.no_grad():
+        before = model(ids).logits
+        tune(model, "lora", base_bits=8)  # on c_attn, as PEFT does
+        assert_close(model(ids).logits, before, atol=0.02, rtol=0)
+        expected = model(ids).logits
+        assert_close(merge(model)(ids).logits, expected, atol=1e-5, rtol=0)
+    assert {n: p.shape for n, p in model.named_parameters()} == shapes
 
 
 def test_several_heads(tiny_model):
@@ -120,14 +237,14 @@ def test_several_heads(tiny_model):
     parts = ("heads.a.classifier", "heads.b.classifier", "encoder.pooler.dense")
     assert trainable(model) == {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
     assert found.groups["head"] == (16 * 2 + 2 + 16 * 3 + 3,) * 2
-    assert base_model_of(model) is model.encoder
-    assert len(encoder_layers(model)) == 2
+    assert anatomy.base_of(model) is model.encoder
+    assert len(anatomy.layers(model)) == 2
 
 
 def test_the_encoder_inside_peft(tiny_model):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    assert type(base_model_of(model)).__name__ == "BertModel"
+    assert type(anatomy.base_of(model)).__name__ == "BertModel"
     found = report(model)
     assert found.groups["layers"][0] == 2 * 2 * (2 * 16)  # layers × (A and B) × (rank × hidden)
     assert found.groups["embeddings"][0] == 0
@@ -232,7 +349,7 @@ NORMS = {  # gains and biases: two norms a layer, one of the embeddings; ModernB
 }  # fmt: skip
 EMBEDDINGS = {  # words, positions, token types, norm; ELECTRA's and ALBERT's projection belongs to them too
     "bert": 16 * (64 + 40 + 2 + 2), "roberta": 16 * (64 + 40 + 2 + 2), "distilbert": 16 * (64 + 40 + 2),
-    "electra": 128 * (64 + 40 + 2 + 2) + 129 * 16, "modernbert": 16 * 64 + 16, "albert": 8 * (64 + 40 + 2 + 2),
+    "electra": 128 * (64 + 40 + 2 + 2) + 129 * 16, "modernbert": 16 * 64 + 16, "albert": 8 * (64 + 40 + 2 + 2) + 9 * 16,
 }  # fmt: skip
 
 
@@ -241,8 +358,9 @@ def test_counted_by_hand(tiny_model, model_type):
     model = tiny_model(model_type=model_type)
     total = sum(p.numel() for p in model.parameters())
     assert tune(model, "head-only").trainable == HEAD[model_type]
-    assert tune(model, "bitfit").trainable == HEAD[model_type] + BIASES[model_type]
-    assert {name.split(".")[-1] for name in trainable(model) if name.split(".")[-1] != "weight"} <= {"bias"}
+    if BIASES[model_type]:
+        assert tune(model, "bitfit").trainable == HEAD[model_type] + BIASES[model_type]
+        assert {name.split(".")[-1] for name in trainable(model) if name.split(".")[-1] != "weight"} <= {"bias"}
     assert tune(model, "layer-norm").trainable == HEAD[model_type] + NORMS[model_type]
     assert tune(model, "frozen-embeddings").trainable == total - EMBEDDINGS[model_type]
     for name in ("full", "l2-sp", "mixout"):

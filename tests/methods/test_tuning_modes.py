@@ -9,9 +9,9 @@ from test_checkpoints import history, resumed
 from test_fit import make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import evaluate, predict
-from ftlib.inputs.tokenizing import collate
 from ftlib.methods.features import extract_features
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.optimizing import trainer_options, tuning_of
@@ -267,7 +267,7 @@ def test_prefix_tuning_and_what_it_can_not(tiny_model):
 
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_the_unseen_words_stay_as_they_are(tiny_model, name):
-    """`SeenRows` leaves words out that never occur; with L2-SP it must not, for its pull counts from the start."""
+    """What weight decay and L2-SP do to words that never occur does not depend on the shortcuts."""
     for other in (name, "l2-sp", "layer-decay"):
         models = []
         for shortcuts in (True, False):

@@ -1,8 +1,11 @@
 """The unpadded encoder gives the numbers of the padded one, in every setting a Transformers user meets."""
 
 import copy
+import importlib
 import inspect
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -729,3 +732,24 @@ def test_inside_sentence_transformers(tiny_model, tiny_tokenizer, tmp_path, mode
     unpad(stack.auto_model)
     assert is_unpadded(stack.auto_model)
     assert_close(encoder.encode(texts, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+
+
+def test_copies_under_other_names_keep_out_of_each_others_way(tiny_model, tmp_path, monkeypatch):
+    """The files that the first lines name, in two packages beside this one: three attentions in one process."""
+    here, folder = Path(unpadding.__file__).parents[1], tmp_path / "copies"
+    files = ("methods/unpadding.py", "methods/speedups.py", "core/anatomy.py")
+    assert "To copy: this file, methods/speedups.py, core/anatomy.py, torch" in unpadding.__doc__
+    modules = [unpadding]
+    for package in ("ours", "theirs"):
+        for file in files:
+            (folder / package / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(here / file, folder / package / file)
+        monkeypatch.syspath_prepend(str(folder))
+        modules.append(importlib.import_module(f"{package}.methods.unpadding"))
+    assert len({module.NAME for module in modules}) == 3
+    inputs, expected = inputs_for(MASKS["right"]), tiny_model()(**inputs_for(MASKS["right"])).logits
+    models = [module.unpad(tiny_model()) for module in modules]
+    for module, model in zip(modules, models, strict=True):
+        assert module.is_unpadded(model) and model.config._attn_implementation == module.NAME
+        assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
+        assert sum(other.is_unpadded(model) for other in modules) == 1

@@ -11,10 +11,23 @@ from pathlib import Path
 
 @dataclass
 class Source:
-    """The names ftlib offers, read from its files: {module: names} and the names of the package itself."""
+    """What ftlib offers, read from its files."""
 
-    modules: dict[str, set[str]]
-    package: set[str]
+    modules: dict[str, set[str]]  # the names in each module and room, by the path to import it by: show.plots, show
+    package: set[str]  # names of the package itself
+    short: dict[str, str]  # modules that the package hands out by their last name: plots is show.plots
+
+    def missing(self, steps: list[str]) -> str | None:
+        """The first name on the way ftlib.a.b.c that is not there; what functions and classes hold isn't known."""
+        module = ""
+        for i, step in enumerate(steps):
+            if step not in (self.modules[module] if module else self.package):
+                return ".".join(["ftlib", *steps[: i + 1]])
+            inner = f"{module}.{step}" if module else self.short.get(step, "")
+            if inner not in self.modules:
+                return None
+            module = inner
+        return None
 
 
 def top_level_names(tree: ast.Module) -> set[str]:
@@ -38,20 +51,24 @@ def top_level_names(tree: ast.Module) -> set[str]:
 def read_package(folder: Path) -> Source:
     """Read ftlib's names without importing it.
 
-    `ftlib/__init__.py` hands out names lazily, from a table of strings, so every word of every string in its
-    top-level assignments counts as offered, provided that one of the modules defines it.
+    `ftlib/__init__.py` hands out names lazily, from tables of strings, so every word of every string in its
+    top-level assignments counts as offered, provided that one of the modules defines it or is called so.
     """
-    modules = {
-        path.stem: top_level_names(ast.parse(path.read_text("utf8")))
-        for path in folder.glob("*.py")
-        if path.stem not in ("__init__", "__main__")
-    }
-    init = folder / "__init__.py"
-    if not init.exists():
-        return Source(modules, set(modules))
-    tree = ast.parse(init.read_text("utf8"))
-    defined = set().union(*modules.values())
-    offered = {
+    modules: dict[str, set[str]] = {}
+    functions: set[str] = set()
+    for path in sorted(folder.rglob("*.py")):
+        *rooms, name = path.relative_to(folder).with_suffix("").parts
+        tree = ast.parse(path.read_text("utf8"))
+        if name == "__init__" and rooms:
+            modules.setdefault(".".join(rooms), set()).update(top_level_names(tree))
+        elif name not in ("__init__", "__main__"):
+            modules[".".join([*rooms, name])] = top_level_names(tree)
+            functions |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            if rooms:
+                modules.setdefault(".".join(rooms), set()).add(name)
+    init, first = folder / "__init__.py", {path.split(".")[0] for path in modules}
+    tree = ast.parse(init.read_text("utf8") if init.exists() else "")
+    words = {
         word
         for node in tree.body
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value
@@ -59,48 +76,37 @@ def read_package(folder: Path) -> Source:
         if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
         for word in re.findall(r"\w+", constant.value)
     }
-    return Source(modules, top_level_names(tree) | (offered & defined) | set(modules))
+    defined = set().union(*modules.values())
+    package = top_level_names(tree) | (words & defined) | first
+    short = {path.split(".")[-1]: path for path in modules}
+    # where a module shares its name with a function or class, the package's name may be either: not looked into
+    return Source(modules, package, {name: path for name, path in short.items() if name in package - functions})
 
 
 def missing_names(tree: ast.Module, source: Source, aliases: dict[str, str]) -> Iterator[str]:
-    """ftlib names a cell uses and the package lacks. `aliases` {variable: module} grows from cell to cell."""
+    """ftlib names a cell uses and the package lacks. `aliases` {variable: way to it} grows from cell to cell."""
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 package, _, module = alias.name.partition(".")
                 if package == "ftlib":
-                    if module and module not in source.modules:
-                        yield alias.name
+                    found += [alias.name] if module and module not in source.modules else []
                     aliases[alias.asname or "ftlib"] = module if alias.asname else ""
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ftlib":
             module = node.module.partition(".")[2]
             if module and module not in source.modules:
-                yield node.module
+                found.append(node.module)
                 continue
-            names = source.modules[module] if module else source.package
             for alias in node.names:
-                if alias.name not in names:
-                    yield f"{node.module}.{alias.name}"
-                if not module and alias.name in source.modules:
-                    aliases[alias.asname or alias.name] = alias.name
+                way = [*filter(None, [module]), alias.name]
+                found.append(source.missing(".".join(way).split(".")))
+                aliases[alias.asname or alias.name] = ".".join(way)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute):
-            continue
-        if isinstance(node.value, ast.Name) and node.value.id in aliases:
-            module = aliases[node.value.id]
-            if node.attr not in (source.modules.get(module, ()) if module else source.package):
-                yield f"ftlib.{module}.{node.attr}" if module else f"ftlib.{node.attr}"
-        elif (
-            isinstance(node.value, ast.Attribute)
-            and isinstance(node.value.value, ast.Name)
-            and aliases.get(node.value.value.id) == ""
-            and node.value.attr in source.modules
-            and node.value.attr not in own_names(source)
-            and node.attr not in source.modules[node.value.attr]
-        ):
-            yield f"ftlib.{node.value.attr}.{node.attr}"
-
-
-def own_names(source: Source) -> set[str]:
-    """Modules that share their name with a function or class: `ftlib.name.x` can mean either."""
-    return {name for names in source.modules.values() for name in names} & set(source.modules)
+        steps: list[str] = []
+        while isinstance(node, ast.Attribute):
+            steps.insert(0, node.attr)
+            node = node.value
+        if steps and isinstance(node, ast.Name) and node.id in aliases:
+            found.append(source.missing([*filter(None, aliases[node.id].split(".")), *steps]))
+    yield from dict.fromkeys(filter(None, found))

@@ -132,8 +132,12 @@ def project(tmp_path):
     (tmp_path / "ftlib").mkdir()
     (tmp_path / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{URL}"\n')
     (tmp_path / "ftlib/__init__.py").write_text(
-        '_HOME = {"load_corpus": "corpora", "setup": "corpora", "gone": "x"}'
+        '_HOME = {"load_corpus": "corpora", "setup": "corpora", "gone": "x"}\n_ROOMS = {"show": ("plots", "setup")}'
     )
+    (tmp_path / "ftlib/show").mkdir()
+    (tmp_path / "ftlib/show/__init__.py").touch()
+    (tmp_path / "ftlib/show/plots.py").write_text("PALETTE = ()\ndef heat_map(values): ...")
+    (tmp_path / "ftlib/show/setup.py").write_text("def pick(): ...")
     (tmp_path / "ftlib/corpora.py").write_text(
         "def load_corpus(name): ...\ndef setup(seed): ...\ndef _hidden(): ..."
     )
@@ -154,6 +158,21 @@ def findings(root, capsys):
 
 
 def test_a_good_pair_passes(project, capsys):
+    assert findings(project, capsys) == []
+
+
+def test_every_way_to_a_name_in_a_room_passes(project, capsys):
+    notebook = lesson()
+    put(3, source="""import ftlib
+import ftlib.show.plots as drawn
+from ftlib import plots, setup, show
+from ftlib.show import plots as same
+from ftlib.show.plots import PALETTE, heat_map
+from ftlib.show.setup import pick
+ftlib.show.plots.heat_map, ftlib.plots.PALETTE, ftlib.show.setup.pick, plots.PALETTE.x, drawn.heat_map, same.PALETTE
+ftlib.setup(seed=0).device  # a function and a module are called so
+show.plots.heat_map""")(notebook)
+    save(project, notebook, solutions())
     assert findings(project, capsys) == []
 
 
@@ -298,6 +317,18 @@ LESSON = {
     "no module": (put(3, source="from ftlib.corpus import x"), "cell 4: ftlib.corpus does not exist"),
     "no module at all": (put(3, source="import ftlib.corpus"), "cell 4: ftlib.corpus does not exist"),
     "alias": (put(3, source="import ftlib as f\nf.lod"), "cell 4: ftlib.lod does not exist"),
+    "room": (put(3, source="import ftlib\nftlib.show.plot.x"), "cell 4: ftlib.show.plot does not exist"),
+    "name in a room": (put(3, source="ftlib.show.plots.line"), "cell 4: ftlib.show.plots.line does not exist"),
+    "module handed out": (put(3, source="ftlib.plots.line"), "cell 4: ftlib.plots.line does not exist"),
+    "from module in a room": (
+        put(3, source="from ftlib.show.plots import heat_map, line"),
+        "cell 4: ftlib.show.plots.line does not exist",
+    ),
+    "module of a room alias": (
+        put(3, source="from ftlib.show import plots\nplots.line"),
+        "cell 4: ftlib.show.plots.line does not exist",
+    ),
+    "module handed out is no path": (put(3, source="from ftlib.plots import PALETTE"), "cell 4: ftlib.plots does not"),
     "module alias": (
         put(3, source="from ftlib import corpora as c\nc.lod"),
         "cell 4: ftlib.corpora.lod does not",

@@ -1,8 +1,6 @@
-"""Set-up, measuring, stored results, and how numbers are shown."""
+"""Set-up and measuring."""
 
 import dataclasses
-import json
-import math
 import random
 import sys
 import time
@@ -12,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ftlib.inputs import assets
 from ftlib.show import measuring as memory
-from ftlib.show import setup as environment
 from ftlib.show.measuring import measure
-from ftlib.show.setup import format_cell, mean_std, results_table, setup, stored_results, tie
+from ftlib.show.setup import setup
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +22,11 @@ def size_not_set(monkeypatch):
 
 @pytest.fixture
 def given_device(monkeypatch):
-    """Stands in for the choices of ftlib.engine.fit."""
-    chosen = types.ModuleType("ftlib.engine.settings")
+    """Stands in for the choices of ftlib.core.device."""
+    chosen = types.ModuleType("ftlib.core.device")
     chosen.choose_device = lambda: torch.device("cpu")
     chosen.choose_precision = lambda device, requested="auto": ("fp32", f"because it is a {device.type}")
-    monkeypatch.setitem(sys.modules, "ftlib.engine.settings", chosen)
+    monkeypatch.setitem(sys.modules, "ftlib.core.device", chosen)
 
 
 # -------------------------------------------------------------------------------------------------- setup
@@ -83,10 +79,10 @@ def test_size_picks(given_device, monkeypatch):
 
 def test_setup_refuses(given_device, monkeypatch):
     for seed in (-1, 2**32, 0.5):
-        with pytest.raises(ValueError, match="expected a whole number"):
+        with pytest.raises(ValueError, match="need a whole number"):
             setup(seed=seed)
     monkeypatch.setenv("FTLIB_SIZE", "huge")
-    with pytest.raises(ValueError, match="FTLIB_SIZE is 'huge': expected 'small' or 'full'"):
+    with pytest.raises(ValueError, match="FTLIB_SIZE='huge': choose one of small, full"):
         setup()
 
 
@@ -169,125 +165,3 @@ def test_no_gpu_peak_without_a_gpu():
     with measure() as cost:
         pass
     assert (cost.peak_gpu_mb is None) == (not torch.cuda.is_available())
-
-
-# ----------------------------------------------------------------------------------------- stored results
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_stored_results(installed, tmp_path, monkeypatch):
-    folder = tmp_path / ("_shipped/results" if installed else "tests/benchmarks/results")
-    folder.mkdir(parents=True)
-    (folder / "fine_tuning.json").write_text(json.dumps({"rows": [{"accuracy": 0.785}], "about": "θ"}))
-    monkeypatch.setattr(assets, "_checkout", lambda: None if installed else tmp_path)
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    assert stored_results("fine_tuning") == {"rows": [{"accuracy": 0.785}], "about": "θ"}
-    message = r"no stored results 'speed' \(there are: fine_tuning\).*python tests/benchmarks/speed.py"
-    with pytest.raises(FileNotFoundError, match=message):
-        stored_results("speed")
-    for name in ("../secret", "a.json", ""):
-        with pytest.raises(ValueError, match="plain name"):
-            stored_results(name)
-
-
-def test_no_results_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "_checkout", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="there are: none yet"):
-        stored_results("speed")
-
-
-# ---------------------------------------------------------------------------------------- shown as numbers
-
-
-def test_mean_std_by_hand():
-    assert mean_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)))
-    values = np.random.default_rng(0).normal(size=9)
-    assert mean_std(values) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
-    mean, std = mean_std([0.5])
-    assert mean == 0.5 and math.isnan(std)
-    assert math.isnan(mean_std([0.5, math.nan])[0])
-    with pytest.raises(ValueError, match="got none"):
-        mean_std([])
-
-
-def test_tie_rule():
-    # means 1 and 2, both std 1: spread sqrt(2) > 1
-    assert tie([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == (
-        True,
-        "1.000 ± 1.000 and 2.000 ± 1.000: a tie, the means differ by 1.000, within the spread 1.414",
-    )
-    tied, text = tie([0.0, 1.0, 2.0], [2.0, 3.0, 4.0])
-    assert not tied and text.endswith("no tie, the means differ by 2.000, beyond the spread 1.414")
-    assert tie([0.5, 0.5], [0.5, 0.5])[0]
-    tied, text = tie([0.5], [0.9, 0.8])
-    assert tied and "0.500 (one seed)" in text and "no spread to judge by" in text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "not measured yet"),
-        (0.78549, "0.785"),
-        (1234.5678, "1,234.568"),
-        (22_700_000, "22,700,000"),
-        (np.int64(7), "7"),
-        (np.float32(0.5), "0.500"),
-        (True, "yes"),
-        (math.nan, "undefined"),
-        ("full", "full"),
-        ((0.785, 0.006), "0.785 ± 0.006"),
-        ([0.785, None], "0.785 (one seed)"),
-        ((math.nan, math.nan), "undefined"),
-    ],
-)
-def test_cells(value, text):
-    assert format_cell(value) == text
-
-
-ROWS = [
-    {"method": "head|only", "trainable": 770, "accuracy": (0.744, 0.004), "seconds": 3.21, "more": 1},
-    {"method": "<full>", "trainable": 22_713_986, "accuracy": (0.785, math.nan), "seconds": None, "more": 1},
-]
-
-
-def test_table_as_text():
-    table = results_table(ROWS, ["method", "trainable", "accuracy", "seconds"], digits={"seconds": 1})
-    assert str(table).splitlines() == [
-        "method      trainable          accuracy           seconds",
-        "---------  ----------  ----------------  ----------------",
-        "head|only         770     0.744 ± 0.004               3.2",
-        "<full>     22,713,986  0.785 (one seed)  not measured yet",
-    ]
-    assert repr(table) == str(table)
-
-
-def test_table_as_markdown():
-    lines = (
-        results_table(ROWS, {"method": "method", "trainable": "trained parameters"})
-        ._repr_markdown_()
-        .splitlines()
-    )
-    assert lines == [
-        "| method     | trained parameters |",
-        "| ---------- | -----------------: |",
-        "| head\\|only |                770 |",
-        "| <full>     |         22,713,986 |",
-    ]
-
-
-def test_table_as_html():
-    html = results_table(ROWS, ["method", "trainable"])._repr_html_()
-    assert '<td style="text-align:left">&lt;full&gt;</td><td style="text-align:right">22,713,986</td>' in html
-    assert html.count("<tr>") == 3 and html.count("<th ") == 2
-    assert html.startswith("<table>") and html.endswith("</table>")
-
-
-def test_table_columns_default_to_the_first_row():
-    assert results_table(ROWS).headings == ["method", "trainable", "accuracy", "seconds", "more"]
-
-
-def test_table_refuses():
-    with pytest.raises(ValueError, match="no rows"):
-        results_table([])
-    with pytest.raises(ValueError, match=r"row 1 has no 'b' \(only a\)"):
-        results_table([{"a": 1, "b": 2}, {"a": 1}])

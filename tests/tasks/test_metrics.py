@@ -1,7 +1,6 @@
 """Each metric against numbers worked out by hand, and scikit-learn, scipy and seqeval; then bad input."""
 
 import math
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib.tasks import metrics
-from ftlib.tasks.metrics import combine, compute_metrics, entity_scores, load_metric
+from ftlib.tasks.metrics import compute_metrics, entity_scores
 
 TAGS = ["O", "B-city", "I-city", "B-day"]
 
@@ -197,13 +196,13 @@ def test_order_of_rows_does_not_matter(rows, random):
 @pytest.mark.parametrize(
     ("task", "predictions", "labels", "message"),
     [
-        ("sequence-classification", [0, 1], [0], "2 predictions for 1 labels: row 1"),
+        ("sequence-classification", [0, 1], [0], r"shape \(2,\), labels \(1,\)"),
         ("sequence-classification", [], [], r"shape \(0,\)"),
         (
             "sequence-classification",
             [0, 3],
             [0, 1],
-            "predictions row 1 is 3: expected a whole number from 0 to 2",
+            "predictions row 1 is 3: expected a whole number, 0 to 2",
         ),
         ("sequence-classification", [0, 1], [0, -1], "labels row 1 is -1"),
         ("sequence-classification", [0, -100], [0, 1], "predictions row 1 is -100"),
@@ -214,13 +213,12 @@ def test_order_of_rows_does_not_matter(rows, random):
         ("sequence-classification", [[0, 1, 1]], [[0, 1, 1]], "does not fit sequence-classification"),
         ("sequence-classification", [0, 1], [-100, -100], "nothing to score"),
         ("multi-label-classification", [[0, 1, 2]], [[0, 1, 1]], "predictions row 0 is 2"),
-        ("multi-label-classification", [[0, 1]], [[0, 1]], "2 columns for 3 label names"),
         ("multi-label-classification", [0, 1], [0, 1], "does not fit multi-label-classification"),
         ("regression", [1.0, math.nan], [1.0, 2.0], "predictions row 1 is nan"),
         ("regression", [1.0, math.inf], [1.0, 2.0], "predictions row 1 is inf"),
-        ("regression", [1.0, None], [1.0, 2.0], "predictions row 1 is nan"),
+        ("regression", [1.0, None], [1.0, 2.0], "predictions must be numbers"),
         ("regression", [[1.0, 2.0]], [[1.0, 2.0]], "one number a row"),
-        ("token-classification", [[0]], [[0], [1]], "1 rows of predictions for 2 rows of labels"),
+        ("token-classification", [[0]], [[0], [1]], "row 1: no predictions for 1 labels"),
         ("token-classification", [[0], [0, 1]], [[0], [1]], "row 1: 2 predictions for 1 labels"),
         ("token-classification", [[0], [7]], [[0], [1]], "sentence 1: predictions row 0 is 7"),
         ("token-classification", [[0]], [[-100]], "nothing to score"),
@@ -240,93 +238,12 @@ def test_bad_tags():
         entity_scores([[]], [[]])
 
 
-# ----------------------------------------------------------------------------------------------- evaluate
-
-
-@pytest.mark.parametrize("name", [n for n in metrics.METRICS if n != "seqeval"])
-def test_metric_gives_the_same_number_in_one_go_and_in_batches(name):
-    predictions, labels = random_ids(3, 20)
-    expected = {name: metrics.METRICS[name](predictions, labels)}
-    metric = load_metric(name)
-    assert metric.name == name
-    assert metric.description and metric.inputs_description
-    assert metric.compute(predictions=predictions, references=labels) == pytest.approx(expected)
-    metric.add_batch(predictions=predictions[:8].tolist(), references=labels[:8].tolist())
-    metric.add_batch(predictions=torch.tensor(predictions[8:]), references=torch.tensor(labels[8:]))
-    assert metric.compute() == pytest.approx(expected)
-    for prediction, label in zip(predictions, labels, strict=True):
-        metric.add(prediction=prediction, reference=label)
-    assert metric.compute() == pytest.approx(expected)
-
-
-def test_seqeval_metric():
-    metric = load_metric("seqeval")
-    rows = dict(predictions=[["B-city", "I-city"], ["O"]], references=[["B-city", "I-city"], ["B-day"]])
-    expected = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "accuracy": pytest.approx(2 / 3)}
-    assert metric.compute(**rows) == expected
-    metric.add_batch(**rows)
-    assert metric.compute() == expected
-
-
-def test_metric_takes_matrices():
-    rows = dict(predictions=[[1, 0], [1, 1]], references=np.array([[1, 0], [0, 1]]))
-    assert combine(["accuracy", "f1_micro"]).compute(**rows) == {"accuracy": 0.5, "f1_micro": 0.8}
-
-
-def test_combine():
-    predictions, labels = random_ids()
-    names = ["accuracy", "f1_macro", "f1_micro", "precision", "recall", "matthews"]
-    several = combine(names)
-    expected = {name: metrics.METRICS[name](predictions, labels) for name in names}
-    for _ in range(2):
-        several.add_batch(predictions=predictions[:10], references=labels[:10])
-        several.add_batch(predictions=predictions[10:], references=labels[10:])
-        assert several.compute() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({}, "nothing to score"),
-        (dict(predictions=[], references=[]), "predictions are empty"),
-        (dict(predictions=[0, 0.7], references=[0, 1]), "predictions row 1 is 0.7"),
-        (dict(predictions=[0, math.nan], references=[0, 1]), "predictions row 1 is nan"),
-        (dict(predictions=[0], references=[0, 1]), "Mismatch in the number of predictions"),
-    ],
-)
-def test_metric_refuses_bad_rows_and_still_works_after(rows, message):
-    metric = load_metric("accuracy")
-    with pytest.raises(ValueError, match=message):
-        metric.compute(**rows)
-    assert metric.compute(predictions=[0, 1], references=[0, 0]) == {"accuracy": 0.5}
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown metric 'bleu': expected one of accuracy"):
-        load_metric("bleu")
-    with pytest.raises(ValueError, match="a list of metric names"):
-        combine("accuracy")
-
-
-def test_offline_writes_nothing_and_imports_without_evaluate(tmp_path):
+def test_scores_without_evaluate_and_datasets():
     program = """
 import sys
 sys.modules["evaluate"] = sys.modules["datasets"] = None  # importing either now fails
 from ftlib.tasks.metrics import compute_metrics
 print(compute_metrics("sequence-classification", [0, 1], [0, 0])["accuracy"])
-del sys.modules["evaluate"], sys.modules["datasets"]
-import socket
-def refuse(*a, **k): raise AssertionError("network")
-socket.socket.connect = refuse
-from ftlib.tasks.metrics import load_metric
-print(load_metric("accuracy").compute(predictions=[0, 1], references=[0, 0]))
 """
-    home = tmp_path / "home"
-    home.mkdir()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
-    env |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split("\n")[:2] == ["0.5", "{'accuracy': 0.5}"], done.stderr
-    assert not [path for path in home.rglob("*") if "metrics" in path.parts or path.suffix == ".arrow"]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "0.5\n", done.stderr

@@ -1,0 +1,160 @@
+"""From rows to batches: pad as late as possible, cut by size; and the checks of numbers that settings share.
+
+A *row* is a dict: `input_ids` (whole numbers, no padding), any other input of the model that has one value a token
+(`token_type_ids`) or one a row, and `labels`: an int (class), a float (regression), a list of floats (multi-label), as
+many ints as `input_ids` (one a token, -100 where there is none), or a dict {task name: one of these}.
+
+To copy: this file alone.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100  # the label PyTorch's and our losses skip
+
+Row = dict[str, Any]
+NOT_INPUTS = ("labels", "attention_mask", "word_starts")  # columns of a row that collate makes itself, or leaves out
+
+
+def collate(
+    rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right", width: int = 0,
+    stack: dict[str, Callable] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Pad rows to the longest among them, or to `width` tokens if that is more.
+
+    Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
+    classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
+    {task: tensor (rows of the task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.
+    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked.
+    stack: {task: (labels, lengths, padding side) -> tensor}; default: `stacked`, which goes by what the labels are.
+    Raises ValueError for no rows, and for rows that do not go together.
+
+    >>> collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])["attention_mask"]
+    tensor([[1, 1, 1],
+            [1, 0, 0]])
+    """
+    one_of("padding_side", padding_side, ("left", "right"))
+    if not rows:
+        raise ValueError("no rows to collate")
+    try:
+        return _collate(rows, pad_token_id, padding_side, width, stack or {})
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"rows that do not go together ({type(error).__name__}: {error})") from error
+
+
+def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[str, Callable]) -> dict[str, Any]:
+    lengths = [len(row["input_ids"]) for row in rows]
+    sizes = [*lengths, width]
+    batch: dict[str, Any] = {"input_ids": padded([row["input_ids"] for row in rows], sizes, side, fill)}
+    batch["attention_mask"] = padded([[1] * length for length in lengths], sizes, side, 0)
+    for name in rows[0]:
+        if name not in batch and name not in NOT_INPUTS:
+            values = [row[name] for row in rows]
+            a_token = all(np.ndim(v) == 1 and len(v) == length for v, length in zip(values, lengths, strict=True))
+            batch[name] = padded(values, sizes, side, 0) if a_token else torch.as_tensor(np.array(values))
+    if isinstance(rows[0].get("labels"), dict):
+        batch["labels"], batch["rows"] = {}, {}
+        for task in sorted({task for row in rows for task in row["labels"]}):
+            own = [i for i, row in enumerate(rows) if task in row["labels"]]
+            values, long = [rows[i]["labels"][task] for i in own], [*(lengths[i] for i in own), max(sizes)]
+            batch["labels"][task] = stack.get(task, stacked)(values, long, side)
+            batch["rows"][task] = torch.tensor(own)
+    elif rows[0].get("labels") is not None:
+        batch["labels"] = stack.get("", stacked)([row["labels"] for row in rows], sizes, side)
+    return batch
+
+
+def padded(values: Iterable[Sequence[int]], sizes: Sequence[int], side: str = "right", fill: int = 0) -> torch.Tensor:
+    """Rows of whole numbers side by side, int64 (rows, the largest of sizes), filled up on one side."""
+    values, width = list(values), max(sizes)
+    out = np.full((len(values), width), fill, dtype=np.int64)
+    for row, value in zip(out, values, strict=True):
+        row[slice(len(value)) if side == "right" else slice(width - len(value), width)] = value
+    return torch.from_numpy(out)
+
+
+def stacked(values: list[Any], sizes: Sequence[int], side: str = "right") -> torch.Tensor:
+    """Labels as one tensor: whole numbers int64, others float32, tags padded with -100."""
+    sample = np.asarray(values[0])
+    if sample.ndim and sample.dtype.kind != "f" and all(len(v) == n for v, n in zip(values, sizes, strict=False)):
+        return padded(values, sizes, side, IGNORE)  # (rows, tokens)
+    floats = sample.ndim or sample.dtype.kind == "f"
+    return torch.as_tensor(np.array(values), dtype=torch.float32 if floats else torch.int64)  # (rows,) or (rows, k)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch (tensors in nested dicts) to a device; to CUDA from pinned memory, so that nobody waits."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if not isinstance(batch, torch.Tensor):
+        return batch
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
+
+
+def split_by_size(
+    indices: Iterable[int], lengths: Sequence[int], *, batch_size: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Cut indices into batches of at most `batch_size` rows and at most `max_tokens` padded tokens, longest first.
+
+    Sorting by length keeps padding low, and longest first means that memory trouble shows in the first batch.
+    Raises ValueError for a size that is no whole number of at least 1, and for a row longer than `max_tokens`.
+
+    >>> split_by_size([0, 1, 2, 3], [5, 2, 4, 3], max_tokens=10)
+    [[0, 2], [3, 1]]
+    """
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        whole(name, 1 if value is None else value)
+    ordered = sorted(indices, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
+    if max_tokens is not None and ordered and (longest := lengths[ordered[0]]) > max_tokens:
+        raise ValueError(f"row {ordered[0]} has {longest} tokens, over max_tokens={max_tokens}; raise it or cut it")
+    out: list[list[int]] = []
+    width = 0  # tokens of the longest row in the batch being filled
+    for i in ordered:
+        full = not out or (batch_size is not None and len(out[-1]) >= batch_size)
+        if full or (max_tokens is not None and width * (len(out[-1]) + 1) > max_tokens):
+            out.append([])
+            width = lengths[i]
+        out[-1].append(i)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+def number(name: str, value: Any, low: float, high: float = float("inf"), *, below: bool = False) -> float:
+    """The value, a number from low to high (below: less than high); ValueError naming it for anything else."""
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # an int may be larger than any float
+    if not (right and low <= value <= high and abs(value) <= sys.float_info.max) or (below and value == high):
+        above = ", finite" if high == float("inf") else f" to {'below ' if below else ''}{high:g}"
+        raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
+    return value
+
+
+def whole(name: str, value: Any, low: int = 1) -> int:
+    """The value, a whole number of at least `low`; ValueError naming it for anything else."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name}={value!r}: need a whole number of at least {low}")
+    if value >= 2**31:
+        raise ValueError(f"{name} has {value.bit_length()} bits: need a whole number below 2**31")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """The value, one of the choices; ValueError naming them for anything else."""
+    choices = list(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, choices))}")
+    return value
+
+
+def short(value: Any) -> str:
+    """How a message shows a value: at most 60 signs of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

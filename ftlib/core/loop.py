@@ -1,0 +1,145 @@
+"""The training loop: `steps`, a generator that takes one optimizer step and yields what happened.
+
+    for record in steps(model, batches, optimizer, total=100):
+        print(record["loss"])                     # evaluate, save, stop early: it is your loop, between two steps
+
+What a step computes is the business of `gradient`, a function (model, step) -> the step's loss that leaves gradients
+behind: `summed` is the plain one; several tasks, a teacher, noise for privacy, or halving micro-batches when memory
+runs out are other functions of that form.
+
+To copy: this file alone.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORE = -100  # the label that counts nowhere
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
+
+Batch = dict[str, Any]  # tensors on the model's device, "labels" among them
+Step = list[Batch]  # the micro-batches of one optimizer step
+Gradient = Callable[[nn.Module, Step], torch.Tensor]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the labelled items; logits (..., classes), labels int64 (...)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORE)
+
+
+def labelled(labels: torch.Tensor) -> int:
+    """How many items `cross_entropy` sums over."""
+    return int((labels != IGNORE).sum())
+
+
+def summed(
+    loss: Callable = cross_entropy, count: Callable = labelled, autocast: Callable = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Gradient:  # fmt: skip
+    """The plain gradient: the losses of all micro-batches summed, divided by the labelled items of the whole step.
+
+    So 1 batch of 32 and 4 of 8 give the same gradient, however long their rows are.
+    loss: (logits, labels) -> scalar, summed over items.  count: labels -> how many there are.
+    """
+
+    def gradient(model: nn.Module, step: Step) -> torch.Tensor:
+        items = max(sum(count(batch["labels"]) for batch in step), 1)
+        total = torch.zeros(())
+        for batch in step:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            with autocast():
+                part = loss(model(**inputs).logits, batch["labels"]) / items
+            (scaler.scale(part) if scaler else part).backward()
+            total = total.to(part.device) + part.detach()
+        return total
+
+    return gradient
+
+
+def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: int = 0) -> float:
+    """What the learning rate is multiplied by at optimizer step `step` (0-based) of `total`.
+
+    After `warmup` linearly rising steps: "constant" stays at 1; "linear" falls to 0; "cosine" falls to 0 along half a
+    cosine; "exponential" falls by the same ratio every step, to 0.01 at the end; "range" rises so, from 1e-5 to 1.
+
+    >>> [round(schedule_factor(s, 4, warmup=1), 2) for s in range(5)]
+    [0.0, 1.0, 0.67, 0.33, 0.0]
+    """
+    if schedule not in (*SCHEDULES, "range"):
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return step / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
+    shapes = {
+        "constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        "exponential": 0.01**done, "range": 1e-5 ** (1.0 - done),
+    }  # fmt: skip
+    return shapes[schedule]
+
+
+def steps(
+    model: nn.Module,
+    batches: Iterable[Step],
+    optimizer: torch.optim.Optimizer,
+    *,
+    total: int,
+    first: int = 0,
+    gradient: Gradient | None = None,
+    schedule: Callable[[int, int], float] = schedule_factor,
+    max_grad_norm: float | None = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
+    whole: Callable = nullcontext,
+    done: Callable[[dict], Any] = lambda record: None,
+) -> Iterator[dict[str, Any]]:
+    """Steps `first` to `total` of a run; yields a record after each: step (from 1), loss, learning_rate, grad_norm.
+
+    Args:
+        batches: the micro-batches of every step, on the model's device; where they end before `total`, so does the run.
+        optimizer: the "lr" of its groups is the peak, which `schedule`, (step, total) -> factor, multiplies.
+        gradient: leaves the step's gradient in the parameters and returns its loss; default: `summed()`.
+        max_grad_norm: clip the gradient to this length; None: don't.
+        scaler: a torch.amp.GradScaler, for fp16, whose overflows leave a step out; give it to `gradient` too.
+        whole: a context, around what must go together: the weights, the optimizer and `done(record)`.
+
+    A step whose loss or gradient is not finite moves nothing, and its record says "skipped".  The model is in train
+    mode at every step; between two of them it is yours.
+
+    >>> model = torch.nn.Linear(1, 1)
+    >>> square = lambda model, step: [loss := (model(step[0]["x"]) ** 2).sum(), loss.backward()][0]
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> [r["step"] for r in steps(model, [[{"x": torch.ones(1, 1)}]] * 9, sgd, total=2, gradient=square)]
+    [1, 2]
+    """
+    gradient = gradient or summed(scaler=scaler)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group.setdefault("peak", group["lr"])
+    for number, step in zip(range(first, total), batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(number, total)
+        model.train()
+        loss = gradient(model, step)
+        if scaler:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # weights spread over processes
+        value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()  # one wait
+        scale = scaler.get_scale() if scaler else 0.0  # overflow is the scaler's while it can scale down
+        good = math.isfinite(value) and (math.isfinite(length) or scale >= 1)
+        record = {
+            "step": number + 1, "loss": value, "grad_norm": length,
+            "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+        } | ({} if good else {"skipped": True})  # fmt: skip
+        with whole():
+            if good:
+                scaler.step(optimizer) if scaler else optimizer.step()
+            if scaler:
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            done(record)
+        yield record

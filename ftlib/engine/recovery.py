@@ -1,0 +1,164 @@
+"""What keeps a run whole: interrupts held back, memory that runs out, steps that are not finite, random state.
+
+Each is a wrapper around a step or a function of records; the loop itself knows none of them.
+
+To copy: this file, engine/feeding.py and what it names.
+"""
+
+import gc
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.loop import Gradient
+from . import distributed
+
+# ------------------------------------------------------------------------------------------------- random state
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """What dropout will draw from, as of now."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class RandomState:
+    """The random state after the last step, of this process; in a checkpoint that of all processes."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.now = device, random_state(device)
+
+    def take(self) -> None:
+        self.now = random_state(self.device)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        parts = {kind: distributed.gather(state, self.device) for kind, state in self.now.items()}
+        return {f"{kind}.{rank}": state for kind, states in parts.items() for rank, state in enumerate(states)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        own = distributed.rank()  # a process that was not there keeps the state it has
+        found = {kind: state[f"{kind}.{own}"] for kind in ("cpu", "cuda") if f"{kind}.{own}" in state}
+        set_random_state(found, self.device)
+        self.take()
+
+    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The shapes a checkpoint may have: any number of processes."""
+        return {name: self.now["cpu"].shape if name.startswith("cpu.") else shape for name, shape in found.items()}
+
+
+# --------------------------------------------------------------------------------------------------- interrupts
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold an interrupt (Ctrl-C) back until the block, a short one, is done: so that it is done as a whole.
+
+    Only the main thread is ever interrupted; elsewhere, and where SIGINT does something else, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, held = signal.getsignal(signal.SIGINT), []
+    if before is not signal.default_int_handler:  # also inside another such block
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *what: held.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
+class Together:
+    """A context for what must go together, as `steps` wants one; `whole` is False while, and after, it went wrong."""
+
+    def __init__(self) -> None:
+        self.whole = True
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with uninterrupted():
+            self.whole = False
+            yield
+            self.whole = True
+
+
+# ------------------------------------------------------------------------------------------------ out of memory
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a GPU a type of its own, on a CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def halving(gradient: Gradient, device: torch.device) -> Gradient:
+    """The gradient function, with micro-batches half as large, and the whole step done again, when memory runs out.
+
+    Such a step has `halve()`, which says so or raises MemoryError, and `cut()`, which makes its micro-batches anew.
+    """
+
+    def careful(model: nn.Module, step: Any) -> torch.Tensor:
+        begun = random_state(device)
+        while True:
+            try:
+                return gradient(model, step)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                step.halve()
+            step.clear()
+            model.zero_grad(set_to_none=True)
+            gc.collect()  # after the `except` block, whose error holds on to the memory of the pass
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            set_random_state(begun, device)
+            step.cut()
+
+    return careful
+
+
+# -------------------------------------------------------------------------------------------------- bad steps
+
+
+def hopeless(history: list[dict], config: Any, total: int) -> str | None:
+    """Why a run must end that has skipped its last `max_bad_steps` steps, or all `total`; None where it has not."""
+    taken = [one for one in reversed(history) if "loss" in one]
+    in_a_row = next((place for place, one in enumerate(taken) if "skipped" not in one), len(taken))
+    if in_a_row < min(config.max_bad_steps, total):
+        return None
+    return (
+        f"{_bad(taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Look "
+        f"for bad labels, or for numbers in the weights that are not finite; or begin anew, in another checkpoint_dir, "
+        f"with a lower learning_rate ({config.learning_rate:g}) and with max_grad_norm"
+    )
+
+
+def warn_of(record: dict[str, Any]) -> None:
+    """Say which rows were in a step that was skipped."""
+    if distributed.rank() == 0:
+        warnings.warn(f"{_bad(record)}; the step is skipped", stacklevel=6)
+
+
+def _bad(record: dict[str, Any]) -> str:
+    numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    return f"step {record['step']}: {numbers} on the rows {record['skipped']} of train_dataset"

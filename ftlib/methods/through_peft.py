@@ -1,0 +1,172 @@
+"""PEFT's methods through PEFT, and PEFT's files: the one place that imports it.
+
+To copy: this file, methods/adapters.py, core/anatomy.py, core/batches.py, torch and peft (tasks/ for the type of a
+task, inputs/files.py to read a folder).
+"""
+
+import copy
+import inspect
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..core import anatomy
+from ..core.batches import IGNORE
+from .adapters import Bottleneck, adapters_of, linears, matching, replace, turned
+
+_CACHED = ("PREFIX_TUNING", "CARTRIDGE")  # prompts as keys and values of every layer, not as words
+
+
+def task_type(model: nn.Module) -> str:
+    """PEFT's word for the kind of task a model is for."""
+    from ..tasks.task import TASKS, kind_of
+
+    kind = kind_of(model)
+    return TASKS[kind].peft_type if kind else "FEATURE_EXTRACTION"
+
+
+def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
+    """Apply any PEFT configuration to a task model, in place, with its head's modules trainable and saved.
+
+    Returns the PeftModel.  It holds a shallow copy of the model, which has the same modules; so the model itself stays
+    what it was.  Prompts come before the tokens, so for them the model's forward goes through PEFT.
+    """
+    import peft
+
+    if not isinstance(config, peft.PeftConfig):
+        raise TypeError(f"{config!r} is no strategy and no PEFT configuration; pass e.g. peft.LoraConfig(r=8)")
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    config.task_type = config.task_type or task_type(model)
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))
+    longest = anatomy.max_positions(model.config) or float("inf")
+    prompt = (getattr(config, "num_virtual_tokens", 0) or 0) if config.is_prompt_learning else 0
+    if config.is_prompt_learning and not 0 < prompt < longest:
+        raise ValueError(f"num_virtual_tokens={prompt}: need 1 to {longest - 1}, the model takes {longest} positions")
+    takes = inspect.signature(anatomy.base_of(model).forward).parameters
+    if config.peft_type in _CACHED and "past_key_values" not in takes:
+        which = f"{config.peft_type.value} goes into past_key_values, which {anatomy.kind_of(model)} models do not take"
+        raise ValueError(f"{which}; use peft.PromptTuningConfig, or a BERT, RoBERTa or ELECTRA model")
+    _fill(model, config, head)
+    inner = copy.copy(model)  # called inside the model's own call: hooks run once, out there
+    vars(inner).update({name: OrderedDict() for name in vars(model) if name.startswith(("_forward_", "_backward_"))})
+    try:
+        wrapper = peft.get_peft_model(inner, config)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name in linears(model)})
+        raise ValueError(f"{error} (linear layers here: {', '.join(names)})") from error
+    if config.is_prompt_learning:
+        model.prompt_encoder = wrapper.prompt_encoder
+        anatomy.put_forward(model, _with_prompt, wrapper, prompt, longest, signature=True)
+    return wrapper
+
+
+def _fill(model: nn.Module, config: Any, head: list[str]) -> None:
+    """What PEFT would ask for, because it does not know the model type or reads one name in its config only."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    if config.is_prompt_learning and config.token_dim is None:
+        words = config.peft_type in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+        wide = model.get_input_embeddings().weight.shape[1]  # ELECTRA's and ALBERT's are narrower than their layers
+        config.token_dim = wide if words else model.config.hidden_size
+        config.num_layers = config.num_layers or model.config.num_hidden_layers
+        config.num_attention_heads = config.num_attention_heads or model.config.num_attention_heads
+    if getattr(config, "target_modules", None) == "all-linear":  # PEFT would take a linear layer of the head too
+        config.target_modules = matching(linears(model), "all-linear")
+    unset = hasattr(config, "target_modules") and not config.target_modules
+    if unset and config.peft_type == "LN_TUNING":
+        norms = [name for name, module in model.named_modules() if anatomy.normalizes(module)]
+        config.target_modules = [n for n in norms if not n.startswith(tuple(f"{name}." for name in head))]
+    elif unset and config.peft_type != "IA3" and model.config.model_type not in known:
+        config.target_modules = matching(linears(model), None)
+
+
+def _with_prompt(model: nn.Module, wrapper: Any, prompt: int, longest: float, *args: Any, **kwargs: Any) -> Any:
+    kwargs |= zip(inspect.signature(type(model).forward.__get__(model)).parameters, args, strict=False)
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if inputs is not None and inputs.shape[1] + prompt > longest:
+        many = f"{inputs.shape[1]} tokens and {prompt} of the prompt exceed the model's {longest} positions"
+        raise ValueError(f"{many}; tokenize with max_length={longest - prompt}")
+    a_label_a_token = wrapper.active_peft_config.task_type == "TOKEN_CLS"
+    if wrapper.active_peft_config.peft_type in _CACHED or not a_label_a_token:
+        return wrapper(**kwargs)
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = F.pad(kwargs["labels"], (prompt, 0), value=IGNORE)
+    output = wrapper(**kwargs)
+    output.logits = output.logits[:, prompt:]  # (batch, tokens, labels): those of the text
+    return output
+
+
+def merge_peft(wrapper: Any) -> None:
+    """Fold PEFT's adapter into the layers and take it out, in place.  Raises ValueError for what has no such form."""
+    if wrapper.active_peft_config.is_prompt_learning or not hasattr(wrapper.base_model, "merge_and_unload"):
+        raise ValueError(f"{wrapper.active_peft_config.peft_type.value} can't be merged into weights; save it as it is")
+    from peft.utils import ModulesToSaveWrapper
+
+    inner = anatomy.unwrapped(wrapper)  # its heads are taken out here: PEFT can't for a pooler, nor after LN tuning
+    heads = {name: m for name, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    replace(inner, {name: head.modules_to_save[wrapper.active_adapter] for name, head in heads.items()})
+    try:
+        wrapper.merge_and_unload()
+    except NotImplementedError as error:
+        replace(inner, heads)
+        raise ValueError(f"PEFT can't merge {wrapper.active_peft_config.peft_type.value}: {error}") from error
+
+
+def peft_marks(wrapper: Any) -> tuple[str, ...]:
+    """What stands in the names of PEFT's own parameters."""
+    if wrapper is None:
+        return ()
+    return ("prompt_encoder.",) if wrapper.active_peft_config.is_prompt_learning else (f".{wrapper.base_model.prefix}",)
+
+
+# --------------------------------------------------------------------------------------------------------- on disk
+
+
+def peft_config(model: nn.Module, head: list[str]) -> dict[str, Any]:
+    """The adapter_config.json of our own adapters, as PEFT writes it; it does not know the type BOTTLENECK."""
+    own = adapters_of(model)
+    first = next(iter(own.values()))
+    config = {"inference_mode": True, "modules_to_save": head or None, "target_modules": sorted(own)}
+    config["task_type"] = task_type(model)
+    if isinstance(first, Bottleneck):
+        return config | {"peft_type": "BOTTLENECK", "size": first.down.out_features}
+    return config | {
+        "peft_type": "LORA", "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora,
+        "lora_dropout": first.dropout.p, "bias": "none", "fan_in_fan_out": turned(first.base_layer),
+    }  # fmt: skip
+
+
+def settings_in(folder: Path) -> Any:
+    """PEFT's configuration in a folder, without what would load or compute first values: the file replaces those."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+        if hasattr(settings, name):
+            setattr(settings, name, None)
+    if hasattr(settings, "prompt_tuning_init"):
+        settings.prompt_tuning_init = "RANDOM"
+    if hasattr(settings, "prefix_projection"):
+        settings.prefix_projection = False  # the file holds what the projection made
+    if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
+        names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
+        settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
+    return settings
+
+
+def head_guess(folder: Path, config: dict) -> dict[str, Any]:
+    """Kind ("task") and size ("num_labels") of the head of an adapter that PEFT wrote; config: its settings."""
+    from ..inputs.files import read_tensors
+    from ..tasks.task import TASKS
+
+    kinds = {task.peft_type: kind for kind, task in reversed(TASKS.items())} | {"FEATURE_EXTRACTION": None}
+    if config.get("task_type") not in kinds:
+        raise ValueError(f"{folder}/adapter_config.json: task_type {config.get('task_type')!r}; pass base=a model")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    ends = ("classifier.weight", "score.weight", "out_proj.weight")
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(ends)]
+    return {"task": kinds[config["task_type"]], **({"num_labels": len(heads[-1])} if heads else {})}

@@ -1,0 +1,159 @@
+"""How measured numbers are shown: means with their spread, ties, tables, and the results the repository holds.
+
+To copy: this file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+
+def _results() -> Path:
+    """The copy that an installed package carries; in a checkout, which has none, tests/benchmarks/results."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "_shipped" / "results"
+    return shipped if shipped.is_dir() else package.parent / "tests" / "benchmarks" / "results"
+
+
+def stored_results(name: str) -> dict:
+    """The table results/<name>.json that a program in tests/benchmarks wrote; checkout or installed package.
+
+    Raises ValueError for a name that is a path, FileNotFoundError (with the names there are) for a missing one.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
+    folder = _results()
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none yet"
+        raise FileNotFoundError(f"no stored results {name!r} (there are: {known}); python tests/benchmarks/{name}.py")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1 in the denominator); nan for the latter of a single value.
+
+    Raises ValueError for no values.
+
+    >>> mean_std([0.5, 1.0, 1.5])
+    (1.0, 0.5)
+    """
+    values = [float(value) for value in values]
+    mean = statistics.fmean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return mean, math.nan
+    return mean, statistics.stdev(values)
+
+
+def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, str]:
+    """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
+
+    The rule: a tie when the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the
+    difference between one run of each. It says whether one more pair of runs could easily come out the other
+    way round; it is not a significance test. With a single value on a side there is no spread: a tie.
+
+    >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
+    (True, False)
+    """
+    (mean_a, std_a), (mean_b, std_b) = mean_std(a), mean_std(b)
+    both = f"{format_cell((mean_a, std_a), digits)} and {format_cell((mean_b, std_b), digits)}"
+    gap, spread = abs(mean_a - mean_b), math.hypot(std_a, std_b)
+    if not math.isfinite(gap + spread):
+        return True, f"{both}: no spread to judge by, so call it a tie until there are more seeds"
+    verdict, where = ("a tie", "within") if gap <= spread else ("no tie", "beyond")
+    why = f"the means differ by {gap:.{digits}f}, {where} the spread {spread:.{digits}f}"
+    return gap <= spread, f"{both}: {verdict}, {why}"
+
+
+def format_cell(value: Any, digits: int = 3) -> str:
+    """A table cell: numbers rounded, pairs as mean ± std, None as "not measured yet".
+
+    >>> format_cell((0.785, 0.0062)), format_cell((0.785, float("nan"))), format_cell(22713216)
+    ('0.785 ± 0.006', '0.785 (one seed)', '22,713,216')
+    """
+    if value is None:
+        return "not measured yet"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
+        return f"{value:,}"
+    if isinstance(value, Real):
+        return "undefined" if math.isnan(value) else f"{value:,.{digits}f}"
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Real):
+        std = math.nan if value[1] is None else value[1]
+        spread = " (one seed)" if math.isnan(std) else f" ± {std:,.{digits}f}"
+        return format_cell(float(value[0]), digits) + ("" if math.isnan(value[0]) else spread)
+    return str(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Rows of text that show as HTML or Markdown in a notebook and as aligned text in a terminal."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]  # these columns are set flush right
+
+    def _aligned(self, end: str = "-", clean=str) -> list[list[str]]:
+        """Headings, rule and rows, every column of one width; a numeric column's rule ends in `end`."""
+        rows = [[clean(cell) for cell in row] for row in (self.headings, *self.rows)]
+        columns = [(right, max(3, *map(len, cells))) for right, *cells in zip(self.numeric, *rows, strict=True)]
+        rule = ["-" * (width - 1) + (end if right else "-") for right, width in columns]
+        sides = [f"{'>' if right else '<'}{width}" for right, width in columns]
+        head, *body = [[format(cell, side) for cell, side in zip(row, sides, strict=True)] for row in rows]
+        return [head, rule, *body]
+
+    def __str__(self) -> str:
+        return "\n".join("  ".join(row).rstrip() for row in self._aligned())
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        rows = self._aligned(":", lambda cell: cell.replace("|", "\\|").replace("\n", " "))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def _repr_html_(self) -> str:
+        def line(row, tag):
+            cells = zip(row, ("right" if right else "left" for right in self.numeric), strict=True)
+            return "".join(f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in cells)
+
+        body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{line(self.headings, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def results_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    *,
+    digits: int | Mapping[str, int] = 3,
+) -> Table:
+    """Rows of numbers as a `Table`; `columns` picks and orders keys, or maps them to headings.
+
+    Pairs (mean, std) read "0.785 ± 0.006", None "not measured yet". `digits` after the point: one number, or
+    {key: number} (3 for the rest). Raises ValueError for no rows and for a row without one of the columns.
+
+    >>> print(results_table([{"method": "probe", "accuracy": (0.744, 0.004)}]))
+    method       accuracy
+    ------  -------------
+    probe   0.744 ± 0.004
+    """
+    if not rows:
+        raise ValueError("results_table got no rows")
+    headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns or rows[0]}
+    for i, row in enumerate(rows):
+        missing = [key for key in headings if key not in row]
+        if missing:
+            raise ValueError(f"row {i} has no {missing[0]!r} (only {', '.join(row)}); None means not measured")
+    places = {key: digits if isinstance(digits, int) else digits.get(key, 3) for key in headings}
+    cells = [[format_cell(row[key], places[key]) for key in headings] for row in rows]
+    numeric = [all(not isinstance(row[key], str | bool) for row in rows) for key in headings]
+    return Table([str(heading) for heading in headings.values()], cells, numeric)

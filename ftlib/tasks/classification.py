@@ -1,0 +1,174 @@
+"""Classes, several labels, numbers: one answer a text.  What a label may be, its loss, and what is made of logits.
+
+Losses are summed over the labelled items (-100 is not labelled) by PyTorch's fused functions, in float32 where logits
+come in half precision; the formulas to read are in methods/losses.py.  Labels were checked when the rows were.
+
+To copy: this file, core/batches.py and tasks/metrics.py.
+"""
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.batches import IGNORE, short
+from . import metrics
+
+_LARGEST = 3.4e38  # what fits into a float32
+
+
+def plain(value: Any) -> Any:
+    """Tensors and numpy values as Python's lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+# --------------------------------------------------------------------------------------------------- what labels may be
+
+
+def check_class(label: Any, num_labels: int, length: int, where: str) -> int:
+    """A class number, or -100; ValueError or TypeError saying where, what and the remedy for anything else."""
+    if isinstance(label, (list, tuple)):
+        raise ValueError(f"{where}: a list of {len(label)} labels, but the model gives one label per text")
+    return check_classes([label], num_labels, where)[0]
+
+
+def check_classes(values: list, num_labels: int, where: str) -> list[int]:
+    """Class numbers; also of the words of a text."""
+    if set(map(type, values)) <= {int} and -1 < min(values, default=0) <= max(values, default=0) < num_labels:
+        return values
+    for value in map(plain, values):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{where}: {short(value)} is no class number; cross-entropy needs whole numbers (int)")
+        if value != IGNORE and not 0 <= value < num_labels:
+            remedy = f"give the model num_labels={value + 1}" if value >= num_labels else "count labels from 0"
+            raise ValueError(f"{where}: label {value} is outside 0..{num_labels - 1}; {remedy} or mend the label")
+    return [int(plain(value)) for value in values]
+
+
+def check_labels(label: Any, num_labels: int, length: int, where: str) -> list[float]:
+    """A list of 0, 1 or -100, one a label."""
+    if not isinstance(label, (list, tuple)) or len(label) != num_labels:
+        raise ValueError(f"{where}: {short(label)}; multi-label needs a list of {num_labels} values, each 0.0 or 1.0")
+    values = [plain(value) for value in label]
+    if bad := [value for value in values if value not in (0, 1, IGNORE)]:
+        raise ValueError(f"{where}: {short(bad[0])} is neither 0, 1 nor {IGNORE} (ignored)")
+    return [float(value) for value in values]
+
+
+def check_numbers(label: Any, num_labels: int, length: int, where: str) -> float | list[float]:
+    """A finite number, or as many as the model has outputs."""
+    values = [plain(value) for value in (label if isinstance(label, (list, tuple)) else [label])]
+    if len(values) != num_labels:
+        raise ValueError(f"{where}: {len(values)} values for {num_labels} outputs")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{where}: {short(value)} is no number; regression needs a float")
+        if not abs(value) < _LARGEST:
+            raise ValueError(f"{where}: the value is {short(value)}; drop the row or fill it in")
+    return [float(value) for value in values] if num_labels > 1 else float(values[0])
+
+
+def count_labels(labels: Any) -> Any:
+    """How many items are labelled, of an array or a tensor."""
+    return (labels != IGNORE).sum()
+
+
+def count_numbers(labels: Any) -> int:
+    return labels.reshape(-1).shape[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy; logits (..., classes), labels int64 (...).  TypeError for labels that are floats."""
+    if labels.is_floating_point():
+        raise TypeError(f"labels is {labels.dtype}; cross-entropy needs whole class numbers: cast with .long()")
+    flat = _float(logits).reshape(-1, logits.shape[-1])
+    options = dict(reduction="sum", ignore_index=IGNORE, label_smoothing=label_smoothing)
+    return F.cross_entropy(flat, labels.reshape(-1).long(), **options)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over labels; logits and labels (batch, labels), 0 to 1 or -100."""
+    logits = _float(logits)
+    labels = labels.to(logits.dtype)
+    counts = labels != IGNORE  # (batch, labels)
+    return F.binary_cross_entropy_with_logits(
+        logits, labels.masked_fill(~counts, 0.0), weight=counts.to(logits.dtype), reduction="sum"
+    )
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed; logits (batch, 1) or (batch,) with labels (batch,), or both (batch, k)."""
+    logits = _float(logits)
+    if logits.dim() == labels.dim() + 1 and logits.shape[-1] == 1:
+        logits = logits[..., 0]  # (batch,)
+    if logits.shape != labels.shape:  # would be spread out to n x n pairs
+        raise ValueError(f"labels has shape {tuple(labels.shape)} but logits {tuple(logits.shape)}; they must be equal")
+    return F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
+
+
+def _float(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def divergence_of_classes(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+    """(KL(p‖q) + KL(q‖p)) / 2 of two predicted distributions, (..., classes), summed over labelled items, in nats."""
+    p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    each = ((p.exp() - q.exp()) * (p - q)).sum(-1)  # KL(p‖q) + KL(q‖p)
+    return each[labels != IGNORE].sum() / 2
+
+
+def divergence_of_labels(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+    """The same for a Bernoulli distribution a label, (items, labels), summed over labels."""
+    both = ((first.float(), second.float()), (second.float(), first.float()))
+    each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
+    return each.sum() / 4
+
+
+# --------------------------------------------------------------------------------------------------- from logits onward
+
+
+def largest(logits: Tensor) -> Tensor:
+    """(..., classes) to class numbers (...)."""
+    return logits.argmax(-1)
+
+
+def above_half(logits: Tensor) -> Tensor:
+    """(..., labels) to 0/1: whether the probability is above one half."""
+    return (logits > 0).long()
+
+
+def softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def as_number(logits: Tensor) -> Tensor:
+    """(batch, 1) to (batch,); (batch, k) as it is."""
+    return logits[:, 0] if logits.shape[-1] == 1 else logits
+
+
+def one_name(decided: np.ndarray, names: dict[int, str]) -> list[str]:
+    return [names[int(value)] for value in decided]
+
+
+def all_names(decided: np.ndarray, names: dict[int, str]) -> list[list[str]]:
+    return [[names[int(i)] for i in np.flatnonzero(values)] for values in decided]
+
+
+def score_classes(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
+    return metrics.compute_metrics("sequence-classification", predictions, labels, names)
+
+
+def score_labels(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
+    return metrics.compute_metrics("multi-label-classification", predictions, labels, names)
+
+
+def score_numbers(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
+    if labels.ndim > 1 and labels.shape[1] > 1:
+        return {"mse": metrics.mse(predictions, labels)}
+    return metrics.compute_metrics("regression", predictions, labels)

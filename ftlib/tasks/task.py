@@ -1,0 +1,181 @@
+"""What a kind of task is: one flat record of functions, and the plain table of them.
+
+Everything else in ftlib asks the record: how a model is built, what a label may be, what the step divides by, the loss,
+what is made of logits.  A new kind is a new record, and its functions in a file beside this one.
+
+To copy: this file, core/batches.py, core/anatomy.py and the rest of tasks/.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import anatomy
+from ..core.batches import stacked
+from . import classification, relations, tagging
+
+
+def encode_plain(tokenized: Callable, first: list, second: list | None, columns: dict, wheres: list) -> tuple:
+    """Texts as they are, and no further inputs."""
+    return tokenized(first, second), {}
+
+
+def keep_label(value: Any, text: Any, encoded: Any, i: int, where: str) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task.  Logits are of a batch, (batch, classes) or, a label a token, (batch, tokens, classes)."""
+
+    auto: Any  # builds the model: the name of one of Transformers' Auto classes, or a class of that form
+    architecture: str  # how the names of its model classes end
+    check: Callable  # (label, number of labels, tokens, where) -> the label; ValueError, TypeError
+    items: Callable  # labels, an array or a tensor -> how many items are labelled: what a step divides by
+    loss: Callable  # (logits, labels) -> scalar, summed over the labelled items
+    decide: Callable  # logits -> decisions
+    score: Callable  # (predictions, labels, names of the labels or None) -> {metric: value}
+    problem_type: str | None = None  # as in the model's config
+    peft_type: str = "SEQ_CLS"  # PEFT's word for it
+    columns: tuple[str, ...] = ()  # of a dataset, beside texts and label, that `encode` reads
+    encode: Callable = encode_plain  # (tokenizer, texts, second texts, columns, wheres) -> encoding, further inputs
+    align: Callable = keep_label  # (label, text, encoding, row of it, where) -> the label beside the token ids
+    stack: Callable = stacked  # (labels, tokens of each row, padding side) -> tensor
+    a_token: bool = False  # a label a token
+    probabilities: Callable | None = classification.softmax  # of logits; None: the task predicts numbers
+    named: Callable = classification.one_name  # (decisions, {number: name}) -> names
+    divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
+    smooths: bool = False  # whether `loss` takes label_smoothing
+    likelihood: float = 1.0  # of "uncertainty" weighting: 1/2 for a Gaussian, 1 for classes
+
+
+_classes = partial(
+    Task, check=classification.check_class, items=classification.count_labels, loss=classification.cross_entropy,
+    decide=classification.largest, score=classification.score_classes, smooths=True,
+)  # fmt: skip
+_text = partial(_classes, auto="AutoModelForSequenceClassification", architecture="ForSequenceClassification")
+
+TASKS: dict[str, Task] = {
+    "sequence-classification": _text(problem_type="single_label_classification"),
+    "multi-label-classification": _text(
+        check=classification.check_labels, loss=classification.binary_cross_entropy, decide=classification.above_half,
+        score=classification.score_labels, problem_type="multi_label_classification", probabilities=torch.sigmoid,
+        named=classification.all_names, divergence=classification.divergence_of_labels, smooths=False,
+    ),
+    "regression": _text(
+        check=classification.check_numbers, items=classification.count_numbers, loss=classification.squared_error,
+        decide=classification.as_number, score=classification.score_numbers, problem_type="regression",
+        probabilities=None, divergence=None, smooths=False, likelihood=0.5,
+    ),
+    "token-classification": _classes(
+        auto="AutoModelForTokenClassification", architecture="ForTokenClassification", check=tagging.check_tags,
+        score=tagging.score_tags, peft_type="TOKEN_CLS", align=tagging.align, stack=tagging.stack_tags, a_token=True,
+        named=tagging.named_tags,
+    ),
+    "relation-classification": _classes(
+        auto=relations.AutoModelForRelationClassification, architecture="ForRelationClassification",
+        columns=("spans",), encode=relations.encode,
+    ),
+}  # fmt: skip
+KINDS = tuple(TASKS)
+DEFAULT = KINDS[0]
+
+
+def auto_class(kind: str) -> Any:
+    """What builds a model of this kind: has from_pretrained(name) and from_config(config)."""
+    import transformers
+
+    auto = TASKS[kind].auto
+    return getattr(transformers, auto) if isinstance(auto, str) else auto
+
+
+def class_named(name: str, config: dict) -> type | None:
+    """The model class that a saved config.json names: one of Transformers', or of a record's own; None for no such."""
+    import transformers
+
+    own = [task.auto for task in TASKS.values() if hasattr(task.auto, "class_of") and name.endswith(task.architecture)]
+    try:
+        if own:
+            kind = own[0].class_of(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config))
+            return kind if kind.__name__ == name else None
+        kind = getattr(transformers, name, None)
+    except Exception:  # a class whose own needs are not installed, a config that is none
+        return None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """The kind of a model with one head, by its class and config; None for what has none that is known here."""
+    model = anatomy.unwrapped(model)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem is None:  # as Transformers' heads decide
+        one = getattr(getattr(model, "config", None), "num_labels", 0) == 1
+        problem = TASKS["regression" if one else DEFAULT].problem_type
+    found = [kind for kind, task in TASKS.items() if type(model).__name__.endswith(task.architecture)]
+    fitting = [kind for kind in found if TASKS[kind].problem_type in (None, problem)]
+    return (fitting or found or [None])[0]
+
+
+def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """{task name: (kind, number of labels)}; the name is "" for a stock model with one task.
+
+    Raises ValueError for a model without a task head that ftlib knows.
+    """
+    if hasattr(model, "tasks"):  # MultiTaskModel
+        return model.tasks
+    kind = kind_of(model)
+    if kind is None:
+        raise ValueError(
+            f"{type(anatomy.unwrapped(model)).__name__} has no classification head; load the model with task=..., "
+            f"e.g. ftlib.load_model(name, task={DEFAULT!r}, num_labels=2)"
+        )
+    return {"": (kind, getattr(model.config, "num_labels", 0))}
+
+
+def names_of(model: nn.Module, task: str = "") -> dict[int, str]:
+    """{label number: name}."""
+    return model.heads[task].config.id2label if task else model.config.id2label
+
+
+def given_names(names: dict[int, str]) -> list[str] | None:
+    """The names in order, None where nobody gave any."""
+    ordered = [name for _, name in sorted(names.items())]
+    return None if ordered == [f"LABEL_{i}" for i in range(len(ordered))] else ordered
+
+
+def _record(task: str) -> Task:
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def task_loss(task: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a kind of task as a function (logits, labels) -> scalar, **summed** over labelled items.
+
+    The caller divides by `count_labelled` of the whole optimizer step; a mean per micro-batch would weigh a label in a
+    short batch more than one in a long batch.
+    Raises ValueError for an unknown task, and for label_smoothing where it has no meaning.
+
+    >>> loss = task_loss("regression")
+    >>> loss(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 4.0]))
+    tensor(4.)
+    """
+    record = _record(task)
+    if not label_smoothing:
+        return record.loss
+    if not record.smooths or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for {task}; 0, or to 1 for classes")
+    return partial(record.loss, label_smoothing=label_smoothing)
+
+
+def count_labelled(labels: Tensor, task: str) -> Tensor:
+    """How many items the summed loss runs over, int64 scalar on the labels' device, so that nothing waits for a GPU.
+
+    >>> count_labelled(torch.tensor([[3, -100, -100], [0, 1, -100]]), "token-classification")
+    tensor(3)
+    """
+    return torch.as_tensor(_record(task).items(labels), device=labels.device)
