@@ -139,7 +139,7 @@ def test_report_picks_the_best_method_against_the_fastest_rival(program, monkeyp
 def test_pins_are_what_is_imported_and_their_tests_are_counted(program, tmp_path):
     installed = program("record").installed(("torch", "transformers"))
     pair = ",".join(f"{name}=={number}" for name, number in installed.items())
-    options = ["--results", str(tmp_path), "--tests", "tests/test_masking.py", "--", pair]
+    options = ["--results", str(tmp_path), "--tests", "tests/methods/test_masking.py", "--", pair]
     subprocess.run([sys.executable, str(PROGRAMS / "pins.py"), *options], check=True, capture_output=True)
     [row] = json.loads((tmp_path / "pins.json").read_text())["rows"]
     assert row["pins"] == pair and row["outcome"] == "passed" and row["tests"] > 5 and row["failed"] == 0

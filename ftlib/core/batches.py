@@ -29,7 +29,8 @@ def collate(
     Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
     classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
     {task: tensor (rows of the task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.
-    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked.
+    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked; rows of
+    several tasks need not have the same ones.
     stack: {task: (labels, lengths, padding side) -> tensor}; default: `stacked`, which goes by what the labels are.
     Raises ValueError for no rows, and for rows that do not go together.
 
@@ -51,12 +52,15 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
     sizes = [*lengths, width]
     batch: dict[str, Any] = {"input_ids": padded([row["input_ids"] for row in rows], sizes, side, fill)}
     batch["attention_mask"] = padded([[1] * length for length in lengths], sizes, side, 0)
-    for name in rows[0]:
+    mixed = isinstance(rows[0].get("labels"), dict)
+    for name in {name: 0 for row in rows for name in row} if mixed else rows[0]:
         if name not in batch and name not in NOT_INPUTS:
-            values = [row[name] for row in rows]
-            a_token = all(np.ndim(v) == 1 and len(v) == length for v, length in zip(values, lengths, strict=True))
+            having = [(row[name], n) for row, n in zip(rows, lengths, strict=True) if name in row or not mixed]
+            a_token = all(np.ndim(v) == 1 and len(v) == n for v, n in having)
+            none = np.zeros_like(having[0][0])  # for rows of another task, which don't have it
+            values = [row.get(name, [0] * n if a_token else none) for row, n in zip(rows, lengths, strict=True)]
             batch[name] = padded(values, sizes, side, 0) if a_token else torch.as_tensor(np.array(values))
-    if isinstance(rows[0].get("labels"), dict):
+    if mixed:
         batch["labels"], batch["rows"] = {}, {}
         for task in sorted({task for row in rows for task in row["labels"]}):
             own = [i for i, row in enumerate(rows) if task in row["labels"]]

@@ -177,7 +177,8 @@ class Checkpoints:
                 state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
                 if isinstance(state.get("fingerprint"), dict):
                     _refuse_another_run(state["fingerprint"], self.fingerprint, folder)
-                problem = self._unfit(state, tensors)
+                wrong = state.get("step") != _step(folder)
+                problem = f"state.json: step is {state.get('step')}" if wrong else self._unfit(state, tensors)
             if problem:
                 warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
                 continue
@@ -188,18 +189,14 @@ class Checkpoints:
 
     def _unfit(self, state: dict, tensors: dict[str, torch.Tensor]) -> str | None:
         """What in whole files keeps them from being loaded, so that nothing is ever half-loaded; None: nothing does."""
-        known = {"fingerprint": {}, "step": 0}
-        for name, value in [*known.items(), *((name, {}) for name in self.parts)]:
-            if type(state.get(name)) is not type(value):
+        for name in ("fingerprint", *self.parts):
+            if not isinstance(state.get(name), dict):
                 return f"state.json: {name} is {str(state.get(name, 'missing'))[:40]}"
         for name, part in self.parts.items():
             own, found = part.state_dict(), _under(name, tensors)
             for key, value in own.items():
                 if not isinstance(value, torch.Tensor) and not _alike(value, state[name].get(key, ...)):
                     return f"state.json: {name}.{key} is {str(state[name].get(key, 'missing'))[:40]}"
-            said = getattr(part, "unfit", lambda state: None)(state[name])
-            if said:
-                return f"state.json: {said}"
             shapes = {key: tensor.shape for key, tensor in found.items()}
             own = {key: value.shape for key, value in own.items() if isinstance(value, torch.Tensor)}
             wanted = part.wanted(shapes) if hasattr(part, "wanted") else own
@@ -209,6 +206,8 @@ class Checkpoints:
                 if shapes.get(key) != wanted[key]:
                     got = tuple(shapes[key]) if key in shapes else "missing"
                     return f"state.safetensors: {name}.{key} is {got}, not {tuple(wanted[key])}"
+            if said := getattr(part, "unfit", lambda state: None)(state[name] | found):
+                return f"state: {name}.{said}"
         more = [name for name in tensors if name.partition(".")[0] not in self.parts]
         return f"state.safetensors: {more[0]} is no part of this run" if more else None
 
@@ -220,7 +219,9 @@ def _under(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def _alike(own: Any, found: Any) -> bool:
     """Whether a value from a file can stand for one of ours: of its type; numbers and None for each other."""
     numbers = (int, float, type(None))
-    return type(found) is type(own) or (isinstance(own, numbers) and isinstance(found, numbers)) or own is None
+    if found is ... or type(found) is type(own):
+        return found is not ...
+    return own is None or (isinstance(own, numbers) and isinstance(found, numbers))
 
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:

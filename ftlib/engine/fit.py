@@ -140,7 +140,7 @@ class Best:
 
     def unfit(self, state: dict[str, Any]) -> str | None:
         known = state["metrics"] is None or isinstance(state["metrics"].get(self.metric), (int, float))
-        return None if known else f"best.metrics has no {self.metric}"
+        return None if known else f"metrics has no {self.metric}"
 
 
 class Training:

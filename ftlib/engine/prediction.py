@@ -46,14 +46,14 @@ def batches_of(
 
         plan = tqdm(plan, desc="predict", unit="batch", leave=False)
     several = hasattr(model, "tasks") and not task
+    stack = {name: TASKS[kind].stack for name, (kind, _) in model.tasks.items()} if several else {}
     numbered = dict(enumerate(parts))
     with anatomy.evaluating(model), shortcuts(model):
         for indices, counts in plan:
             rows = take(numbered, [places[i] for i in indices])
-            batch = collate([{k: v for k, v in row.items() if k != "labels"} for row in rows], pad_token_id=pad)
-            if several:
-                own = {name: [i for i, row in enumerate(rows) if name in row["labels"]] for name in model.tasks}
-                batch["rows"] = {name: torch.tensor(places) for name, places in own.items() if places}
+            plain = rows if several else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+            batch = collate(plain, pad_token_id=pad, stack=stack)
+            batch.pop("labels", None)
             batch = to_device(batch, device)
             with (autocast or nullcontext)():
                 output = model(**batch, task=task) if task else model(**batch)
@@ -66,6 +66,8 @@ def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options:
 
     options: those of `batches_of`.  With shared=True every process gets all of them.
     """
+    if not len(rows):
+        return []
     rows = rows if isinstance(rows, Rows) else checked(rows, _Door.of(model, "rows", labels_needed=False))
     a_token = TASKS[tasks_of(model)[task][0]].a_token
     out: dict[int, np.ndarray] = {}

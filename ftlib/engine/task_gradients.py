@@ -93,7 +93,7 @@ class Losses:
             if again is not None:
                 apart = TASKS[self.tasks[task][0]].divergence(logits[task], again[task], labels[task])
                 value = (value + self.functions[task](again[task], labels[task])) / 2 + self.r_drop * apart
-            parts[task] = value * (weight / max(items[task], 1))
+            parts[task] = value * weight / max(items[task], 1)
         if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
         return parts

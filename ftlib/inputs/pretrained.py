@@ -15,25 +15,10 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 from ..core.batches import whole
+from ..tasks.task import TASKS
 from . import assets, files
-
-
-class _Kind(NamedTuple):
-    auto: str
-    architecture: str
-    problem_type: str | None
-
-
-_TEXT = ("AutoModelForSequenceClassification", "ForSequenceClassification")
-_TASKS = {  # of a task, three fields are used here
-    "sequence-classification": _Kind(*_TEXT, "single_label_classification"),
-    "multi-label-classification": _Kind(*_TEXT, "multi_label_classification"),
-    "regression": _Kind(*_TEXT, "regression"),
-    "token-classification": _Kind("AutoModelForTokenClassification", "ForTokenClassification", None),
-}
 
 # Parts that a task may start new although they lie inside the encoder: the pooler is a head in all but name.
 _MAY_BE_NEW = re.compile(r"(^|\.)(pooler|pooling_layer)(\.|$)")
@@ -87,9 +72,9 @@ def load_model(
         ...
     ValueError: unknown task 'classify'; choose from encoder, sequence-classification, ...
     """
-    kind = None if task in (None, "encoder") else _TASKS.get(task)
+    kind = None if task in (None, "encoder") else TASKS.get(task)
     if kind is None and task not in (None, "encoder"):
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(['encoder', *_TASKS])}")
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(['encoder', *TASKS])}")
     num_labels, label_names = _check_labels(kind, num_labels, label_names)
 
     import torch

@@ -29,7 +29,9 @@ def mark(text: str, spans: Any) -> tuple[str, list[int]]:
     >>> mark("Ann met Bob", [[8, 11], [0, 3]])
     ('# Ann # met @ Bob @', [12, 0])
     """
-    if not isinstance(spans, (list, tuple)) or len(spans) != 2:
+    pairs = [spans, *spans] if isinstance(spans, (list, tuple)) else [spans]
+    right = len(pairs) == 3 and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+    if not right or not all(type(place) is int for span in spans for place in span):
         raise ValueError(f"spans is {short(spans)}; need two, [[start, end], [start, end]] in characters")
     parts: list[str] = []
     places, end, size = [0, 0], 0, 0
@@ -52,7 +54,7 @@ def encode(tokenized: Callable, first: list, second: list | None, columns: dict,
     for text, spans, where in zip(first, columns["spans"], wheres, strict=True):
         try:
             marked, place = mark(text, spans)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         texts.append(marked)
         places.append(place)
@@ -80,6 +82,8 @@ class _OnMarkers:
         """marker_positions: int64 (batch, 2); logits (batch, labels)."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
+        if marker_positions is None:
+            raise ValueError("rows without marker_positions; say what they are for: tokenize(..., task=...)")
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         hidden = self.base_model(**inputs)[0]  # (batch, tokens, hidden)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]

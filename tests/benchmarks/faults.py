@@ -14,7 +14,7 @@ before every single line of the code that writes a checkpoint; Ctrl-C (SIGINT) a
 a newest checkpoint with one file cut, with one bit flipped, missing, or of another run; a loss or gradient that is NaN
 or infinite, whose step must move nothing and name its rows, in runs that are killed as well.  Not with --quick, as unit
 tests do it: SIGKILL of one of two processes under torchrun, which starts both again; and the bad inputs that hypothesis
-makes in tests/test_untrusted.py.
+makes in tests/engine/test_untrusted.py.
 
 A new process would import torch for seconds, so each is forked from this one, which has imported everything.  Forking
 is sound only while there is one thread, so this process computes nothing itself, and checks that before every fork.
@@ -51,7 +51,10 @@ from record import RESULTS, Table
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import ftlib
-from ftlib import checkpoints, files, metrics, training  # noqa: F401
+from ftlib.engine import checkpoints, task_gradients
+from ftlib.engine import fit as training
+from ftlib.inputs import files
+from ftlib.tasks import metrics  # noqa: F401
 
 SIZES = dict(
     vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -142,24 +145,37 @@ def state_of(loop: Any) -> dict[str, torch.Tensor]:
     state = dict(loop.model.state_dict())
     for index, values in loop.optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items() if v is not None}
-    return state | {f"tasks.{k}": v for k, v in (loop.joint.weights.state if loop.joint else {}).items()}
+    return state | {f"tasks.{k}": v for k, v in (loop.joint.weights.state_dict() if loop.joint else {}).items()}
 
 
 @contextmanager
-def poisoned(loop: Any, where: str, value: str):
+def poisoned(model: torch.nn.Module, where: str, value: str):
     """In one step the loss, or a gradient, is `value`: nan or inf."""
-    real = loop.losses.parts
+    real, handles = task_gradients.Losses.parts, []
     if where == "loss":
-        loop.losses.parts = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
-    handles = [
-        p.register_hook(lambda g: g * float(value)) for p in loop.trainable if where == "gradient" and p.requires_grad
-    ]
+        task_gradients.Losses.parts = lambda *a: {task: part * float(value) for task, part in real(*a).items()}
+    else:
+        moving = [p for p in model.parameters() if p.requires_grad]
+        handles = [p.register_hook(lambda gradient: gradient * float(value)) for p in moving]
     try:
         yield
     finally:
-        loop.losses.parts = real
+        task_gradients.Losses.parts = real
         for handle in handles:
             handle.remove()
+
+
+def around_steps(gradient: Callable, after: Callable[[int], None] = lambda number: None) -> None:
+    """Let `fit` take its steps with gradient(its own gradient, model, step), and `after` each, before it goes on."""
+    steps = training.steps
+
+    def watched(*parts: Any, **options: Any):
+        own = options.pop("gradient")
+        for record in steps(*parts, **options, gradient=lambda model, step: gradient(own, model, step)):
+            after(record["step"] - 1)
+            yield record
+
+    training.steps = watched
 
 
 def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None = None) -> None:
@@ -173,26 +189,31 @@ def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None 
     parts = data if isinstance(data, dict) else {"": data}
     places = {json.dumps(row["input_ids"]): f"{part}{i}" for part, rows in parts.items() for i, row in enumerate(rows)}
     order = os.open(folder / "order.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    loops, begun, step, aside = [], training._Loop._run, training._Loop.step, checkpoints.aside
+    loops, begun, aside = [], training.Training._run, checkpoints.aside
+    before: list[Any] = []
 
-    def kept(self: Any) -> ftlib.Run:
+    def kept(self: Any) -> None:
         loops.append(self)
-        return begun(self)
+        begun(self)
 
-    def noted(self: Any, number: int, rows: list[dict]) -> None:
-        names = [places[json.dumps(row["input_ids"])] for row in rows]
-        os.write(order, f"{number} {' '.join(names)}\n".encode())
+    def noted(gradient: Callable, model: torch.nn.Module, step: Any) -> torch.Tensor:
+        names = [places[json.dumps(list(row["input_ids"]))] for row in step.rows]
+        os.write(order, f"{step.number} {' '.join(names)}\n".encode())
         os.write(tell, b"s")
+        if step.number not in (bad or {}):
+            return gradient(model, step)
+        before[:] = digest(state_of(loops[0])), names
+        with poisoned(model, *bad[step.number].split()):
+            return gradient(model, step)
+
+    def looked(number: int) -> None:
         if number not in (bad or {}):
-            return step(self, number, rows)
-        before = digest(state_of(self))
-        with poisoned(self, *bad[number].split()):
-            step(self, number, rows)
-        skipped = self.run_.history[-1].get("skipped", [])
+            return
+        skipped = loops[0].result.history[-1].get("skipped", [])
         found = [
             f"{part}{i}" for part, own in (skipped if isinstance(skipped, dict) else {"": skipped}).items() for i in own
         ]
-        if digest(state_of(self)) == before and sorted(found) == sorted(names):
+        if digest(state_of(loops[0])) == before[0] and sorted(found) == sorted(before[1]):
             with open(folder / "bad.txt", "a") as file:
                 file.write(f"{number}\n")
 
@@ -205,7 +226,8 @@ def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None 
         written.append(time.perf_counter() - begin)
 
     written: list[float] = []
-    training._Loop._run, training._Loop.step, checkpoints.aside = kept, noted, announced
+    training.Training._run, checkpoints.aside = kept, announced
+    around_steps(noted, looked)
     settings = {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, **options}
     config = ftlib.TrainConfig(**settings, checkpoint_dir=str(folder / "c"), resume="auto", progress=False)
     model = build()
@@ -217,7 +239,7 @@ def fit_in_child(name: str, folder: Path, tell: int, bad: dict[int, str] | None 
     [loop] = loops
     end = {
         "stopped": run.stopped, "steps": run.steps, "metrics": run.metrics, "weights": digest(model.state_dict()),
-        "optimizer and tasks": digest(state_of(loop)), "random state": digest(loop.random_state),
+        "optimizer and tasks": digest(state_of(loop)), "random state": digest(loop.random.now),
         "history": [{key: value for key, value in record.items() if key != "seconds"} for record in run.history],
     }  # fmt: skip
     (folder / "times.json").write_text(json.dumps(written))
@@ -512,20 +534,19 @@ def one_process(mode: str, folder: Path) -> None:
 
     distributed.start()
     rank, (victim, last, moment) = distributed.rank(), os.environ.get("FTLIB_KILL", "-1 0 0").split()
-    step = training._Loop.step
 
     def die() -> None:
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(self: Any, number: int, rows: list[dict]) -> None:
-        if (rank, number) == (int(victim), int(last)) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def watched(gradient: Callable, model: torch.nn.Module, step: Any) -> torch.Tensor:
+        if (rank, step.number) == (int(victim), int(last)) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             clock = threading.Timer(float(moment), die)
             clock.daemon = True
             clock.start()
-        step(self, number, rows)
+        return gradient(model, step)
 
-    training._Loop.step = watched
+    around_steps(watched)
     model = classifier()
     config = ftlib.TrainConfig(
         epochs=3, batch_size=4, micro_batch_size=1, learning_rate=5e-3, distributed=mode, progress=False,
@@ -540,7 +561,7 @@ def one_process(mode: str, folder: Path) -> None:
 
 
 def untrusted() -> dict[str, Any]:
-    """The examples of tests/test_untrusted.py, and how many of its tests failed."""
+    """The examples of tests/engine/test_untrusted.py, and how many of its tests failed."""
     tests = Path(__file__).parents[1] / "engine/test_untrusted.py"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-show-statistics"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, str(tests)], capture_output=True, text=True)
@@ -595,7 +616,7 @@ def limit_after(saves: int, size: int) -> None:
 def die_at_line(number: int | None, folder: Path, after: int) -> None:
     """SIGKILL before line `number` (None: count them) that the writing of a checkpoint runs, `after` so many others."""
     traced = {checkpoints.__file__, files.__file__, shutil.__file__}
-    save, count = checkpoints.save_training, Counter()
+    save, count = checkpoints.Checkpoints.save, Counter()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename not in traced or frame.f_code.co_name.endswith("comp>"):
@@ -606,20 +627,20 @@ def die_at_line(number: int | None, folder: Path, after: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    def saving(loop: Any) -> Any:
+    def saving(*parts: Any, **options: Any) -> Path:
         count["saves"] += 1
         if count["saves"] <= after:
-            return save(loop)
+            return save(*parts, **options)
         sys.settrace(trace)
         try:
-            return save(loop)
+            return save(*parts, **options)
         finally:
             sys.settrace(None)
             if number is None:
                 (folder / "lines.txt").write_text(str(count["lines"]))
                 os._exit(0)
 
-    checkpoints.save_training = saving
+    checkpoints.Checkpoints.save = saving
 
 
 # ------------------------------------------------------------------------------------------------------------- main

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/pins.py torch==2.11.0,transformers==5.17.0  # a pair an argument; rows of results/pins.json
     python tests/benchmarks/pins.py --notebooks 01 02 -- torch==2.11.0,transformers==5.17.0    # and these notebooks
-    python tests/benchmarks/pins.py --tests tests/test_rows.py -- torch==2.11.0,transformers==5.17.0    # one file
+    python tests/benchmarks/pins.py --tests tests/inputs/test_rows.py -- torch==2.11.0,transformers==5.17.0    # one file
 
 Each pair is installed, with what it depends on, into build/pins, in front of the packages of the running Python; a
 package that is installed in the version asked for is taken from there, so torch, which on Linux comes with 5 GB for

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftlib.core import anatomy
 from ftlib.methods import speedups
-from ftlib.methods.tuning import base_model_of, encoder_layers
 
 
 def synchronize() -> None:
@@ -74,9 +74,9 @@ def encoder_flops(model: nn.Module, lengths: list[int], *, training: bool) -> fl
     Linear layers: 2 * parameters a token.  Attention: 4 * L * L * hidden a row and layer (scores, and the mean of
     the values).  The backward pass needs twice the forward pass: gradients of the inputs and of the weights.
     """
-    layers = encoder_layers(model)
+    layers = anatomy.layers(model)
     linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
-    hidden = base_model_of(model).config.hidden_size
+    hidden = anatomy.base_of(model).config.hidden_size
     forward = 2 * linear * sum(lengths) + len(layers) * 4 * hidden * sum(length**2 for length in lengths)
     return float(forward * (3 if training else 1))
 

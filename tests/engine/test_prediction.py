@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch.testing import assert_close
 
-from ftlib.engine.prediction import evaluate, logits_of, parts_for, predict, rows_for
+from ftlib.engine.prediction import evaluate, logits_of, predict
+from ftlib.inputs.rows import parts_for, rows_for
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.unpadding import unpad
@@ -208,7 +209,7 @@ def test_one_task_of_several(tiny_model, tiny_tokenizer):
         (5, {}, TypeError, "data is a int"),
         (["good", None], {}, TypeError, "row 1, column 'text': expected text, got None"),
         (["good", " "], {}, ValueError, "row 1, column 'text': the text is empty"),
-        (["good"], {"output": "label"}, ValueError, "unknown output 'label'; choose one of labels, names"),
+        (["good"], {"output": "label"}, ValueError, "output='label': choose one of labels, names"),
         (["good"], {"max_length": 0}, ValueError, "max_length=0"),
         (["good"], {"max_length": "5"}, ValueError, "max_length='5'"),
         (["good"], {"max_length": 5.5}, ValueError, "max_length=5.5"),
@@ -344,8 +345,9 @@ def test_what_can_not_be_evaluated(tiny_model, data, kind, message):
 def test_parts_of_several_tasks(tiny_model):
     model = MultiTaskModel(tiny_model("encoder"), {"a": Head(), "b": Head("regression", 1)})
     row = {"input_ids": [5], "labels": 1}
-    assert parts_for({"a": [row]}, model, name="data") == {"a": [{"input_ids": [5], "labels": {"a": 1}}]}
-    with pytest.raises(ValueError, match=r"data\['c'\]: unknown task; the model has 'a', 'b'"):
+    [[name, rows]] = parts_for({"a": [row]}, model, name="data").items()
+    assert name == "a" and list(rows) == [{"input_ids": [5], "labels": {"a": 1}}]
+    with pytest.raises(ValueError, match=r"data\['c'\] row 0, .*labels for a task 'c'; the model has 'a', 'b'"):
         parts_for({"c": [row]}, model, name="data")
     with pytest.raises(ValueError, match=r"data\['b'\] row 0, column 'labels' \(b\)|data\['b'\] row 0: no 'labels'"):
         parts_for({"b": [{"input_ids": [5], "labels": None}]}, model, name="data")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_tokenizing import JUNK, ROWS
 
 from ftlib.core.anatomy import max_positions
-from ftlib.inputs.rows import checked_rows, to_rows
+from ftlib.inputs.rows import Door, checked, checked_rows
 
 TASKS = {
     "classes": {"": ("sequence-classification", 2)},
@@ -21,15 +21,17 @@ TASKS = {
 }
 
 
-def test_to_rows_of_a_dataset():
+def test_rows_of_a_dataset_stay_in_arrow():
     data = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [1], "text": ["x"]})
-    assert to_rows(data) == [{"input_ids": [1, 2], "labels": 1}]
-    assert to_rows(data.with_format("torch")) == [{"input_ids": [1, 2], "labels": 1}]
+    for form in (data, data.with_format("torch")):
+        rows = checked_rows(form, TASKS["classes"])
+        assert [list(rows[0]["input_ids"]), rows[0]["labels"], list(rows.lengths)] == [[1, 2], 1, [2]]
+        assert rows.kept == [] and set(rows[0]) == {"input_ids", "labels"}
 
 
-def test_to_rows_drops_the_tasks_a_row_does_not_have_and_changes_no_argument():
+def test_the_tasks_a_row_does_not_have_are_dropped_and_no_argument_changes():
     rows = [{"input_ids": [1], "labels": {"a": 1, "b": None}}]
-    assert to_rows(rows) == [{"input_ids": [1], "labels": {"a": 1}}]
+    assert list(checked_rows(rows, TASKS["mixed"])) == [{"input_ids": [1], "labels": {"a": 1}}]
     assert rows == [{"input_ids": [1], "labels": {"a": 1, "b": None}}]
 
 
@@ -50,7 +52,7 @@ def test_to_rows_drops_the_tasks_a_row_does_not_have_and_changes_no_argument():
 )  # fmt: skip
 def test_what_gives_no_rows(data, kind, message):
     with pytest.raises(kind, match=message):
-        to_rows(data, "data")
+        checked(data, Door(TASKS["classes"], "data", labels_needed=False))
 
 
 @pytest.mark.parametrize(
@@ -158,15 +160,15 @@ def test_token_types_in_some_rows_only():
 
 def test_tensors_and_arrays_become_lists():
     rows = [{"input_ids": torch.tensor([1, 2]), "labels": np.array([0, 1])}]
-    assert checked_rows(rows, TASKS["tags"]) == [{"input_ids": [1, 2], "labels": [0, 1]}]
+    assert list(checked_rows(rows, TASKS["tags"])) == [{"input_ids": [1, 2], "labels": [0, 1]}]
 
 
 def test_padding_that_a_mask_marks_is_taken_out():
     """Rows that came padded would otherwise feed [PAD] to the model as if it were text."""
     row = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "token_type_ids": [0, 1, 0], "labels": [1, 2, -100]}
-    assert checked_rows([row], TASKS["tags"]) == [{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": [1, 2]}]
+    assert list(checked_rows([row], TASKS["tags"])) == [{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": [1, 2]}]
     left = {"input_ids": [0, 5], "attention_mask": torch.tensor([0, 1]), "labels": 1}
-    assert checked_rows([left], TASKS["classes"]) == [{"input_ids": [5], "labels": 1}]
+    assert list(checked_rows([left], TASKS["classes"])) == [{"input_ids": [5], "labels": 1}]
     mixed = {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": {"a": 1, "b": [2, -100]}}
     assert checked_rows([mixed], TASKS["mixed"])[0]["labels"] == {"a": 1, "b": [2]}
     assert row["input_ids"] == [5, 6, 0]  # the argument stays

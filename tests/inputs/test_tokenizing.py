@@ -1,13 +1,10 @@
-"""Tokenizing, padding and cutting into batches, by hand on a vocabulary of a few words."""
+"""Tokenizing, by hand on a vocabulary of a few words."""
 
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Sequence
+from datasets import ClassLabel, Dataset, DatasetDict, Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftlib.core.anatomy import evaluating
-from ftlib.core.batches import collate, split_by_size, to_device
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import predict
 from ftlib.engine.settings import TrainConfig
@@ -259,143 +256,6 @@ def test_what_is_no_dataset(tiny_tokenizer, data):
         tokenize(data, tiny_tokenizer)
 
 
-def test_a_stream_is_refused(tiny_tokenizer):
-    stream = IterableDataset.from_generator(lambda: iter([{"text": "good"}]))
-    with pytest.raises(TypeError, match="got IterableDataset; stream it into a Dataset"):
-        tokenize(stream, tiny_tokenizer)
-
-
-# --------------------------------------------------------------------------------------------------- padding
-
-
-def test_collate_pads_on_the_right():
-    rows = [
-        {"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1], "labels": 1},
-        {"input_ids": [8], "token_type_ids": [1], "labels": 0},
-    ]
-    batch = collate(rows, pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [1, 0]
-    assert {value.dtype for value in batch.values()} == {torch.int64}
-
-
-def test_collate_pads_on_the_left():
-    rows = [{"input_ids": [5, 6, 7], "labels": [1, -100, 2]}, {"input_ids": [8], "labels": [0]}]
-    batch = collate(rows, pad_token_id=9, padding_side="left")
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch["labels"].tolist() == [[1, -100, 2], [-100, -100, 0]]
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected", "dtype"),
-    [
-        ([0.5, 2.0], [0.5, 2.0], torch.float32),
-        ([[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], torch.float32),
-        ([[1, 2], [3]], [[1, 2], [3, -100]], torch.int64),
-        ([1, -100], [1, -100], torch.int64),
-    ],
-)
-def test_collate_keeps_the_kind_of_label(labels, expected, dtype):
-    rows = [{"input_ids": [5, 6], "labels": labels[0]}, {"input_ids": [7], "labels": labels[1]}]
-    batch = collate(rows)
-    assert batch["labels"].tolist() == expected
-    assert batch["labels"].dtype == dtype
-
-
-def test_collate_of_several_tasks():
-    rows = [
-        {"input_ids": [5, 6], "labels": {"tags": [1, -100]}},
-        {"input_ids": [7], "labels": {"stars": 2.5, "topic": 3}},
-        {"input_ids": [8], "labels": {"tags": [0], "topic": 1}},
-    ]
-    batch = collate(rows)
-    assert {task: index.tolist() for task, index in batch["rows"].items()} == {
-        "tags": [0, 2],
-        "stars": [1],
-        "topic": [1, 2],
-    }
-    assert batch["labels"]["tags"].tolist() == [[1, -100], [0, -100]]
-    assert batch["labels"]["stars"].tolist() == [2.5]
-    assert batch["labels"]["topic"].tolist() == [3, 1]
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        ([], {}, "no rows"),
-        ([{"input_ids": [1]}], {"padding_side": "middle"}, "choose left or right"),
-        ([{"ids": [1]}], {}, "rows that do not go together .*input_ids"),
-        ([{"input_ids": [1], "labels": 1}, {"input_ids": [1]}], {}, "rows that do not go together"),
-        ([{"input_ids": [1], "token_type_ids": [0]}, {"input_ids": [1]}], {}, "rows that do not go together"),
-        ([{"input_ids": [1], "labels": [1.0]}, {"input_ids": [1], "labels": [1.0, 2.0]}], {}, "do not go together"),
-        ([{"input_ids": [2**70]}], {}, "rows that do not go together"),
-    ],
-)  # fmt: skip
-def test_rows_that_do_not_collate(rows, options, message):
-    with pytest.raises(ValueError, match=message):
-        collate(rows, **options)
-
-
-def test_to_device_reaches_nested_tensors():
-    batch = {"a": torch.ones(1), "b": {"c": torch.zeros(1)}, "d": "text"}
-    moved = to_device(batch, torch.device("meta"))
-    assert moved["a"].device.type == moved["b"]["c"].device.type == "meta"
-    assert moved["d"] == "text" and batch["a"].device.type == "cpu"
-
-
-# --------------------------------------------------------------------------------------------------- batches
-
-
-def test_split_by_size_by_hand():
-    lengths = [3, 9, 1, 4, 4]
-    assert split_by_size(range(5), lengths, batch_size=2) == [[1, 3], [4, 0], [2]]
-    assert split_by_size(range(5), lengths, max_tokens=9) == [[1], [3, 4], [0, 2]]
-    assert split_by_size(range(5), lengths, batch_size=1, max_tokens=9) == [[1], [3], [4], [0], [2]]
-    assert split_by_size([2, 0], lengths) == [[0, 2]]
-    assert split_by_size([], lengths, batch_size=2) == []
-
-
-@LOOSE
-@given(st.lists(st.integers(1, 20), max_size=30), st.none() | st.integers(1, 8), st.none() | st.integers(20, 60))
-def test_split_by_size_loses_nothing_and_keeps_both_limits(lengths, batch_size, max_tokens):
-    plan = split_by_size(range(len(lengths)), lengths, batch_size=batch_size, max_tokens=max_tokens)
-    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
-    longest = [lengths[batch[0]] for batch in plan]
-    assert longest == sorted(longest, reverse=True)
-    for batch in plan:
-        assert batch_size is None or len(batch) <= batch_size
-        assert max_tokens is None or len(batch) * max(lengths[i] for i in batch) <= max_tokens
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_tokens": -1}, {"batch_size": 2.0}, {"max_tokens": True}])
-def test_split_by_size_refuses(options):
-    with pytest.raises(ValueError, match="need a whole number of at least 1"):
-        split_by_size([0], [1], **options)
-
-
-def test_split_by_size_names_the_row_that_is_too_long():
-    with pytest.raises(ValueError, match=r"row 1 has 9 tokens, more than max_tokens=8"):
-        split_by_size([0, 1], [3, 9], max_tokens=8)
-
-
-# -------------------------------------------------------------------------------------------- around a forward
-
-
-def test_evaluating_puts_every_module_back(tiny_model):
-    model = tiny_model().train()
-    model.bert.embeddings.eval()
-    with pytest.raises(KeyError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-        raise KeyError
-    assert model.training and model.bert.encoder.training
-    assert not model.bert.embeddings.training and not model.bert.embeddings.LayerNorm.training
-    assert torch.is_grad_enabled()
-
-
 # ------------------------------------------------------------------------------------------------- bad input
 
 TEXT = st.none() | st.integers() | st.text(max_size=8) | st.sampled_from(["good film", "\udcff", " ", "\x00", "\u200b"])
@@ -422,14 +282,3 @@ JUNK = st.recursive(
 ROWS = st.lists(
     JUNK | st.fixed_dictionaries({"input_ids": JUNK}, optional={"labels": JUNK, "token_type_ids": JUNK}), max_size=3
 )
-
-
-@LOOSE
-@given(ROWS)
-def test_any_rows_collate_or_give_a_plain_error(rows):
-    try:
-        batch = collate(rows)
-    except (ValueError, TypeError) as error:
-        assert str(error)
-        return
-    assert batch["input_ids"].shape == batch["attention_mask"].shape

@@ -210,11 +210,6 @@ def test_cagrad_checks_its_radius(c):
         cagrad(torch.ones(2, 3), c)
 
 
-def test_they_are_found_in_multitask():
-    multitask = ftlib.methods.multitask
-    assert multitask.pcgrad is pcgrad and multitask.cagrad is cagrad and multitask.mgda is mgda
-
-
 # ---------------------------------------------------------------------------------------------------- TorchJD
 
 
@@ -260,7 +255,7 @@ def test_torchjd_weighs_the_same():
     losses = torch.rand(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     uw, dwa, famo = theirs.UW(3).double(), theirs.DWA(), theirs.FAMO(3).double()
     adam = torch.optim.Adam(uw.parameters(), lr=0.025)
-    ours = {how: TaskWeights(Weighting(how), ["regression"] * 3) for how in ("uncertainty", "dwa", "famo")}
+    ours = {how: TaskWeights(Weighting(how), [0.5] * 3) for how in ("uncertainty", "dwa", "famo")}
     for step, (before, after) in enumerate(zip(losses, losses.roll(-1, 0), strict=True)):
         for how, scalar, factor in (("uncertainty", uw, 1), ("dwa", dwa, 1), ("famo", famo, 3)):
             values = before.clone().requires_grad_()
@@ -285,7 +280,7 @@ def test_torchjd_weighs_the_same():
 
 def test_uncertainty_is_the_papers_likelihood_by_autograd():
     """Kendall et al., equations 7 and 10: L / 2σ² + log σ for numbers, L / σ² + log σ for classes; Adam on log σ²."""
-    kinds = ["regression", "sequence-classification", "token-classification", "multi-label-classification"]
+    kinds = [0.5, 1.0, 1.0, 1.0]
     ours = TaskWeights(Weighting("uncertainty", rate=0.1), kinds)
     log_variance = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([log_variance], lr=0.1)
@@ -304,7 +299,7 @@ def test_uncertainty_is_the_papers_likelihood_by_autograd():
 
 def test_gradnorm_is_the_papers_algorithm_by_autograd():
     """Chen et al., algorithm 1, with the weights as 3 softmax, and its gradient loss differentiated by PyTorch."""
-    ours = TaskWeights(Weighting("gradnorm", alpha=0.7), ["regression"] * 3)
+    ours = TaskWeights(Weighting("gradnorm", alpha=0.7), [0.5] * 3)
     value = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([value], lr=0.025)
     generator = torch.Generator().manual_seed(0)
@@ -325,7 +320,7 @@ def test_gradnorm_is_the_papers_algorithm_by_autograd():
 
 
 def test_gradnorm_evens_out_lengths():
-    ours = TaskWeights(Weighting("gradnorm", alpha=0.0), ["regression"] * 2)
+    ours = TaskWeights(Weighting("gradnorm", alpha=0.0), [0.5] * 2)
     lengths = torch.tensor([1.0, 3.0], dtype=torch.float64)
     for _ in range(400):
         ours.learn(torch.ones(2, dtype=torch.float64), lengths=lengths)
@@ -333,7 +328,7 @@ def test_gradnorm_evens_out_lengths():
 
 
 def test_dwa_by_hand():
-    ours = TaskWeights(Weighting("dwa", temperature=2.0), ["regression"] * 2)
+    ours = TaskWeights(Weighting("dwa", temperature=2.0), [0.5] * 2)
     for epoch, losses in enumerate([[4.0, 1.0], [2.0, 1.0], [1.0, 1.0]]):
         if epoch < 2:
             assert ours.weights(0).tolist() == [1.0, 1.0]
@@ -347,7 +342,7 @@ def test_dwa_by_hand():
 
 
 def test_random_weights_are_a_function_of_seed_and_step():
-    ours, other = (TaskWeights(Weighting("random"), ["regression"] * 3, seed=seed) for seed in (0, 1))
+    ours, other = (TaskWeights(Weighting("random"), [0.5] * 3, seed=seed) for seed in (0, 1))
     drawn = torch.stack([ours.weights(step) for step in range(4000)])
     assert torch.equal(ours.weights(7), drawn[7]) and not torch.equal(other.weights(7), drawn[7])
     assert (drawn > 0).all() and torch.allclose(drawn.sum(1), torch.tensor(3.0).double())
@@ -356,7 +351,7 @@ def test_random_weights_are_a_function_of_seed_and_step():
 
 
 def test_famo_by_hand():
-    ours = TaskWeights(Weighting("famo", rate=0.1, decay=0.0), ["regression"] * 2)
+    ours = TaskWeights(Weighting("famo", rate=0.1, decay=0.0), [0.5] * 2)
     losses = torch.tensor([1.0, 3.0], dtype=torch.float64)
     # equal shares: weights as 1/loss, of mean 1, so both losses fall by the same factor
     assert_close(ours.weights(0, losses), torch.tensor([1.5, 0.5], dtype=torch.float64))
@@ -370,7 +365,7 @@ def test_famo_by_hand():
 @pytest.mark.parametrize("how", WEIGHTINGS)
 def test_a_task_that_is_not_in_the_step_is_left_alone(how):
     """The others learn as if they were alone, and its own state has no gradient."""
-    kinds = ["regression", "sequence-classification", "token-classification"]
+    kinds = [0.5, 1.0, 1.0]
     ours, alone = TaskWeights(Weighting(how, decay=0.0), kinds), TaskWeights(Weighting(how, decay=0.0), kinds[:2])
     for losses in ([1.0, 2.0], [0.7, 1.9], [0.3, 1.0]):
         pair = torch.tensor(losses, dtype=torch.float64)
@@ -392,13 +387,13 @@ def test_a_task_that_is_not_in_the_step_is_left_alone(how):
 
 def test_state_put_back_goes_on_alike():
     for how in WEIGHTINGS:
-        ours = TaskWeights(Weighting(how), ["regression", "sequence-classification"])
+        ours = TaskWeights(Weighting(how), [0.5, 1.0])
         losses = torch.tensor([2.0, 0.5], dtype=torch.float64)
         step = dict(lengths=losses * 3, after=losses * torch.tensor([0.5, 0.9]))
         for _ in range(3):
             ours.learn(losses, **step)
             ours.end_epoch()
-        other = TaskWeights(Weighting(how), ["regression", "sequence-classification"])
+        other = TaskWeights(Weighting(how), [0.5, 1.0])
         other.state = dict(ours.state)
         for weights in (ours, other):
             weights.learn(losses * 0.7, **step)

@@ -1,8 +1,6 @@
 """Which parameters move, and how fast."""
 
 import copy
-import itertools
-import math
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch.testing import assert_close
 
 from ftlib.core import anatomy
 from ftlib.core.batches import collate
-from ftlib.core.loop import SCHEDULES, schedule_factor
 from ftlib.engine.fit import fit
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.optimizing import parameter_groups, trainer_options
@@ -292,46 +289,6 @@ def test_groups_hold_the_trainable_parameters_once(tiny_model):
 def test_nothing_to_train(tiny_model):
     with pytest.raises(ValueError, match="no parameter is trainable"):
         parameter_groups(tiny_model().requires_grad_(False), learning_rate=1.0)
-
-
-# --------------------------------------------------------------------------------------------------- schedules
-
-STOCK = {
-    "constant": lambda optimizer, warmup, total: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
-    "linear": transformers.get_linear_schedule_with_warmup,
-    "cosine": transformers.get_cosine_schedule_with_warmup,
-}
-
-
-@pytest.mark.parametrize("schedule", STOCK)
-@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 10), (1, 2), (5, 5)])
-def test_schedules_are_the_stock_ones(schedule, warmup, total):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    stock = STOCK[schedule](optimizer, warmup, total)
-    for step in range(total):
-        expected = optimizer.param_groups[0]["lr"]
-        assert schedule_factor(step, total, schedule=schedule, warmup=warmup) == pytest.approx(expected, abs=1e-12)
-        optimizer.step()
-        stock.step()
-
-
-def test_exponential_falls_by_one_ratio_to_a_hundredth():
-    factors = [schedule_factor(step, 10, schedule="exponential", warmup=2) for step in range(11)]
-    assert factors[:3] == [0.0, 0.5, 1.0]
-    ratios = [b / a for a, b in itertools.pairwise(factors[2:])]
-    assert ratios == pytest.approx([0.01 ** (1 / 8)] * 8)
-    assert factors[-1] == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_stay_between_0_and_1_even_past_the_end(schedule):
-    factors = [schedule_factor(step, 5, schedule=schedule, warmup=2) for step in range(20)]
-    assert all(0.0 <= factor <= 1.0 and math.isfinite(factor) for factor in factors)
-
-
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="unknown schedule 'step'; choose one of constant"):
-        schedule_factor(0, 1, schedule="step")
 
 
 # ----------------------------------------------------------------------------------- what moves, counted by hand
