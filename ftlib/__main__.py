@@ -103,16 +103,14 @@ def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):
         if value not in choices:
             raise ValueError(f"{path}: unknown {key} {value!r}; choose one of {', '.join(choices)}")
-    for key in options:
-        if key not in OPTIONS[strategy]:
-            takes = ", ".join(OPTIONS[strategy]) or "no options"
-            raise ValueError(f"{path}: unknown key {key!r} in [tune]; {strategy!r} takes {takes}")
-    known = sorted(field.name for field in dataclasses.fields(TrainConfig))
-    for key in run.get("train", {}):
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r} in [train]; known are {', '.join(known)}")
-    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto")}
-    settings |= run.get("train", {})
+    settings, known = run.get("train", {}), sorted(field.name for field in dataclasses.fields(TrainConfig))
+    takes = OPTIONS[strategy] or ("no options",)
+    for table, given, allowed, what in (
+        ("tune", options, takes, f"{strategy!r} takes"), ("train", settings, known, "known are"),
+    ):  # fmt: skip
+        if unknown := [key for key in given if key not in allowed]:
+            raise ValueError(f"{path}: unknown key {unknown[0]!r} in [{table}]; {what} {', '.join(allowed)}")
+    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto"), **settings}
     if settings["resume"] in ("never", "no", ""):
         settings["resume"] = None
     try:

@@ -1,6 +1,8 @@
-"""A module that says which files a reader must copy is copied with just these, and runs."""
+"""A file says which others go with it: copied with just these, into a package of any name, it runs."""
 
+import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,47 +12,112 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parents[1] / "ftlib"
+FILES = sorted(path for path in HERE.glob("*/*.py") if path.name != "__init__.py")
+NEVER = {"engine/fit.py", "engine/feeding.py", "engine/prediction.py"}  # core/loop.py is what to take home
 
-# What runs after `import torch` and `from ftlib.<module> import *`; a `model` is a tiny BERT classifier.
+# What runs after `import torch` and `from mylib.<room>.<module> import *`; a `model` is a tiny BERT classifier.
 SNIPPETS = {
-    "attention": "q = torch.ones(1, 2, 3, 4); assert scaled_dot_product_attention(q, q, q).shape == (1, 2, 3, 4)",
-    "masking": "assert causal_mask(2).tolist() == [[True, False], [True, True]]",
-    "losses": "assert task_loss('regression')(torch.ones(1, 1), torch.zeros(1)).item() == 1.0",
-    "balancing": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
-    "rows": "assert checked_rows(ROWS, {'': ('sequence-classification', 2)})[0]['labels'] == 1",
-    "batching": "assert collate(ROWS)['labels'].tolist() == [1, 0]; assert split_by_size([0], [1])",
-    "unpadding": "unpad(model); model(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])); repad(model)",
-    "adapters": "add_lora(model.bert, rank=2); assert adapters_of(model); merge_own(model)",
-    "regularization": "add_mixout([model.classifier], 0.5); assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
-    "optimizing": "assert parameter_groups(model, learning_rate=1.0); assert schedule_factor(0, 2) == 1",
-    "tuning": "assert tune(model, 'lora', rank=2).trainable; assert merge(model) is model",
-    "features": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
-    "multitask": "m = MultiTaskModel(model.bert, {'a': Head()}); m(torch.tensor([[5]]), task='a'); m.export('a')",
-    "distributed": "start(); assert (rank(), world_size()) == (0, 1)",
-    "wheels": "assert is_safe('a/b') and not is_safe('../b')",
-    "files": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
+    "core/anatomy.py": "assert len(layers(model)) == 2 and head_modules(model) == ['bert.pooler', 'classifier']",
+    "core/batches.py": "assert collate(ROWS)['labels'].tolist() == [1, 0]; assert split_by_size([0], [1])",
+    "core/device.py": "assert choose_precision(torch.device('cpu'))[0] == 'fp32'",
+    "core/loop.py": "sgd = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+    "batch = {'input_ids': torch.tensor([[1, 2]]), 'labels': torch.tensor([1])}\n"
+    "assert [r['step'] for r in steps(model, [[batch]] * 3, sgd, total=2)] == [1, 2]",
+    "core/sampling.py": "assert TaskSampler({'a': 3}).draw(2) == ['a', 'a']",
+    "tasks/classification.py": "assert check_class(1, 2, 3, 'row 0') == 1; assert score_numbers",
+    "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
+    "tasks/relations.py": "m = AutoModelForRelationClassification.from_config(model.config)\n"
+    "at = torch.tensor([[0, 1]]); assert m(torch.tensor([[5, 6]]), marker_positions=at).logits.shape == (1, 2)",
+    "tasks/tagging.py": "assert check_tags([0, -100], 2, 2, 'row 0') == [0, -100]",
+    "tasks/task.py": "assert kind_of(model) == KINDS[0]\n"
+    "assert task_loss('regression')(torch.ones(1, 1), torch.zeros(1)) == 1",
+    "show/logging.py": "assert callable(tensorboard) and callable(trackio)",
+    "show/measuring.py": "with measure() as cost: pass\nassert cost.seconds >= 0",
+    "show/plots.py": "assert most_confused([0, 0, 1], [0, 1, 1], ['a', 'b'])",
+    "show/setup.py": "assert setup(3).device.type in ('cpu', 'cuda', 'mps')",
+    "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
+    "inputs/assets.py": "assert is_safe('a/b') and not is_safe('../b')",
+    "inputs/corpora.py": "assert callable(load_corpus)",
+    "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
-    "saving": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
-    "checkpoints": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
-    "memory": "with measure() as cost: pass\nassert cost.seconds >= 0",
-    "speedups": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
-    "modes": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32', shortcuts=True,\n"
-    "    dropout=None)\n"
+    "inputs/pretrained.py": "from mylib.inputs import assets; assets.manifest = dict\n"
+    "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"
+    "assert type(load_model(folder / 'm', task=kind)) is type(model)",
+    "inputs/rows.py": "assert checked_rows(ROWS, {'': ('sequence-classification', 2)})[0]['labels'] == 1",
+    "inputs/tokenizing.py": "assert encode_texts(['a b'], tokenizer)[0]['input_ids'] == [1, 2]",
+    "methods/adapters.py": "add_lora(model.bert, rank=2); assert adapters_of(model); merge_own(model)",
+    "methods/attention.py": "q = torch.ones(1, 2, 3, 4)\n"
+    "assert scaled_dot_product_attention(q, q, q).shape == (1, 2, 3, 4)",
+    "methods/balancing.py": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
+    "methods/features.py": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
+    "methods/losses.py": "assert cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1])) > 0.69",
+    "methods/masking.py": "assert causal_mask(2).tolist() == [[True, False], [True, True]]",
+    "methods/multitask.py": "m = MultiTaskModel(model.bert, {'a': Head()})\n"
+    "m(torch.tensor([[5]]), task='a'); m.export('a')",
+    "methods/optimizing.py": "assert parameter_groups(model, learning_rate=1.0)",
+    "methods/regularization.py": "add_mixout([model.classifier], 0.5)\n"
+    "assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
+    "methods/speedups.py": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
+    "methods/through_peft.py": "assert callable(add_peft)",
+    "methods/tuning.py": "assert tune(model, 'lora', rank=2).trainable; assert merge(model) is model",
+    "methods/unpadding.py": "ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])\n"
+    "before = model(ids, mask).logits; unpad(model)\n"
+    "assert torch.allclose(model(ids, mask).logits, before, atol=1e-5); repad(model)",
+    "engine/checkpoints.py": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
+    "engine/compiling.py": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32',\n"
+    "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
-    "steps": "config = SimpleNamespace(shuffle=False, batch_size=2, task_gradients=None)\n"
-    "run = SimpleNamespace(config=config, micro_batch_size=1, max_tokens=None)\n"
-    "assert len(cut(next(plan({'': ROWS}, config)), run)) == 2",
-    "joint": "config = SimpleNamespace(task_weighting='fixed', task_gradients=None, task_cosines=None, seed=0)\n"
-    "tasks = SimpleNamespace(tasks={'a': ('regression', 1)}, encoder=model.bert)\n"
-    "assert Joint(tasks, config, 'fp32', 1).how == 'fixed'",
-    "settings": "assert TrainConfig(epochs=2).epochs == 2; assert choose_precision(torch.device('cpu'))[0] == 'fp32'",
-    "prediction": "assert predict(model, ['a b'], tokenizer=tokenizer).shape == (1,); assert tasks_of(model)",
-    "training": "config = TrainConfig(epochs=2, batch_size=1, progress=False, checkpoint_dir=str(folder / 'c'))\n"
-    "assert fit(model, ROWS, config=config).steps == 4",
-}
+    "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
+    "engine/recovery.py": "assert out_of_memory(torch.OutOfMemoryError()); RandomState(torch.device('cpu')).take()",
+    "engine/saving.py": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
+    "engine/untrusted.py": "assert list(whole_numbers({'a': 3}))",
+}  # fmt: skip
 
+# What a reader does with copies of methods/: a plain loop of torch, and the stock Trainer.
+TRAINING = """
+from mylib.methods.losses import cross_entropy
+from mylib.methods.speedups import shortcuts
+from mylib.methods.tuning import merge, tune
+from mylib.methods.unpadding import unpad
+
+batch = {
+    "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    "labels": torch.tensor([0, 1]),
+}
+rows = [{name: value[i] for name, value in batch.items()} for i in (0, 1)]
+report = tune(model, "lora", rank=2)
+unpad(model)
+moving = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+assert 0 < len(moving) < len(list(model.parameters()))
+with shortcuts(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    losses = []
+    for _ in range(2):
+        loss = cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    arguments = transformers.TrainingArguments(
+        str(folder / "trainer"), max_steps=2, per_device_train_batch_size=2, learning_rate=0.05, report_to="none",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant",
+    )
+    own = lambda outputs, labels, num_items_in_batch=None: cross_entropy(outputs.logits, labels)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, compute_loss_func=own)
+    trainer.train()
+logged = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+assert len(logged) == 2 and logged[1] < losses[0]
+moved = {name for name, p in model.named_parameters() if name in moving and not torch.equal(p, moving[name])}
+assert moved == set(moving), set(moving) - moved
+assert type(merge(model)) is transformers.BertForSequenceClassification
+"""
+TRAINED = ["methods/losses.py", "methods/speedups.py", "methods/tuning.py", "methods/unpadding.py"]
+
+# One process a package, forked from one that has loaded torch and transformers and nothing else.
 PROGRAM = """
-import importlib, json, sys, traceback
+import importlib, json, os, sys, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,79 +126,161 @@ for name in ("datasets", "evaluate", "sklearn", "seqeval", "matplotlib", "peft",
     sys.modules[name] = None
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 torch.set_num_threads(1)
 sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-results = {}
-for module, snippet in json.loads(sys.argv[2]).items():
-    folder = Path(sys.argv[1]) / module
-    for name in [name for name in sys.modules if name.split(".")[0] == "ftlib"]:
-        del sys.modules[name]
+
+def attempt(folder, module, snippet):
     sys.path[0] = str(folder)
     importlib.invalidate_caches()
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, processors
-        core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-        core.pre_tokenizer = pre_tokenizers.Whitespace()
-        space = {
-            "torch": torch, "folder": folder, "SimpleNamespace": SimpleNamespace,
-            "model": transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval(),
-            "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[UNK]"),
-            "ROWS": [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [1], "labels": 0}],
-        }
-        found = importlib.import_module(f"ftlib.{module}")
-        assert Path(found.__file__).parent.parent == folder, found.__file__
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    space = {
+        "torch": torch, "transformers": transformers, "folder": folder, "SimpleNamespace": SimpleNamespace,
+        "model": transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval(),
+        "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[UNK]"),
+        "ROWS": [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [1], "labels": 0}],
+    }
+    if module:
+        found = importlib.import_module(module)
+        assert Path(found.__file__).is_relative_to(folder), found.__file__
         space |= {name: value for name, value in vars(found).items() if not name.startswith("__")}
-        exec(snippet, space)
-        results[module] = ""
+    exec(snippet, space)
+    assert not any(name.split(".")[0] == "ftlib" for name in sys.modules)
+
+tried = json.loads(sys.argv[2])
+for place, (module, snippet) in tried.items():
+    folder = Path(sys.argv[1]) / place
+    child = os.fork() if len(tried) > 1 else 0
+    if child:
+        os.waitpid(child, 0)
+        continue
+    try:
+        attempt(folder, module, snippet)
+        said = ""
     except BaseException:
-        results[module] = traceback.format_exc()
-(Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
+        said = traceback.format_exc()
+    (folder / "said").write_text(said)
+    os._exit(0)
 """
 
 
-def promised(module):
-    """The files a module's docstring tells to copy; those in brackets are for some uses only."""
-    text = (HERE / f"{module}.py").read_text().split('"""')[1]
-    if "To copy: this file alone" in text:
-        return {f"{module}.py"}
-    found = re.search(r"To copy this module you need: (.*?)(\n\n|\nSource|$)", text, re.DOTALL)
-    return set(re.findall(r"\w+\.py", re.sub(r"\([^)]*\)", "", found[1]))) if found else set()
+def line(path):
+    """What the `To copy:` of a file says, None where it has none."""
+    found = re.search(r"^To copy: (.*?\.)$", ast.get_docstring(ast.parse(path.read_text("utf8"))) or "", re.S | re.M)
+    return found and " ".join(found[1].split())
 
 
-MODULES = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "__init__" and promised(path.stem))
+def named(text, path):
+    """The files named in such a line, those of a room for `room/`."""
+    text = re.sub(
+        r"(\w+/)\{([\w,\s]+)\}\.py", lambda m: " ".join(f"{m[1]}{n.strip()}.py" for n in m[2].split(",")), text
+    )
+    files = {HERE / name for name in re.findall(r"\w+/\w+\.py", text)}
+    rooms = re.findall(r"\b(\w+)/(?=[\s,.;)]|$)", text)
+    return files | {other for room in rooms for other in FILES if other.parent == HERE / room and other != path}
 
 
-def test_every_module_that_promises_is_tried():
-    assert set(MODULES) == set(SNIPPETS)
+def promised(path):
+    """The files a file's head tells to copy; those in brackets are for some uses only."""
+    return {path} | named(re.sub(r"\([^)]*\)", "", line(path)), path)
+
+
+def relative(path, deep=False):
+    """The files that a file imports: when it is imported itself, or anywhere."""
+    found, nodes = set(), list(ast.parse(path.read_text("utf8")).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not deep:
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            place = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            module = place.with_suffix(".py")
+            found |= {module} if node.module and module.is_file() else {place / f"{a.name}.py" for a in node.names}
+    return found
+
+
+def closure(path):
+    """The file and all that it needs to be imported."""
+    seen, todo = set(), [path]
+    while todo:
+        if (one := todo.pop()) not in seen:
+            seen.add(one)
+            todo += relative(one)
+    return seen
+
+
+def short(path):
+    return path.relative_to(HERE).as_posix()
+
+
+COPIED = {short(path): path for path in FILES if line(path)}
+
+
+def lay_out(folder, files):
+    """The files as a package `mylib`, rooms as packages in it."""
+    (folder / "mylib").mkdir(parents=True)
+    (folder / "mylib" / "__init__.py").touch()
+    for path in files:
+        room = folder / "mylib" / path.parent.name
+        room.mkdir(exist_ok=True)
+        (room / "__init__.py").touch()
+        shutil.copy(path, room)
+
+
+def test_every_file_that_promises_is_tried():
+    assert set(COPIED) == set(SNIPPETS) and not NEVER & set(COPIED)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_file_names_what_it_imports_and_no_more(name):
+    path = COPIED[name]
+    own, needed = promised(path), closure(path)
+    assert needed <= own, f"not named: {sorted(map(short, needed - own))}"
+    rooms = {HERE / room for room in re.findall(r"\b(\w+)/(?=[\s,.;)]|$)", re.sub(r"\([^)]*\)", "", line(path)))}
+    used = needed | relative(path, deep=True)
+    in_vain = {other for other in own - used if other.parent not in rooms}
+    assert not in_vain, f"named in vain: {sorted(map(short, in_vain))}"
+    assert all(any(other.parent == room for other in used) for room in rooms)
+    if "this file alone" in line(path):
+        assert own == {path}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_a_function_imports_is_named_too(name):
+    """In brackets, most of it: it is for some uses only."""
+    path = COPIED[name]
+    assert relative(path, deep=True) <= promised(path) | named(line(path), path)
+
+
+def attempted(folder, tried):
+    """{folder: what went wrong} for {folder: (module to import or None, what to run)}."""
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(tried)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {place: (folder / place / "said").read_text() for place in tried}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """One process tries all modules, each in a package folder of its own: {module: what went wrong}."""
     folder = tmp_path_factory.mktemp("copies")
-    for module in MODULES:
-        (folder / module / "ftlib").mkdir(parents=True)
-        (folder / module / "ftlib" / "__init__.py").touch()
-        for name in promised(module):
-            shutil.copy(HERE / name, folder / module / "ftlib")
-    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps({name: SNIPPETS[name] for name in MODULES})]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    tried = {}
+    for name, path in COPIED.items():
+        place = name.removesuffix(".py").replace("/", "-")
+        lay_out(folder / place, promised(path))
+        tried[place] = (f"mylib.{place.replace('-', '.')}", SNIPPETS.get(name, ""))
+    return attempted(folder, tried)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_files_named_are_enough(results, module):
-    assert results[module] == ""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for every file")
+@pytest.mark.parametrize("name", COPIED)
+def test_the_files_named_are_enough(results, name):
+    assert results[name.removesuffix(".py").replace("/", "-")] == ""
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_file_is_named_in_vain(module):
-    """Every file named is imported by another of the files named."""
-    names = {Path(name).stem for name in promised(module)} - {module}
-    text = "\n".join((HERE / name).read_text() for name in promised(module))
-    used = set(re.findall(r"from ftlib\.(\w+) import", text))
-    for line in re.findall(r"from ftlib import (.*)", text):
-        used |= set(re.findall(r"\w+", line))
-    assert names <= used
+def test_copies_train_in_a_plain_loop_and_in_the_stock_trainer(tmp_path):
+    lay_out(tmp_path / "own", set().union(*(promised(COPIED[name]) for name in TRAINED)))
+    assert attempted(tmp_path, {"own": (None, TRAINING)}) == {"own": ""}

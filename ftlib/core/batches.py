@@ -1,8 +1,8 @@
 """From rows to batches: pad as late as possible, cut by size; and the checks of numbers that settings share.
 
-A *row* is a dict: `input_ids` (whole numbers, no padding), any other input of the model that has one value a token
-(`token_type_ids`) or one a row, and `labels`: an int (class), a float (regression), a list of floats (multi-label), as
-many ints as `input_ids` (one a token, -100 where there is none), or a dict {task name: one of these}.
+A *row* is a dict: `input_ids` (whole numbers, no padding), other inputs of the model with one value a token or a row,
+and `labels`: an int (class), a float (regression), a list of floats (multi-label), as many ints as `input_ids` (one a
+token, -100 where there is none), or a dict {task name: one of these}.
 
 To copy: this file alone.
 """
@@ -39,8 +39,6 @@ def collate(
             [1, 0, 0]])
     """
     one_of("padding_side", padding_side, ("left", "right"))
-    if not rows:
-        raise ValueError("no rows to collate")
     try:
         return _collate(rows, pad_token_id, padding_side, width, stack or {})
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
@@ -133,9 +131,8 @@ def split_by_size(
 
 def number(name: str, value: Any, low: float, high: float = float("inf"), *, below: bool = False) -> float:
     """The value, a number from low to high (below: less than high); ValueError naming it for anything else."""
-    right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # an int may be larger than any float
-    if not (right and low <= value <= high and abs(value) <= sys.float_info.max) or (below and value == high):
+    right = type(value) in (int, float) and low <= value <= high and not (below and value == high)
+    if not right or abs(value) > sys.float_info.max:  # an int may be larger than any float
         above = ", finite" if high == float("inf") else f" to {'below ' if below else ''}{high:g}"
         raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
     return value

@@ -8,8 +8,8 @@ Source: temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2; 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,68 +25,61 @@ def plan(sizes: dict[str, int], config: Any) -> Iterator[list[Place]]:
 
     sizes: {"": rows}, passed over epoch by epoch; or {task: rows}, mixed by a TaskSampler as config.task_sampler says.
     """
+    orders = {name: _orders(size, config, place) for place, (name, size) in enumerate(sizes.items())}
     if list(sizes) == [""]:
-        epoch = 0
-        while True:
-            order = _order(sizes[""], config, epoch)
+        for order in orders[""]:
             for start in range(0, len(order), config.batch_size):
                 yield [("", int(i)) for i in order[start : start + config.batch_size]]
-            epoch += 1
     epochs = config.epochs
     if config.max_steps:
         epochs = math.ceil(config.max_steps / math.ceil(sum(sizes.values()) / config.batch_size))
     sampler = TaskSampler(sizes, config.temperature, config.seed, how=config.task_sampler, epochs=epochs)
-    streams = {name: _endless(size, config, place) for place, (name, size) in enumerate(sizes.items())}
+    endless = {name: (int(i) for order in own for i in order) for name, own in orders.items()}
     while True:
-        yield [(name, next(streams[name])) for name in sampler.draw(config.batch_size)]
+        yield [(name, next(endless[name])) for name in sampler.draw(config.batch_size)]
+
+
+def _orders(count: int, config: Any, stream: int) -> Iterator[Any]:
+    """The rows' order in every epoch."""
+    epoch = stream * 10_007
+    while True:
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
+        yield torch.randperm(count, generator=generator).numpy() if config.shuffle else range(count)
+        epoch += 1
 
 
 def stream_plan(rows: Iterable[Any], config: Any) -> Iterator[list[Place]]:
-    """The rows of every step from a stream, [("", row)]; again from its start where it ends, if it has a new start.
-
-    A buffer of config.shuffle_buffer rows is kept full, and every row is drawn from it at random.
-    """
+    """The rows of every step from a stream, [("", row)]; again from its start where it ends, if it has a new start."""
     generator = torch.Generator().manual_seed(config.seed % 2**63)
     size = config.shuffle_buffer if config.shuffle else 1
-    epoch, buffer, step = 0, [], []
-    while True:
-        source, came = iter(rows), 0
-        for row in source:
-            came += 1
-            buffer.append(row)
-            if len(buffer) >= size:
-                step.append(("", _drawn(buffer, generator)))
-            if len(step) == config.batch_size:
-                yield step
-                step = []
-        epoch += 1
-        if source is rows or not came:  # a generator, or nothing more
-            break
-    while buffer:
-        step.append(("", _drawn(buffer, generator)))
-        if len(step) == config.batch_size or not buffer:
+    step: list[Place] = []
+    for row in _buffered(_repeated(rows), size, generator):
+        step.append(("", row))
+        if len(step) == config.batch_size:
             yield step
             step = []
+    if step:
+        yield step
 
 
-def _drawn(buffer: list, generator: torch.Generator) -> Any:
-    place = int(torch.randint(len(buffer), (), generator=generator)) if len(buffer) > 1 else 0
-    buffer[place], buffer[-1] = buffer[-1], buffer[place]
-    return buffer.pop()
+def _repeated(rows: Iterable[Any]) -> Iterator[Any]:
+    came = True
+    while came:
+        source, came = iter(rows), False
+        for row in source:
+            yield row
+            came = source is not rows  # a generator has no new start
 
 
-def _order(count: int, config: Any, epoch: int, stream: int = 0) -> Any:
-    if not config.shuffle:
-        return range(count)
-    seed = (config.seed * 1_000_003 + stream * 10_007 + epoch) % 2**63
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
-
-
-def _endless(count: int, config: Any, stream: int) -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield from map(int, _order(count, config, epoch, stream))
-        epoch += 1
+def _buffered(rows: Iterator[Any], size: int, generator: torch.Generator) -> Iterator[Any]:
+    """Every row drawn at random from `size` of them that are held."""
+    held: list[Any] = []
+    for row in rows:
+        held.append(row)
+        if len(held) >= size:
+            yield held.pop(int(torch.randint(len(held), (), generator=generator)) if size > 1 else 0)
+    while held:
+        yield held.pop(int(torch.randint(len(held), (), generator=generator)))
 
 
 class TaskSampler:
@@ -113,8 +106,7 @@ class TaskSampler:
             whole(f"examples of the task {name!r}", size)
         number("temperature", temperature, 1e-6)
         one_of("sampler", how, SAMPLERS)
-        whole("epochs", epochs)
-        self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, epochs
+        self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, whole("epochs", epochs)
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn = 0
         self.order: list[str] = []  # "remaining": the tasks of what is left of the epoch
@@ -122,34 +114,25 @@ class TaskSampler:
     @property
     def probabilities(self) -> dict[str, float]:
         """{task: its probability in the next draw}."""
-        if self.how == "remaining":
-            left = self.order or list(self._repeated())
-            return {name: left.count(name) / len(left) for name in self.sizes}
-        power = 1 / self.temperature
-        if self.how == "uniform":
-            power = 0.0
-        elif self.how == "annealed" and self.epochs > 1:
+        power = {"temperature": 1 / self.temperature, "uniform": 0.0}.get(self.how, 1.0)
+        if self.how == "annealed" and self.epochs > 1:
             epoch = min(self.drawn // sum(self.sizes.values()), self.epochs - 1)  # from 0
             power = 1 - 0.8 * epoch / (self.epochs - 1)
-        largest = max(self.sizes.values())  # shares of it, so that no power overflows
-        weights = {name: (size / largest) ** power for name, size in self.sizes.items()}
-        total = sum(weights.values())
-        return {name: weight / total for name, weight in weights.items()}
+        left = Counter(self.order) if self.order else self.sizes
+        largest = max(left.values())  # shares of it, so that no power overflows
+        weights = {name: (left[name] / largest) ** power for name in self.sizes}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     def draw(self, count: int) -> list[str]:
         """The tasks of the next `count` examples."""
         if self.how == "remaining":
+            names = [name for name, size in self.sizes.items() for _ in range(size)]
             while len(self.order) < count:
-                names = list(self._repeated())
                 self.order += [names[i] for i in torch.randperm(len(names), generator=self.generator).tolist()]
             drawn, self.order = self.order[:count], self.order[count:]
             return drawn
-        probabilities = self.probabilities
-        names = list(probabilities)
-        weights = torch.tensor(list(probabilities.values()), dtype=torch.float64)
+        names, weights = zip(*self.probabilities.items(), strict=True)
         self.drawn += count
+        weights = torch.tensor(weights, dtype=torch.float64)
         drawn = torch.multinomial(weights, count, replacement=True, generator=self.generator)  # (count,)
         return [names[i] for i in drawn.tolist()]
-
-    def _repeated(self) -> Iterator[str]:
-        return chain.from_iterable([name] * size for name, size in self.sizes.items())

@@ -27,7 +27,7 @@ from . import distributed
 
 def _folders(parent: str | os.PathLike) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    found = (path for path in Path(parent).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
     return sorted(found, key=_step)
 
 
@@ -47,21 +47,16 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
             tempfile.TemporaryDirectory(prefix=".try-", dir=parent).cleanup()
     except OSError as error:
         raise OSError(f"checkpoint_dir={str(parent)!r} can't be written to ({error}); choose another") from error
-    if distributed.rank() == 0:
-        for left in parent.glob(".step-*"):
-            if not (parts := re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)):
-                continue
-            if parts[2] == "old" and not (parent / parts[1]).exists():  # killed between the two renames
-                left.rename(parent / parts[1])
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+    for left in parent.glob(".step-*") if distributed.rank() == 0 else ():
+        parts = re.fullmatch(rf"\.(step-\d{{8,}})\.{MARK}\.(new|old)", left.name)
+        if parts and parts[2] == "old" and not (parent / parts[1]).exists():  # killed between the two renames
+            left.rename(parent / parts[1])
+        elif parts:
+            shutil.rmtree(left, ignore_errors=True)
     distributed.barrier()
-    old = _folders(parent)
-    if old and not going_on:
-        raise ValueError(
-            f"{parent} holds {old[-1].name} of an earlier run; go on with it (resume='auto'), delete it, or choose "
-            "another checkpoint_dir"
-        )
+    if (old := _folders(parent)) and not going_on:
+        remedy = "go on with it (resume='auto'), delete it, or choose another checkpoint_dir"
+        raise ValueError(f"{parent} holds {old[-1].name} of an earlier run; {remedy}")
 
 
 _SLOTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
@@ -80,8 +75,8 @@ class OptimizerState:
         self.moved = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        states = ((name, self.optimizer.state.get(p, {})) for name, p in self.moved.items())
-        return {f"{n}.{k}": torch.as_tensor(v) for n, slots in states for k, v in slots.items() if v is not None}
+        states = {name: self.optimizer.state.get(p, {}) for name, p in self.moved.items()}
+        return {f"{n}.{k}": torch.as_tensor(v) for n, own in states.items() for k, v in own.items() if v is not None}
 
     def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
         """Every slot of every parameter that has one."""
@@ -139,10 +134,8 @@ class Checkpoints:
                     save_file(tensors_of(tensors), temporary / "state.safetensors")
                     state = {"fingerprint": self.fingerprint, "step": step, **plain}
                     (temporary / "state.json").write_text(json.dumps(state))
-                    files = {
-                        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())
-                    }
-                    (temporary / "manifest.json").write_text(json.dumps(files, indent=1))
+                    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in temporary.iterdir()}
+                    (temporary / "manifest.json").write_text(json.dumps(files, indent=1, sort_keys=True))
             except OSError as error:
                 last = ", ".join(path.name for path in _folders(self.folder)[-1:]) or "none"
                 remedy = "make room, or mend the disk, and go on with resume='auto'"
@@ -161,39 +154,35 @@ class Checkpoints:
         Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.  The number
         of processes, and how they share the work, may differ from before; only dropout then draws other numbers.
         """
-        step = self._newest()
+        step = None
+        own = {name: part.state_dict() for name, part in self.parts.items()}  # all processes take part in it
+        for folder in reversed(_folders(self.folder)):
+            if not (problem := damage(folder)):
+                state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
+                problem = self._unfit(folder, state, tensors, own)
+            if not problem:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name] | _under(name, tensors))
+                step = state["step"]
+                break
+            warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
         found = [int(part) for part in distributed.gather(torch.tensor(step or 0), self.device)]
         if len(set(found)) > 1:
-            raise ValueError(
-                f"the processes find checkpoints of the steps {found} in {self.folder}; "
-                "it must be one folder that all machines share"
-            )
+            both = f"the processes find checkpoints of the steps {found} in {self.folder}"
+            raise ValueError(f"{both}; it must be one folder that all machines share")
         return step
 
-    def _newest(self) -> int | None:
-        for folder in reversed(_folders(self.folder)):
-            problem = damage(folder)
-            if not problem:
-                state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
-                if isinstance(state.get("fingerprint"), dict):
-                    _refuse_another_run(state["fingerprint"], self.fingerprint, folder)
-                wrong = state.get("step") != _step(folder)
-                problem = f"state.json: step is {state.get('step')}" if wrong else self._unfit(state, tensors)
-            if problem:
-                warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
-                continue
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name] | _under(name, tensors))
-            return state["step"]
-        return None
-
-    def _unfit(self, state: dict, tensors: dict[str, torch.Tensor]) -> str | None:
+    def _unfit(self, folder: Path, state: dict, tensors: dict[str, torch.Tensor], states: dict) -> str | None:
         """What in whole files keeps them from being loaded, so that nothing is ever half-loaded; None: nothing does."""
+        if isinstance(state.get("fingerprint"), dict):
+            _refuse_another_run(state["fingerprint"], self.fingerprint, folder)
+        if state.get("step") != _step(folder):
+            return f"state.json: step is {state.get('step')}"
         for name in ("fingerprint", *self.parts):
             if not isinstance(state.get(name), dict):
                 return f"state.json: {name} is {str(state.get(name, 'missing'))[:40]}"
         for name, part in self.parts.items():
-            own, found = part.state_dict(), _under(name, tensors)
+            own, found = states[name], _under(name, tensors)
             for key, value in own.items():
                 if not isinstance(value, torch.Tensor) and not _alike(value, state[name].get(key, ...)):
                     return f"state.json: {name}.{key} is {str(state[name].get(key, 'missing'))[:40]}"
@@ -219,16 +208,15 @@ def _under(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def _alike(own: Any, found: Any) -> bool:
     """Whether a value from a file can stand for one of ours: of its type; numbers and None for each other."""
     numbers = (int, float, type(None))
-    if found is ... or type(found) is type(own):
-        return found is not ...
-    return own is None or (isinstance(own, numbers) and isinstance(found, numbers))
+    like = own is None or type(found) is type(own) or (isinstance(own, numbers) and isinstance(found, numbers))
+    return like and found is not ...
 
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run."""
-    free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume", "distributed")
-    free += ("gradient_checkpointing",)  # the same numbers
-    kept = {name: value for name, value in asdict(config).items() if name not in free}
+    free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume")
+    same = ("distributed", "gradient_checkpointing")  # the same numbers
+    kept = {name: value for name, value in asdict(config).items() if name not in free + same}
     if callable(kept["task_gradients"]):  # in words that are the same in the next process
         kept["task_gradients"] = re.sub(" at 0x[0-9a-f]+", "", repr(kept["task_gradients"]))
     return {"config": kept} | more
@@ -248,32 +236,24 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         written = entry if isinstance(entry, dict) else {}
         try:
-            size, digest = path.stat().st_size, _sha256(path)
+            if (size := path.stat().st_size) != written.get("bytes"):
+                return f"{name} has {size} bytes, {written.get('bytes')} were written"
+            if _sha256(path) != written.get("sha256"):
+                return f"{name}: its SHA-256 is not the one that was written"
         except OSError as error:  # a dying disk
             return f"{name} can't be read ({error})"
-        if size != written.get("bytes"):
-            return f"{name} has {size} bytes, {written.get('bytes')} were written"
-        if digest != written.get("sha256"):
-            return f"{name}: its SHA-256 is not the one that was written"
     return None
 
 
 def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
     if theirs == ours:
         return
-    config = theirs.get("config", {})
-    pairs = {f"config.{k}": (config.get(k), value) for k, value in ours["config"].items()}
-    pairs |= {k: (theirs.get(k), value) for k, value in ours.items() if k != "config"}
-    hashes = ("data", "model")  # nothing to see in them
-    changed = [
-        f"{key} differs" if key in hashes else f"{key} was {was!r} and is {now!r}"
-        for key, (was, now) in pairs.items()
-        if was != now
-    ]
-    raise ValueError(
-        f"{folder} is from another run: {', '.join(changed) or 'its settings differ'}; "
-        "use the same settings, model and data, or another checkpoint_dir"
-    )
+    before, now = ({f"config.{k}": v for k, v in one.get("config", {}).items()} | one for one in (theirs, ours))
+    changed = {k: f"was {before.get(k)!r} and is {v!r}" for k, v in now.items() if before.get(k) != v and k != "config"}
+    changed |= dict.fromkeys(changed.keys() & {"data", "model"}, "differs")  # hashes: nothing to see in them
+    said = ", ".join(f"{key} {how}" for key, how in changed.items()) or "its settings differ"
+    remedy = "use the same settings, model and data, or another checkpoint_dir"
+    raise ValueError(f"{folder} is from another run: {said}; {remedy}")
 
 
 def _sha256(path: Path) -> str:

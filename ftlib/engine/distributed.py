@@ -13,7 +13,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -39,30 +39,21 @@ def start() -> None:
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=TIMEOUT, **_meeting())
-        return
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"local process {device.index} has no GPU, there are {count}; use --nproc-per-node {count}")
-    torch.cuda.set_device(device)
+    local, count, device = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), None
+    if torch.cuda.is_available():
+        if local >= count:
+            raise ValueError(f"local process {local} has no GPU, there are {count}; use --nproc-per-node {count}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    where: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives the processes: in a corner of its own, a restart finds no addresses of dead ones
+        own, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=TIMEOUT)
+        corner = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        where = {"store": corner, "rank": own, "world_size": world}
     # device_id: it connects now, so that trouble shows now
-    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **_meeting())
-
-
-def _meeting() -> dict[str, Any]:
-    """Where the processes find each other: torchrun's store, in a corner of its own for every restart.
-
-    The store outlives the processes.  Without this, those of a restart may find the addresses of the dead ones.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    own, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world, is_master=False, timeout=TIMEOUT)
-    corner = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    return {"store": dist.PrefixStore(corner, store), "rank": own, "world_size": world}
+    dist.init_process_group("nccl" if device else "gloo", timeout=TIMEOUT, device_id=device, **where)
 
 
 def stop() -> None:
@@ -129,11 +120,7 @@ def all_joined(parts: dict) -> dict:
 
 def from_first(value: float, device: torch.device) -> float:
     """Process 0's number, so that all decide alike."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(tensor, src=0)
-    return float(tensor)
+    return float(gather(torch.tensor(value, dtype=torch.float64), device)[0])
 
 
 def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
@@ -181,18 +168,15 @@ def wrap(model: nn.Module) -> nn.Module:
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the model for training, its weights spread over all processes.
 
-    Every layer is a unit of its own, the rest of the model is one more.  The model passed
-    in stays whole, where it is: on the CPU, if the GPU has no room for it.  `collect` brings the weights back.
-
+    Every layer is a unit of its own, the rest of the model is one more.  The model passed in stays whole, where it is:
+    on the CPU, if the GPU has no room for it.  All processes start from the weights of process 0.
     device: to compute on.  dtype: to compute and to send weights in, e.g. torch.bfloat16, None for the weights' own;
     the weights themselves stay as they are, and gradients are summed up in float32.
-    All processes start from the weights of process 0.  Raises ValueError for a model with several heads.
+    Raises ValueError for a model with several heads.
     """
     if hasattr(model, "tasks"):  # MultiTaskModel
-        raise ValueError(
-            "distributed='fsdp' trains models with one head: here the heads in use differ between processes, and "
-            "their weights would be summed up out of step; use distributed='ddp'"
-        )
+        why = "the heads in use differ between processes, and their weights would be summed up out of step"
+        raise ValueError(f"distributed='fsdp' trains models with one head: here {why}; use distributed='ddp'")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -253,14 +237,10 @@ def to_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @contextmanager
 def hold_gradients(model: Any) -> Iterator[None]:
     """Inside, gradients add up without being exchanged: for all but a step's last micro-batch."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(False)
+    exchange = getattr(model, "set_requires_gradient_sync", lambda on: None)  # of a sharded one
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        exchange(False)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
-    else:
-        yield
+            exchange(True)

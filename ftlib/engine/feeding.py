@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..core.batches import Row, collate, split_by_size, to_device
-from ..core.loop import Gradient
 from ..core.sampling import Place, plan, stream_plan
 from ..inputs.rows import Rows, Stream, take
 from ..tasks.task import TASKS
@@ -69,9 +67,9 @@ class Step(list):
     def row_numbers(self) -> list[int] | dict[str, list[int]]:
         """Where the rows stand in the training dataset, in each of several: {name: numbers}; -1 in a stream."""
         found: dict[str, list[int]] = {}
-        for name, place in self.places:
-            found.setdefault(name, []).append(place if isinstance(place, int) else -1)
-        return sorted(found[""]) if list(found) == [""] else {name: sorted(places) for name, places in found.items()}
+        for name, place in sorted((name, place if isinstance(place, int) else -1) for name, place in self.places):
+            found.setdefault(name, []).append(place)
+        return found.get("", found)
 
 
 class Feed:
@@ -86,17 +84,16 @@ class Feed:
         self.parts, self.tasks, self.run, self.pad, self.device = parts, tasks, run, pad, device
         self.stack = {task: TASKS[kind].stack for task, (kind, _) in tasks.items()}
         self.streams = isinstance(parts.get(""), Stream)
-        sized = {} if self.streams else parts
-        self.longest = max((int(rows.lengths.max()) for rows in sized.values()), default=0)
-        self.rows = sum(map(len, sized.values()))
+        self.rows = {} if self.streams else {name: len(rows) for name, rows in parts.items()}
+        self.longest = max((int(parts[name].lengths.max()) for name in self.rows), default=0)
         if run.config.max_tokens and self.longest > run.config.max_tokens:
             most = f"max_tokens={run.config.max_tokens}"
             raise ValueError(f"{most}, but the longest training row has {self.longest} tokens")
 
     def start(self, first: int, total: int) -> None:
         """Walk to step `first` (0-based): the order is a function of the seed."""
-        config, sizes = self.run.config, {name: len(rows) for name, rows in self.parts.items() if not self.streams}
-        self.plan = stream_plan(self.parts[""], config) if self.streams else plan(sizes, config)
+        config = self.run.config
+        self.plan = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config)
         self.number, self.total, self.ready = first, total, None
         for _ in range(first):
             next(self.plan)
@@ -107,6 +104,7 @@ class Feed:
             if step.sizes != self.sizes():  # made before memory ran out
                 step.cut()
             self.number += 1
+            self.step = step  # that is being taken
             yield step
 
     def ahead(self) -> None:
@@ -122,20 +120,19 @@ class Feed:
 
     def cut(self, rows: list[Row]) -> list[list[Row]]:
         """Rows in micro-batches; with task_gradients only rows of the same tasks together."""
-        if self.run.config.task_gradients is None:
-            return self._by_size(rows)
         alike: dict[tuple, list[Row]] = {}  # so no backward pass computes for rows of another task
         for row in rows:
-            alike.setdefault(tuple(sorted(row["labels"])), []).append(row)
-        return [part for group in alike.values() for part in self._by_size(group)]
-
-    def _by_size(self, rows: list[Row]) -> list[list[Row]]:
+            tasks = () if self.run.config.task_gradients is None else tuple(sorted(row["labels"]))
+            alike.setdefault(tasks, []).append(row)
         batch_size, max_tokens = self.sizes()
         if not batch_size and not max_tokens:
-            return [rows] if rows else []
-        lengths = [len(row["input_ids"]) for row in rows]
-        cut = split_by_size(range(len(rows)), lengths, batch_size=batch_size, max_tokens=max_tokens)
-        return [[rows[i] for i in indices] for indices in cut]
+            return list(alike.values())
+        out = []
+        for group in alike.values():
+            lengths = [len(row["input_ids"]) for row in group]
+            cut = split_by_size(range(len(group)), lengths, batch_size=batch_size, max_tokens=max_tokens)
+            out += [[group[i] for i in indices] for indices in cut]
+        return out
 
     def digest(self, others: list[Rows]) -> str:
         """SHA-256 of all token ids, further inputs, and labels; a stream has none."""
@@ -149,17 +146,6 @@ class Feed:
                         found.update(key.encode() + np.asarray(value, dtype=np.float64).tobytes())
                     found.update(repr(row["labels"]).encode())
         return found.hexdigest()
-
-
-def looking_ahead(gradient: Gradient, feed: Feed) -> Gradient:
-    """The gradient function, which makes the next step's batches before anyone looks at its result."""
-
-    def then_feed(model: nn.Module, step: Step) -> torch.Tensor:
-        loss = gradient(model, step)
-        feed.ahead()
-        return loss
-
-    return then_feed
 
 
 def counts(rows: list[Row], tasks: dict[str, tuple[str, int]]) -> tuple[dict[str, int], dict[str, float]]:

@@ -1,9 +1,7 @@
 """`fit`: a `for` over `core.loop.steps`, on any model with a task head.
 
-A step: take its rows, cut them into micro-batches, run each forward and backward with the loss *summed* over labelled
-items and divided by the number of labelled items of the whole step (all micro-batches, all processes), clip, AdamW,
-schedule.  What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`.
-
+What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`; the loss of
+a step is *summed* over labelled items and divided by those of the whole step (all micro-batches, all processes).
 The loop itself is what to take home: core/loop.py, alone.
 """
 
@@ -25,7 +23,7 @@ from ..methods import optimizing
 from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
 from . import checkpoints, compiling, distributed, recovery, task_gradients
-from .feeding import Feed, looking_ahead
+from .feeding import Feed
 from .prediction import scores
 from .settings import Run, TrainConfig
 
@@ -33,15 +31,10 @@ __all__ = ["fit"]
 
 
 def fit(
-    model: nn.Module,
-    train_dataset: Any,
-    *,
-    eval_dataset: Any = None,
-    tokenizer: Any = None,
-    config: TrainConfig | None = None,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    model: nn.Module, train_dataset: Any, *, eval_dataset: Any = None, tokenizer: Any = None,
+    config: TrainConfig | None = None, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     on_record: Callable[[dict[str, Any]], Any] | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Train a model in place; returns the `Run`.
 
     Args:
@@ -66,12 +59,12 @@ def fit(
     weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
-    for name, value, right in (
-        ("config", config, isinstance(config, TrainConfig)), ("loss", loss, loss is None or callable(loss)),
-        ("on_record", on_record, on_record is None or callable(on_record)),
-    ):  # fmt: skip
+    for name, value, right, need in (
+        ("config", config, isinstance(config, TrainConfig), "ftlib.TrainConfig(...)"),
+        ("loss", loss, loss is None or callable(loss), "a function, see the docstring of fit"),
+        ("on_record", on_record, on_record is None or callable(on_record), "a function, see the docstring of fit"),
+    ):
         if not right:
-            need = "ftlib.TrainConfig(...)" if name == "config" else "a function, see the docstring of fit"
             raise TypeError(f"{name} is {value!r}; pass {need}")
     distributed.start()
     parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None)
@@ -87,11 +80,11 @@ def fit(
             spread = distributed.spread(model, config.distributed, device, dtype)
             with compiling.training_modes(model, config), spread as trained, measure() as cost:
                 training = Training(trained, parts, held_out, tokenizer, config, loss, on_record)
-                run = training.run()
+                training._run()
         finally:
             model.zero_grad(set_to_none=True)
-    run.peak_memory_mb = cost.peak_mb if cost.peak_gpu_mb is None else cost.peak_gpu_mb
-    return run
+    training.result.peak_memory_mb = cost.peak_mb if cost.peak_gpu_mb is None else cost.peak_gpu_mb
+    return training.result
 
 
 class Best:
@@ -167,41 +160,35 @@ class Training:
         _check(model, tasks, config, loss)
         self.pad = anatomy.pad_id(tokenizer, model.config)
         self.feed = Feed(parts, tasks, self.result, self.pad, device)
-        self.epoch = math.ceil(self.feed.rows / config.batch_size) or config.max_steps  # steps in one
+        self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
         self.joint = task_gradients.begin(model, config, parts, precision, self.epoch)  # None for a single task
-        if config.checkpoint_dir:
-            checkpoints.prepare(config.checkpoint_dir, going_on=config.resume is not None)
-            described = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
-            print_ = checkpoints.fingerprint(
-                config, steps=self.total, rows={n: 0 if self.feed.streams else len(rows) for n, rows in parts.items()},
-                data=self.feed.digest(held_out), model=described,
-            )  # fmt: skip
         self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best = Best(trainable, config.metric, config.patience)
         self.random = recovery.RandomState(device)
+        self.kept = self._checkpoints(parts) if config.checkpoint_dir else None
         self.together = recovery.Together()
         self.wrapped = distributed.wrap(model)
-        functions = {t: loss or task_loss(kind, _smoothing(kind, config)) for t, (kind, _) in tasks.items()}
+        smoothing = config.label_smoothing
+        functions = {t: loss or task_loss(k, smoothing * TASKS[k].smooths) for t, (k, _) in tasks.items()}
         losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast)
-        gradient = task_gradients.task_gradient(losses, self.joint, self.scaler, model)
-        self.gradient = recovery.halving(looking_ahead(gradient, self.feed), device)
-        self.kept: checkpoints.Checkpoints | None = None
-        if config.checkpoint_dir:
-            resumable = {
-                "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
-                "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
-            } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
-            self.kept = checkpoints.Checkpoints(config.checkpoint_dir, resumable, print_, config.keep_last, device)
+        self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
 
-    def run(self) -> Run:
-        try:
-            self._run()
-        finally:
-            optimizing.begin_step(self.model, 1, 1)  # nothing stays frozen that was free
-        return self.result
+    def _checkpoints(self, parts: dict) -> checkpoints.Checkpoints:
+        """Where the run is kept, all that must go on, and what another call must share with this one."""
+        model, config = self.model, self.config
+        checkpoints.prepare(config.checkpoint_dir, going_on=config.resume is not None)
+        rows = {name: self.feed.rows.get(name, 0) for name in parts}
+        described = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
+        data = self.feed.digest(self.held_out)
+        same = checkpoints.fingerprint(config, steps=self.total, rows=rows, data=data, model=described)
+        resumable = {
+            "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
+            "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
+        } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
+        return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last, self.device)
 
     def _run(self) -> None:
         run, config = self.result, self.config
@@ -219,10 +206,13 @@ class Training:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 self._tell(record)
                 if "skipped" in record:
-                    self._skipped(record)
+                    if reason := recovery.hopeless(run.history, config, self.total):
+                        self._save()
+                        raise ValueError(reason)
+                    recovery.warn_of(record)
                 optimizing.begin_step(self.model, run.steps, self.total)
                 stop = self._evaluated()
-                if self.kept and (stop or run.steps == self.total or self._due(config.checkpoint_every)):
+                if stop or self._due(config.checkpoint_every):
                     self._save()
                 if stop:
                     break
@@ -230,15 +220,21 @@ class Training:
                 run.stopped = "early stopping"
             elif reason := recovery.hopeless(run.history, config, self.total):  # gone on with until no step was left
                 raise ValueError(reason)
-            elif run.steps < self.total:
-                self._ended()
+            elif run.steps < self.total:  # a stream has ended
+                if not run.history:
+                    raise ValueError("train_dataset has zero examples")
+                run.stopped = "no more rows"
+                if self.held_out and "loss" in run.history[-1]:
+                    self.evaluate()
+                self._save()
         except KeyboardInterrupt:
             run.stopped = "interrupted"
             if distributed.world_size() > 1:  # at several steps: the processes can't go on together
                 raise
-            if self.kept and self.together.whole and run.steps > first:
+            if self.together.whole and run.steps > first:
                 self._save()
         finally:
+            optimizing.begin_step(self.model, 1, 1)  # nothing stays frozen that was free
             bar.close()
         if config.patience and self.best.metrics is not None:  # early stopping keeps the best weights
             run.metrics = self.best.metrics
@@ -250,20 +246,15 @@ class Training:
         config = self.config
         warmup = math.ceil(config.warmup_fraction * self.total)
         return steps(
-            self.wrapped, self._noted(), self.optimizer, total=self.total, first=first, gradient=self.gradient,
+            self.wrapped, self.feed, self.optimizer, total=self.total, first=first, gradient=self.gradient,
             schedule=partial(schedule_factor, schedule=config.schedule, warmup=warmup),
             max_grad_norm=config.max_grad_norm, scaler=self.scaler if self.scaler.is_enabled() else None,
             whole=self.together, done=self._done,
         )  # fmt: skip
 
-    def _noted(self) -> Any:
-        for step in self.feed:
-            self.step = step
-            yield step
-
     def _done(self, record: dict[str, Any]) -> None:
         """Weights, optimizer, history and random state go on together: this is called inside `together`."""
-        run, step = self.result, self.step
+        run, step = self.result, self.feed.step
         record |= {
             "epoch": record["step"] / self.epoch, "examples": len(step.rows), "micro_batches": len(step),
             "tokens": sum(len(row["input_ids"]) for row in step.rows),
@@ -277,24 +268,9 @@ class Training:
         run.history.append(record)
         self.random.take()
 
-    def _skipped(self, record: dict[str, Any]) -> None:
-        if reason := recovery.hopeless(self.result.history, self.config, self.total):
-            if self.kept:
-                self._save()
-            raise ValueError(reason)
-        recovery.warn_of(record)
-
-    def _ended(self) -> None:
-        """A stream has ended before max_steps: evaluate and save what there is, and say so."""
-        run = self.result
-        run.stopped = "no more rows"
-        if self.held_out and "loss" in run.history[-1]:
-            self.evaluate()
-        if self.kept:
-            self._save()
-
     def _save(self) -> None:
-        self.kept.save(self.result.steps, best=self.best.step)
+        if self.kept:
+            self.kept.save(self.result.steps, best=self.best.step)
 
     def _tell(self, record: dict[str, Any]) -> None:
         if self.on_record and distributed.rank() == 0:
@@ -302,13 +278,10 @@ class Training:
 
     def _evaluated(self) -> bool:
         """Evaluate if it is time; True when patience has run out.  An error costs no step: they are saved first."""
-        run = self.result
-        if not self.held_out or not (run.steps == self.total or self._due(self.config.eval_every)):
-            return False
         try:
-            return self.evaluate()
+            return bool(self.held_out) and self._due(self.config.eval_every) and self.evaluate()
         except Exception:
-            if self.kept and distributed.world_size() == 1:
+            if distributed.world_size() == 1:
                 self._save()
             raise
 
@@ -332,7 +305,7 @@ class Training:
         return self.best.out_of_patience
 
     def _due(self, every: int | None) -> bool:
-        return self.result.steps % (every or self.epoch) == 0
+        return self.result.steps == self.total or self.result.steps % (every or self.epoch) == 0
 
     def _progress(self, first: int) -> Any:
         from tqdm.auto import tqdm
@@ -351,7 +324,3 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any) -> Non
     if config.r_drop and any(record.divergence is None for record in records.values()):
         raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
     optimizing.check(model, config.distributed)
-
-
-def _smoothing(kind: str, config: TrainConfig) -> float:
-    return config.label_smoothing if TASKS[kind].smooths else 0.0

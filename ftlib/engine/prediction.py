@@ -47,18 +47,16 @@ def batches_of(
         plan = tqdm(plan, desc="predict", unit="batch", leave=False)
     several = hasattr(model, "tasks") and not task
     stack = {name: TASKS[kind].stack for name, (kind, _) in model.tasks.items()} if several else {}
-    numbered = dict(enumerate(parts))
+    numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
     with anatomy.evaluating(model), shortcuts(model):
         for indices, counts in plan:
             rows = take(numbered, [places[i] for i in indices])
             plain = rows if several else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
             batch = collate(plain, pad_token_id=pad, stack=stack)
             batch.pop("labels", None)
-            batch = to_device(batch, device)
             with (autocast or nullcontext)():
-                output = model(**batch, task=task) if task else model(**batch)
-            found = output if several or task else output.logits
-            yield (indices if counts else []), rows, found
+                output = model(**to_device(batch, device), **named)
+            yield (indices if counts else []), rows, (output if several or task else output.logits)
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
@@ -151,17 +149,9 @@ def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict
 
 
 def predict(
-    model: nn.Module,
-    data: Any,
-    *,
-    tokenizer: Any = None,
-    task: str | None = None,
-    output: str = "labels",
-    batch_size: int = 64,
-    max_length: int | None = None,
-    progress: bool = False,
-    shared: bool = False,
-) -> Any:
+    model: nn.Module, data: Any, *, tokenizer: Any = None, task: str | None = None, output: str = "labels",
+    batch_size: int = 64, max_length: int | None = None, progress: bool = False, shared: bool = False,
+) -> Any:  # fmt: skip
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
     Args:
@@ -182,8 +172,7 @@ def predict(
     tasks = tasks_of(model)
     if task is None and len(tasks) != 1:
         raise ValueError(f"say which task: task=..., one of {', '.join(tasks)}")
-    task = next(iter(tasks)) if task is None else task
-    if task not in tasks:
+    if (task := next(iter(tasks)) if task is None else task) not in tasks:
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
@@ -191,7 +180,7 @@ def predict(
     rows = _rows_to_predict(model, data, record, tokenizer, max_length)
     pad = getattr(tokenizer, "pad_token_id", None)
     options = dict(batch_size=batch_size, pad_token_id=pad, progress=progress, shared=shared)
-    logits = logits_of(model, rows, task=task, **options) if rows else []
+    logits = logits_of(model, rows, task=task, **options)
     if record.a_token:
         return [_of_tokens(values, rows[i], output, record, names) for i, values in enumerate(logits)]
     stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
@@ -204,20 +193,18 @@ def predict(
 
 
 def _rows_to_predict(model: nn.Module, data: Any, record: Any, tokenizer: Any, max_length: int | None) -> Any:
-    if isinstance(data, (str, bytes, dict)) and not hasattr(data, "column_names"):
-        raise TypeError(f"data is a {type(data).__name__}; pass a list of texts, even for one: [text]")
-    if not hasattr(data, "column_names"):
-        if not isinstance(data, Iterable):
-            raise TypeError(f"data is a {type(data).__name__}; pass a list of texts or a tokenized dataset")
-        data = list(data)
-        if not data or not isinstance(data[0], dict):
+    if hasattr(data, "column_names"):
+        if not is_stream(data) and "labels" in data.column_names:
+            data = data.remove_columns("labels")
+    elif isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
+        remedy = "pass a list of texts, even for one: [text], or a tokenized dataset"
+        raise TypeError(f"data is a {type(data).__name__}; {remedy}")
+    else:
+        if not (data := list(data)):
+            return []
+        if not isinstance(data[0], dict):
             data = _encoded(model, data, record, tokenizer, max_length)
-    if isinstance(data, list) and not data:
-        return []
-    if isinstance(data, list):
         data = [{k: v for k, v in row.items() if k != "labels"} if isinstance(row, dict) else row for row in data]
-    elif not is_stream(data) and "labels" in data.column_names:
-        data = data.remove_columns("labels")
     return checked(data, _Door.of(model, "data", labels_needed=False))
 
 
@@ -225,9 +212,9 @@ def _encoded(model: nn.Module, texts: list, record: Any, tokenizer: Any, max_len
     if tokenizer is None:
         from ..inputs.pretrained import load_tokenizer
 
-        if not getattr(model.config, "_name_or_path", None):
+        if not (name := getattr(model.config, "_name_or_path", None)):
             raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
-        tokenizer = load_tokenizer(model.config._name_or_path)
+        tokenizer = load_tokenizer(name)
     if record.columns:
         need = f"a dataset from tokenize(..., task=...), which reads {', '.join(record.columns)} beside the text"
         raise TypeError(f"data holds texts alone; pass {need}")
@@ -238,9 +225,8 @@ def _encoded(model: nn.Module, texts: list, record: Any, tokenizer: Any, max_len
 
 def _of_tokens(values: np.ndarray, row: dict, output: str, record: Any, names: dict[int, str]) -> Any:
     if "word_starts" in row:  # texts: one prediction a word
-        starts = row["word_starts"]
         absent = np.full_like(values[0], np.nan)
-        values = np.stack([values[place] if place is not None else absent for place in starts])  # (words, classes)
+        values = np.stack([absent if i is None else values[i] for i in row["word_starts"]])  # (words, classes)
     if output == "logits":
         return values
     scored = torch.from_numpy(values)

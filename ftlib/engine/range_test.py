@@ -1,5 +1,4 @@
-"""Looking for a learning rate before the first real run.
-"""
+"""Looking for a learning rate before the first real run."""
 
 import copy
 from dataclasses import dataclass, replace

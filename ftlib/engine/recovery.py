@@ -2,7 +2,7 @@
 
 Each is a wrapper around a step or a function of records; the loop itself knows none of them.
 
-To copy: this file, engine/feeding.py and what it names.
+To copy: this file, engine/distributed.py, core/anatomy.py, core/loop.py and torch.
 """
 
 import gc
@@ -19,8 +19,6 @@ from torch import nn
 from ..core.loop import Gradient
 from . import distributed
 
-# ------------------------------------------------------------------------------------------------- random state
-
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """What dropout will draw from, as of now."""
@@ -32,9 +30,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Put back what `random_state` gave."""
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
@@ -53,7 +50,7 @@ class RandomState:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         own = distributed.rank()  # a process that was not there keeps the state it has
-        found = {kind: state[f"{kind}.{own}"] for kind in ("cpu", "cuda") if f"{kind}.{own}" in state}
+        found = {kind: state.get(f"{kind}.{own}", now) for kind, now in random_state(self.device).items()}
         set_random_state(found, self.device)
         self.take()
 
@@ -71,20 +68,15 @@ class RandomState:
         return {name: self.now["cpu"].shape if name.startswith("cpu.") else shape for name, shape in found.items()}
 
 
-# --------------------------------------------------------------------------------------------------- interrupts
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold an interrupt (Ctrl-C) back until the block, a short one, is done: so that it is done as a whole.
 
     Only the main thread is ever interrupted; elsewhere, and where SIGINT does something else, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before, held = signal.getsignal(signal.SIGINT), []
-    if before is not signal.default_int_handler:  # also inside another such block
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or before is not signal.default_int_handler:  # also inside another such block
         yield
         return
     signal.signal(signal.SIGINT, lambda *what: held.append(what))
@@ -110,14 +102,10 @@ class Together:
             self.whole = True
 
 
-# ------------------------------------------------------------------------------------------------ out of memory
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on a GPU a type of its own, on a CPU only words."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return words or isinstance(error, torch.OutOfMemoryError)
 
 
 def halving(gradient: Gradient, device: torch.device) -> Gradient:
@@ -146,9 +134,6 @@ def halving(gradient: Gradient, device: torch.device) -> Gradient:
     return careful
 
 
-# -------------------------------------------------------------------------------------------------- bad steps
-
-
 def hopeless(history: list[dict], config: Any, total: int) -> str | None:
     """Why a run must end that has skipped its last `max_bad_steps` steps, or all `total`; None where it has not."""
     taken = [one for one in reversed(history) if "loss" in one]
@@ -165,7 +150,7 @@ def hopeless(history: list[dict], config: Any, total: int) -> str | None:
 def warn_of(record: dict[str, Any]) -> None:
     """Say which rows were in a step that was skipped."""
     if distributed.rank() == 0:
-        warnings.warn(f"{_bad(record)}; the step is skipped", stacklevel=6)
+        warnings.warn(f"{_bad(record)}; the step is skipped", stacklevel=4)
 
 
 def _bad(record: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; written aside, then renamed.
 
-To copy: this file, engine/untrusted.py, inputs/files.py, the rest of inputs/ to find an adapter's base model by name,
-methods/{tuning,adapters,through_peft,optimizing,regularization,speedups,multitask}.py, core/ and tasks/.
+To copy: this file, engine/untrusted.py, inputs/files.py, core/, tasks/, torch, transformers and
+methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py (methods/multitask.py for a MultiTaskModel,
+the rest of inputs/ for an adapter whose base model has a name).
 """
 
 import copy
@@ -70,7 +71,10 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
     if (folder / "multitask.json").is_file():
         return _load_multitask(folder, base)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return _load_adapter(folder, base)
+        refuse_adapter_sizes(folder)
+        model = _base_of(folder, base)
+        _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
+        return model.eval()
     if base is not None:
         raise ValueError(f"base={base!r}: {folder} holds a whole model, which needs none")
     return _load_stock(folder)
@@ -81,8 +85,7 @@ def _load_stock(folder: Path) -> nn.Module:
     refuse_kernels(config, f"{folder}/config.json")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    kind = class_named(name, config)
-    if kind is None:
+    if (kind := class_named(name, config)) is None:
         raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
     refuse_sizes(folder, config, kind)
     try:
@@ -149,41 +152,31 @@ _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 
 
 def _save_adapter(model: nn.Module, folder: Path, tuning: Any = None) -> None:
+    from ..inputs import assets
+
     tuning = tuning or tuning_of(model)
     if tuning is None:
         raise ValueError("the model has adapters that ftlib.tune did not put there; ftlib.merge(model) folds them in")
-    base = _public_name(getattr(model.config, "_name_or_path", ""))
+    # the base model's name, as it is known on another machine: an asset's hub id, else what it was loaded by
+    place = getattr(model.config, "_name_or_path", "")
+    hubs = {str(assets.cache_dir() / name): entry.get("hub") for name, entry in assets.manifest().items()}
+    named = {"base_model_name_or_path": hubs.get(place) or place or None}
     if tuning.peft is not None:
         tuning.peft.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # a card with nothing in it but a path on this machine
-        config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
+        config = read_json(folder / "adapter_config.json") | named
     else:
         own = {f"{name}.{part}" for name, adapter in adapters.adapters_of(model).items() for part in adapter.own()}
         names = {name.removeprefix("encoder.") for name in tuning.names} | own
         state = {name: p for name, p in model.named_parameters() if name in names or p.requires_grad}
         save_file(tensors_of({_PREFIX + n: p for n, p in state.items()}), folder / "adapter_model.safetensors")
-        config = through_peft.peft_config(model, head_modules(model)) | {"base_model_name_or_path": base}
+        config = through_peft.peft_config(model, head_modules(model)) | named
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     note = {
         "strategy": tuning.strategy, "options": tuning.options, "task": kind_of(model),
         "num_labels": len(model.config.id2label), "label_names": given_names(model.config.id2label),
     }  # fmt: skip
     (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
-
-
-def _public_name(place: str) -> str | None:
-    """The base model's name that means something on another machine: an asset's hub id, else what it was loaded by."""
-    from ..inputs import assets
-
-    hubs = {str(assets.cache_dir() / name): entry.get("hub") for name, entry in assets.manifest().items()}
-    return hubs.get(place) or place or None
-
-
-def _load_adapter(folder: Path, base: Any) -> nn.Module:
-    refuse_adapter_sizes(folder)
-    model = _base_of(folder, base)
-    _put_adapter(model, model, folder, headless=isinstance(base, nn.Module))
-    return model.eval()
 
 
 def _base_of(folder: Path, base: Any) -> nn.Module:
@@ -233,12 +226,9 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, *, headless: 
     # the base may bring the head along; the pooler, which PEFT does not save unless told to, comes from the base too
     inside = f"{place.base_model_prefix}."
     given = [f".{name}." for name in heads if headless or (not note and name.startswith(inside))]
-    missing = sorted(name for name in wanted - got.keys() if not any(part in f".{name}" for part in given))
-    if missing:
-        raise ValueError(
-            f"{path} lacks {missing[0]} and {len(missing) - 1} more, which would start random; if that is the task "
-            "head, pass base=a model that has it"
-        )
+    if missing := sorted(name for name in wanted - got.keys() if not any(part in f".{name}" for part in given)):
+        remedy = "if that is the task head, pass base=a model that has it"
+        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more, which would start random; {remedy}")
     try:
         if ours:
             extra = place.load_state_dict(got, strict=False).unexpected_keys

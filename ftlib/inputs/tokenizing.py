@@ -10,7 +10,7 @@ from typing import Any
 from ..core.batches import Row, one_of, short
 from ..tasks.tagging import align, word_ids
 from ..tasks.task import TASKS, encode_plain
-from .rows import checked_text, checked_texts, is_stream, text_iterator
+from .rows import checked_column, checked_texts, is_stream, text_iterator
 
 
 def tokenize(
@@ -47,7 +47,14 @@ def tokenize(
     columns = getattr(dataset, "column_names", None)
     options = dict(max_length=max_length, truncation=truncation, text=text, text_pair=text_pair, label=label, task=task)
     if isinstance(columns, dict):  # DatasetDict
-        return type(dataset)({n: _named(f"split {n!r}", tokenize, p, tokenizer, **options) for n, p in dataset.items()})
+        done = type(dataset)()
+        for split, part in dataset.items():
+            try:
+                done[split] = tokenize(part, tokenizer, **options)
+            except (ValueError, TypeError) as error:
+                kind = ValueError if isinstance(error, ValueError) else TypeError
+                raise kind(f"split {split!r}: {error}") from error
+        return done
     if not hasattr(dataset, "map"):
         hint = "build one with Dataset.from_dict({...})"
         raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, got {type(dataset).__name__}; {hint}")
@@ -58,25 +65,12 @@ def tokenize(
         raise ValueError("the dataset has zero examples; nothing to tokenize")
     record = TASKS[one_of("task", task, TASKS)] if task is not None else None
 
-    if text is None:
-        wants_words = "tokens" in columns and ("text" not in columns or label not in (None, "label"))
-        text = "tokens" if wants_words else "text"
-    if text_pair is None and "text_pair" in columns and text == "text":
-        text_pair = "text_pair"
-    if label is None:
-        label = "label" if "label" in columns else None
-    sources = {None: label} if isinstance(label, str) else dict(label or {})
-    more = record.columns if record else ()
-    for column in [text, *([text_pair] if text_pair else []), *sources.values(), *more]:
-        if column not in columns:
-            raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}; name it: text=, label=")
+    text, text_pair, sources = _columns(columns, text, text_pair, label, record.columns if record else ())
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        first, second = (
-            [checked_text(value, row, name) for value, row in zip(batch[name], indices, strict=True)] if name else None
-            for name in (text, text_pair)
-        )
-        beside = {name: batch[name] for name in more}
+        first = checked_column(batch[text], indices, text)
+        second = checked_column(batch[text_pair], indices, text_pair) if text_pair else None
+        beside = {name: batch[name] for name in record.columns} if record else None
         encoded, inputs = _encode(first, second, tokenizer, max_length, truncation, indices, record, beside)
         labels = {
             task: [
@@ -96,6 +90,22 @@ def tokenize(
     plain = dataset.with_format(None)
     with _bar_if(len(plain) > 20_000):
         return plain.map(work, **how, load_from_cache_file=False)
+
+
+def _columns(columns: list[str], text: Any, text_pair: Any, label: Any, more: Sequence[str]) -> tuple[str, Any, dict]:
+    """The columns of the texts, and {task: column} of the labels, where they are not named and so looked for."""
+    if text is None:
+        wants_words = "tokens" in columns and ("text" not in columns or label not in (None, "label"))
+        text = "tokens" if wants_words else "text"
+    if text_pair is None and "text_pair" in columns and text == "text":
+        text_pair = "text_pair"
+    if label is None:
+        label = "label" if "label" in columns else {}
+    sources = {None: label} if isinstance(label, str) else dict(label)
+    for column in [text, *([text_pair] if text_pair else []), *sources.values(), *more]:
+        if column not in columns:
+            raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}; name it: text=, label=")
+    return text, text_pair, sources
 
 
 @contextmanager
@@ -143,15 +153,6 @@ def encode_texts(
                     starts.setdefault(word, place)
             row["word_starts"] = [starts.get(word) for word in range(len(first[i]))]
     return rows
-
-
-def _named(where: str, work: Any, *args: Any, **options: Any) -> Any:
-    """Call `work`; errors about the data say where."""
-    try:
-        return work(*args, **options)
-    except (ValueError, TypeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{where}: {error}") from error
 
 
 def _encode(

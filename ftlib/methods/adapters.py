@@ -35,7 +35,7 @@ def _sizes(linear: nn.Module) -> tuple[int, int]:
 
 
 class _Adapter(nn.Module):
-    """What both kinds share: the layer they hold, and its look from outside."""
+    """What both kinds share: the layer they hold, its look from outside, and their own layers."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -54,6 +54,11 @@ class _Adapter(nn.Module):
         """The adapter's own weights by name, without those of the layer it holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
 
+    def _new(self, wide: int, narrow: int, bias: bool) -> nn.Linear:
+        """A layer on the held one's device, in its dtype, or in float32 where that is not a float (quantized)."""
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        return nn.Linear(wide, narrow, bias, self.weight.device, dtype)
+
 
 class LoRA(_Adapter):
     """y = W x + b + s B A dropout(x): A (rank, in) drawn at random, B (out, rank) zero at the start.
@@ -63,9 +68,8 @@ class LoRA(_Adapter):
 
     def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool):
         super().__init__(linear)
-        place = {"device": linear.weight.device, "dtype": _float_of(linear)}
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **place)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **place)
+        self.lora_A = self._new(self.in_features, rank, bias=False)
+        self.lora_B = self._new(rank, self.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = nn.Dropout(dropout)
@@ -91,9 +95,8 @@ class Bottleneck(_Adapter):
 
     def __init__(self, linear: nn.Module, size: int):
         super().__init__(linear)
-        place = {"device": linear.weight.device, "dtype": _float_of(linear)}
-        self.down = nn.Linear(self.out_features, size, **place)
-        self.up = nn.Linear(size, self.out_features, **place)
+        self.down = self._new(self.out_features, size, bias=True)
+        self.up = self._new(size, self.out_features, bias=True)
         nn.init.normal_(self.down.weight, std=0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -132,11 +135,6 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             linear.bias.data = self.bias.data
         return linear
-
-
-def _float_of(linear: nn.Module) -> torch.dtype:
-    """The dtype for an adapter of this layer: the layer's, float32 where that is not a float (quantized)."""
-    return linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
 
 
 def _four_bits(linear: nn.Module) -> nn.Module:
@@ -179,9 +177,7 @@ def add_lora(
 def matching(found: dict[str, nn.Module], targets: Any) -> list[str]:
     """The names that `targets` picks: None for query and value, "all-linear", or a list of name endings."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in found})
-    if targets == "all-linear":
-        targets = endings
-    wanted = _QUERY_VALUE if targets is None else targets
+    wanted = _QUERY_VALUE if targets is None else endings if targets == "all-linear" else targets
     if not isinstance(wanted, (list, tuple, set)) or not all(isinstance(t, str) and t for t in wanted):
         raise ValueError(f"targets={targets!r}: pass 'all-linear' or a list of names; here are {', '.join(endings)}")
     hits = {t: [name for name in found if name == t or name.endswith(f".{t}")] for t in wanted}
@@ -196,26 +192,23 @@ def matching(found: dict[str, nn.Module], targets: Any) -> list[str]:
 def add_bottlenecks(base: nn.Module, *, reduction: float = 16, attention: bool = True) -> None:
     """Put a bottleneck of width out / reduction after every feed-forward block, and (Houlsby) after attention."""
     number("reduction", reduction, 1)
-    last: dict[tuple[int, bool], str] = {}  # (layer, in attention?) -> the linear layer that ends the block
+    last: dict[tuple[nn.Module, bool], str] = {}  # (layer, in attention?) -> the linear layer that ends the block
     hidden, names = base.config.hidden_size, {module: name for name, module in linears(base).items()}
-    for place, layer in enumerate(layer for stack in anatomy.stacks(base) for layer in stack):
+    for layer in (layer for stack in anatomy.stacks(base) for layer in stack):
         for inner, linear in layer.named_modules():
             if linear in names and _sizes(linear)[1] == hidden:
-                last[place, "att" in inner.lower()] = names[linear]
-    places = [name for (_, in_attention), name in last.items() if attention or not in_attention]
+                last[layer, "att" in inner.lower()] = names[linear]
     if all(in_attention for _, in_attention in last):
         what = f"no feed-forward block that ends in a linear layer of width {hidden}"
         raise ValueError(f"{what} found in {anatomy.kind_of(base)}")
-    size = max(1, round(hidden / reduction))
+    size, places = max(1, round(hidden / reduction)), [last[key] for key in last if attention or not key[1]]
     replace(base, {name: Bottleneck(base.get_submodule(name), size) for name in places})
 
 
 def replace(base: nn.Module, new: dict[str, nn.Module]) -> None:
     """Put modules in the place of those with these names, in their mode."""
     for name, module in new.items():
-        parent, _, child = name.rpartition(".")
-        old = base.get_submodule(name)
-        setattr(base.get_submodule(parent), child, module.train(old.training))
+        base.set_submodule(name, module.train(base.get_submodule(name).training))
 
 
 def adapters_of(model: nn.Module) -> dict[str, _Adapter]:

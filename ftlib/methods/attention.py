@@ -2,8 +2,7 @@
 
 To copy: this file alone.
 
-A mask is boolean and True means "may attend" (masking.py makes them). `nn.MultiheadAttention` means the
-opposite with its masks; Transformers' models take the tokenizer's 0/1 `attention_mask`.
+A mask is boolean and True means "may attend" (masking.py makes them); `nn.MultiheadAttention` means the opposite.
 """
 
 import math
@@ -20,17 +19,14 @@ def scaled_dot_product_attention(
 ):  # fmt: skip
     """softmax(Q Kᵀ / √head_dim) V: each query takes a mean of the values, weighted by how well keys match.
 
-    query: float (…, queries, head_dim), key: (…, keys, head_dim), value: (…, keys, value_dim); mostly … is
-    batch, heads. mask: bool, True = may attend, (queries, keys) or as many dimensions as the scores (…,
-    queries, keys) with 1 where shared. `causal` lets query i see keys 0 … i and combines with `mask`.
-    `dropout` is the chance that a weight is zeroed; it acts whenever it is above 0 (as in
-    F.scaled_dot_product_attention), drawn from `generator`.
+    query: float (…, queries, head_dim), key: (…, keys, head_dim), value: (…, keys, value_dim); mostly … is batch,
+    heads. mask: bool, True = may attend, (queries, keys) or as many dimensions as the scores (…, queries, keys) with 1
+    where shared. `causal` lets query i see keys 0 … i and combines with `mask`. `dropout`, the chance that a weight is
+    zeroed, acts whenever it is above 0 (as in F.scaled_dot_product_attention), drawn from `generator`.
     Returns (…, queries, value_dim), and with `return_weights` also the weights (…, queries, keys).
 
-    A query that may attend to nothing gets zeros and passes finite (zero) gradients. Others differ:
-    nn.MultiheadAttention returns NaN when it makes weights, F.scaled_dot_product_attention did so before
-    torch 2.5 and gives zeros since, and Transformers' eager attention spreads the weight evenly over the
-    forbidden keys.
+    A query that may attend to nothing gets zeros and zero gradients, as in F.scaled_dot_product_attention; in its place
+    nn.MultiheadAttention returns NaN when it makes weights, and Transformers' eager attention an even mean.
     Raises TypeError for a mask that is not bool, ValueError for shapes that don't fit.
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
 
@@ -42,8 +38,7 @@ def scaled_dot_product_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (…, queries, keys)
     if causal:
-        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()  # (queries, keys)
-        mask = past if mask is None else mask & past
+        mask = _past(query, key) if mask is None else mask & _past(query, key)
     if mask is None:
         weights = scores.softmax(dim=-1)  # (…, queries, keys), rows sum to 1
     else:
@@ -76,8 +71,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads} >= 1")
         _check_dropout(dropout)
         self.hidden_size, self.num_heads, self.dropout = hidden_size, num_heads, dropout
-        layers = [nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(4)]
-        self.query, self.key, self.value, self.output = layers
+        self.query, self.key, self.value, self.output = (nn.Linear(hidden_size, hidden_size, bias) for _ in range(4))
 
     def forward(
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None, *,
@@ -85,9 +79,9 @@ class MultiHeadAttention(nn.Module):
     ):  # fmt: skip
         """Self-attention with `query` alone; cross-attention with `key` (and `value`, by default `key`).
 
-        query: float (batch, queries, hidden), key and value: (batch, keys, hidden). mask: bool, True = may
-        attend, (queries, keys) or (batch or 1, heads or 1, queries or 1, keys). Beware: a (batch, keys) mask
-        is read as (queries, keys); `padding_mask` gives it the right shape.
+        query: float (batch, queries, hidden), key and value: (batch, keys, hidden). mask: bool, True = may attend,
+        (queries, keys) or (batch or 1, heads or 1, queries or 1, keys). Beware: a (batch, keys) mask is read as
+        (queries, keys); `padding_mask` gives it the right shape.
         Returns (batch, queries, hidden), and with `return_weights` also (batch, heads, queries, keys).
         """
         key = query if key is None else key
@@ -100,11 +94,13 @@ class MultiHeadAttention(nn.Module):
         v = self._split(self.value(value))  # (batch, heads, keys, head_dim)
         dropout = self.dropout if self.training else 0.0
         if return_weights:  # the formula, step by step
-            mixed, weights = scaled_dot_product_attention(
-                q, k, v, mask, causal=causal, dropout=dropout, return_weights=True
-            )
+            options = {"causal": causal, "dropout": dropout, "return_weights": True}
+            mixed, weights = scaled_dot_product_attention(q, k, v, mask, **options)
         else:  # the same numbers from the fused kernel, which never stores the (queries, keys) weights
-            mixed, weights = _fused_attention(q, k, v, mask, causal, dropout), None
+            _check(q, k, v, mask, dropout)
+            if causal and mask is not None:  # documented as an error in F.scaled_dot_product_attention
+                mask, causal = mask & _past(q, k), False
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)
         output = self.output(mixed.transpose(1, 2).flatten(2))  # (batch, queries, hidden)
         return (output, weights) if return_weights else output
 
@@ -144,16 +140,15 @@ class MultiHeadAttention(nn.Module):
         if not hasattr(attention, "self") or not hasattr(getattr(attention, "output", None), "dense"):
             raise TypeError(f"{type(attention).__name__} has no .self and .output.dense; pass layer[0].attention")
         inner = attention.self
-        layers = [inner.query, inner.key, inner.value, attention.output.dense]
+        layers = (inner.query, inner.key, inner.value, attention.output.dense)
         ours = cls(inner.query.in_features, inner.num_attention_heads, dropout=inner.dropout.p)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         return ours._copy(weights, biases, attention.training)
 
     def _copy(self, weights: list, biases: list, training: bool) -> "MultiHeadAttention":
         self.to(weights[0])  # same device and dtype
-        layers = (self.query, self.key, self.value, self.output)
         with torch.no_grad():
-            for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            for layer, weight, bias in zip(self.children(), weights, biases, strict=True):
                 layer.weight.copy_(weight)
                 if bias is not None:
                     layer.bias.copy_(bias)
@@ -164,11 +159,9 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
     """All attention weights of a Transformers encoder for a batch: who looked at whom, per layer and head.
 
     inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt", padding=True)`.
-    Returns float32 (layers, batch, heads, queries, keys). Each row of keys sums to 1. Rows of padded queries
-    are filled too but mean nothing; drop them before averaging. Runs without gradients and in eval mode.
-
-    Fused kernels never store the weights, so the model runs with the "eager" implementation meanwhile. That
-    choice and each module's train or eval mode come back afterwards, also when the model raises.
+    Returns float32 (layers, batch, heads, queries, keys). Each row of keys sums to 1. Rows of padded queries are filled
+    too but mean nothing; drop them before averaging. Meanwhile the model runs in eval mode, without gradients, and with
+    "eager" attention, as fused kernels store no weights; all comes back afterwards, also when the model raises.
     Raises TypeError for a model that is not from Transformers, ValueError when it gives no full maps.
 
     >>> from transformers import BertConfig, BertModel
@@ -179,9 +172,8 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"{type(model).__name__} has no set_attn_implementation; pass the Transformers model inside it")
     # Outer modules come first, so inner configs, restored last, keep their own setting.
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in configs if hasattr(config, "_attn_implementation")]
-    implementations = [config._attn_implementation for config in configs]
+    found = [getattr(module, "config", None) for module in model.modules()]
+    choices = [(config, config._attn_implementation) for config in found if hasattr(config, "_attn_implementation")]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.set_attn_implementation("eager")
@@ -189,7 +181,7 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
         with torch.no_grad():
             layers = model(**inputs, output_attentions=True, return_dict=True).get("attentions")
     finally:
-        for config, implementation in zip(configs, implementations, strict=True):
+        for config, implementation in choices:
             config._attn_implementation = implementation
         for module, training in modes:
             module.training = training
@@ -204,14 +196,9 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
     return torch.stack([layer.float() for layer in layers])  # (layers, batch, heads, queries, keys)
 
 
-def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> Tensor:
-    _check(query, key, value, mask, dropout)
-    if causal and mask is not None:  # documented as an error in F.scaled_dot_product_attention
-        mask = mask & torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        causal = False
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=causal)
+def _past(query: Tensor, key: Tensor) -> Tensor:
+    """Query i sees keys 0 … i: bool (queries, keys)."""
+    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> None:

@@ -1,10 +1,8 @@
 """When tasks pull one encoder in several directions: what each task's loss weighs, and how their gradients are joined.
 
 Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss with respect to the
-shared parameters, and returns one gradient (parameters,).  All three methods here are weighted sums of the rows, and
-the weights follow from the rows' inner products alone, the Gramian (tasks, tasks).  Any function of that signature
-does as well, e.g. TorchJD's aggregators.
-
+shared parameters, and returns one gradient (parameters,); TorchJD's aggregators do as well.  The three methods here
+are weighted sums of the rows, with weights that follow from the rows' inner products, the Gramian (tasks, tasks).
 Loss weighting, `Weighting` and `TaskWeights`, is one number a task: one backward pass serves all tasks.
 
 To copy: this file alone.
@@ -37,16 +35,13 @@ def pcgrad(jacobian: torch.Tensor, generator: torch.Generator | None = None) -> 
     tensor([0.5000, 1.5000])
     """
     gramian = _gramian(jacobian)
-    count = len(gramian)
-    total = np.zeros(count)
-    for i in range(count):
-        weights = np.eye(count)[i]
-        for j in torch.randperm(count, generator=generator).tolist():
+    parts = np.eye(len(gramian))  # a row of weights for each task's projected gradient
+    for i, weights in enumerate(parts):
+        for j in torch.randperm(len(parts), generator=generator).tolist():
             against = gramian[j] @ weights
             if j != i and against < 0:
                 weights[j] -= against / gramian[j, j]
-        total += weights
-    return _weighted(total, jacobian)
+    return _weighted(parts.sum(0), jacobian)
 
 
 def mgda(jacobian: torch.Tensor) -> torch.Tensor:
@@ -95,11 +90,10 @@ def cosines(jacobian: torch.Tensor) -> torch.Tensor:
 
 def _gramian(jacobian: torch.Tensor) -> np.ndarray:
     """The rows' inner products, float64 (tasks, tasks)."""
-    if not isinstance(jacobian, torch.Tensor) or jacobian.dim() != 2 or not jacobian.is_floating_point():
-        got = f"{jacobian.dtype} {tuple(jacobian.shape)}" if isinstance(jacobian, torch.Tensor) else type(jacobian)
-        raise ValueError(f"the jacobian is {got}; pass a float tensor (tasks, parameters)")
-    if not len(jacobian):
-        raise ValueError("the jacobian has no rows; pass a float tensor (tasks, parameters), a row a task")
+    known = isinstance(jacobian, torch.Tensor)
+    if not known or jacobian.dim() != 2 or not len(jacobian) or not jacobian.is_floating_point():
+        got = f"{jacobian.dtype} {tuple(jacobian.shape)}" if known else type(jacobian)
+        raise ValueError(f"the jacobian is {got}; pass a float tensor (tasks, parameters), at least a row")
     if jacobian.device.type == "mps":  # has no float64
         jacobian = jacobian.cpu()
     parts = (part.double() for part in jacobian.detach().split(2**20, dim=1))  # float64, not all of it at a time
@@ -119,8 +113,7 @@ def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
     Moves weight from the task where the function rises most to the one where it falls most, as far as it falls, until
     no exchange helps: sequential minimal optimization (Platt 1998).  The best step has a closed form.
     """
-    w = np.full(len(gramian), 1 / len(gramian))
-    trace = np.trace(gramian)
+    w, trace = np.full(len(gramian), 1 / len(gramian)), np.trace(gramian)
     for _ in range(20_000):
         inner = gramian @ w
         square = w @ inner + _SMALL * trace
@@ -150,7 +143,6 @@ GRADIENTS: dict[str, Combine] = {"pcgrad": pcgrad, "cagrad": cagrad, "mgda": mgd
 # -------------------------------------------------------------------------------------------- weighting losses
 
 WEIGHTINGS = ("fixed", "uncertainty", "gradnorm", "dwa", "random", "famo")
-_LEARNT = ("uncertainty", "gradnorm", "famo")
 
 
 @dataclass(frozen=True)
@@ -198,7 +190,7 @@ class TaskWeights:
         self.half = torch.tensor(factors, dtype=torch.float64)
         zero, unknown = torch.zeros_like(self.half), torch.full_like(self.half, math.nan)
         self.state: dict[str, torch.Tensor] = {}  # replaced, never changed in place
-        if weighting.how in _LEARNT:
+        if weighting.how in ("uncertainty", "gradnorm", "famo"):  # learnt
             self.state = {"value": zero, "mean": zero, "square": zero, "steps": zero[:1]}
         if weighting.how == "gradnorm":
             self.state["first"] = unknown
@@ -233,14 +225,12 @@ class TaskWeights:
         lengths: of the gradients of the losses (without weights) on the last shared layer, for "gradnorm".
         after: the losses on the same batch after the step, for "famo".
         """
-        weighting, state = self.weighting, self.state
-        there = ~losses.isnan()
+        weighting, state, there = self.weighting, self.state, ~losses.isnan()
         if weighting.how == "uncertainty":
             self._adam(torch.where(there, 0.5 - self.weights(0) * losses, 0.0))
         elif weighting.how == "gradnorm":
             state["first"] = torch.where(state["first"].isnan(), losses, state["first"])
-            rate = losses / state["first"]
-            weights = self.weights(0)
+            rate, weights = losses / state["first"], self.weights(0)
             found = weights * lengths
             target = found[there].mean() * (rate / rate[there].mean()) ** weighting.alpha
             slope = weights * torch.where(there, (found - target).sign() * lengths, 0.0)
@@ -250,8 +240,7 @@ class TaskWeights:
             state["count"] = state["count"] + there
         elif weighting.how == "famo":
             fall = torch.where(there, torch.log(losses + 1e-8) - torch.log(after + 1e-8), 0.0)
-            share = torch.where(there, state["value"].softmax(0), 0.0)
-            share = share / share.sum()
+            share = torch.where(there, state["value"], -math.inf).softmax(0)
             self._adam(share * (fall - share @ fall) + weighting.decay * state["value"])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -264,9 +253,8 @@ class TaskWeights:
     def end_epoch(self) -> None:
         """Tell that an epoch is over, for "dwa"."""
         if self.weighting.how == "dwa":
-            last = self.state["sum"] / self.state["count"]  # nan for a task that never came
-            self.state |= {"before": self.state["last"], "last": last}
-            self.state |= {"sum": torch.zeros_like(last), "count": torch.zeros_like(last)}
+            last, zero = self.state["sum"] / self.state["count"], torch.zeros_like(self.half)  # nan: it never came
+            self.state = {"sum": zero, "count": zero, "before": self.state["last"], "last": last}
 
     def _adam(self, slope: torch.Tensor) -> None:
         """A step of Adam (Kingma & Ba 2015) on what is learnt."""

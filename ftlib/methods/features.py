@@ -55,21 +55,11 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mea
 
 
 def extract_features(
-    model: nn.Module | str | os.PathLike,
-    texts: Iterable[Any],
-    *,
-    tokenizer: Any = None,
-    pooling: str = "mean",
-    layer: int | Sequence[int] = -1,
-    batch_size: int | None = None,
-    max_tokens: int | None = None,
-    max_length: int | None = None,
-    truncation: bool = True,
-    normalize: bool = False,
-    precision: str | None = None,
-    out: str | os.PathLike | np.ndarray | None = None,
-    progress: bool = False,
-) -> np.ndarray:
+    model: nn.Module | str | os.PathLike, texts: Iterable[Any], *, tokenizer: Any = None, pooling: str = "mean",
+    layer: int | Sequence[int] = -1, batch_size: int | None = None, max_tokens: int | None = None,
+    max_length: int | None = None, truncation: bool = True, normalize: bool = False, precision: str | None = None,
+    out: str | os.PathLike | np.ndarray | None = None, progress: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Vectors of texts: float32 (texts, hidden), in the order given; (texts, layers, hidden) for a list of layers.
 
     Args:
@@ -91,8 +81,8 @@ def extract_features(
         out: where the vectors go if not into new memory: a float32 array of the right shape, or the path of a new
             .npy file, which is written aside, renamed when complete, and returned memory-mapped, read-only.
 
-    Of 16,384 texts the longest come first, so that padding is low and memory trouble shows early, while the thread
-    tokenizes the next ones.  The model's train or eval mode is as before afterwards; dropout is off here.
+    Of 16,384 texts the longest come first, so that padding is low and memory trouble shows early.  Dropout is off here;
+    the model's train or eval mode is as before afterwards.
     Raises ValueError or TypeError naming the row for empty texts, None, and vectors that are not finite (fp16
     overflows); for a layer that does not exist; for an `out` that does not fit; FileExistsError and other OSErrors
     naming the file.
@@ -100,20 +90,16 @@ def extract_features(
     one_of("pooling", pooling, POOLINGS)
     iterator = text_iterator(texts)
     split_by_size([], [], batch_size=batch_size, max_tokens=max_tokens)
-    if isinstance(model, (str, os.PathLike)):
+    name = model if isinstance(model, (str, os.PathLike)) else None
+    if name is not None or tokenizer is None:
         from ..inputs.pretrained import load_model, load_tokenizer
-
-        tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model)
-    base = anatomy.base_of(model)
+    base = anatomy.base_of(model if name is None else load_model(name))
     if not hasattr(base, "config"):
         raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
     if tokenizer is None:
-        from ..inputs.pretrained import load_tokenizer
-
-        if not base.config._name_or_path:
+        if not (name := name or base.config._name_or_path):
             raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
-        tokenizer = load_tokenizer(base.config._name_or_path)
+        tokenizer = load_tokenizer(name)
     count = base.config.num_hidden_layers
     layers = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
     if wrong := [one for one in layers or [layer] if type(one) is not int or not -count - 1 <= one <= count]:
@@ -123,8 +109,7 @@ def extract_features(
     _check_out(out, size, shape)
     device = next(base.parameters()).device
     base = _in_precision(base, precision, device)
-    if max_tokens is None:
-        max_tokens = 4_096 if device.type == "cpu" else 32_768
+    max_tokens = max_tokens or (4_096 if device.type == "cpu" else 32_768)
     limit = token_limit(max_length, tokenizer, base.config)
     work = _batches(iterator, tokenizer, batch_size, max_tokens, base, max_length=limit, truncation=truncation)
     with anatomy.evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
@@ -147,8 +132,7 @@ def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file, or a float32 array")
     path = os.fspath(out)
-    folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.part"
-    error = None
+    folder, aside, error = os.path.dirname(os.path.abspath(path)), f"{path}.part", None
     if os.path.lexists(path):
         error = errno.EEXIST, "out exists already; delete it or choose another name", path
     elif os.path.lexists(aside):
@@ -156,8 +140,7 @@ def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
     elif not os.path.isdir(folder):
         error = errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder
     elif (need := 4 * int(np.prod(shape)) * (size or 0)) > (free := shutil.disk_usage(folder).free):
-        text = f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-        error = errno.ENOSPC, text, path
+        error = errno.ENOSPC, f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", path
     if error:
         raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
 
@@ -168,9 +151,8 @@ def _in_precision(base: nn.Module, precision: str | None, device: torch.device) 
         return base
     one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
     dtype = dtype_of(choose_precision(device, precision)[0])
-    if {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}:
-        return base
-    return copy.deepcopy(base).to(dtype)
+    has_it = {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}
+    return base if has_it else copy.deepcopy(base).to(dtype)
 
 
 def _batches(
@@ -181,21 +163,17 @@ def _batches(
     A chunk is checked as a whole, then tokenized in slices, the longest texts (in characters) first, so that
     computing begins after the first slice.
     """
-    start, pad, on_gpu = 0, anatomy.pad_id(tokenizer, base.config), next(base.parameters()).device.type == "cuda"
+    start, pad = 0, anatomy.pad_id(tokenizer, base.config)
     while chunk := list(islice(texts, CHUNK)):
         checked_texts(chunk, range(start, start + len(chunk)))
         order = sorted(range(len(chunk)), key=lambda i: -len(str(chunk[i])))
         for first in range(0, len(order), SLICE):
             part = order[first : first + SLICE]
             rows = encode_texts([chunk[i] for i in part], tokenizer, indices=[start + i for i in part], **options)
-            lengths = [len(row["input_ids"]) for row in rows]
-            by_length = sorted(range(len(rows)), key=lambda i: -lengths[i])
-            sizes = [min(length, max_tokens) for length in lengths]  # what is longer is alone in its batch
-            for indices in split_by_size(by_length, sizes, batch_size=batch_size, max_tokens=max_tokens):
+            sizes = [min(len(row["input_ids"]), max_tokens) for row in rows]  # what is longer is alone in its batch
+            for indices in split_by_size(range(len(rows)), sizes, batch_size=batch_size, max_tokens=max_tokens):
                 batch = collate([rows[i] for i in indices], pad_token_id=pad)
                 batch["places"] = torch.tensor([part[i] for i in indices])
-                if on_gpu:
-                    batch = {key: value.pin_memory() for key, value in batch.items()}
                 yield len(chunk), batch
         start += len(chunk)
 
@@ -225,7 +203,6 @@ def _vectors(
     from tqdm.auto import tqdm
 
     count = base.config.num_hidden_layers
-    only_last = all(layer in (-1, count) for layer in layers)
     device = next(base.parameters()).device
     start = done = 0
     with tqdm(desc="features", unit="text", total=size, leave=False, disable=not progress) as bar:
@@ -234,11 +211,9 @@ def _vectors(
                 chunk = torch.empty(rows, *shape, device=device)
             batch = to_device(batch, device)
             places = batch.pop("places")
-            output = base(**batch, output_hidden_states=not only_last)
-            pooled = []
-            for layer in layers:  # (batch, tokens, hidden) each
-                hidden = output.last_hidden_state if layer in (-1, count) else output.hidden_states[layer]
-                pooled.append(pool(hidden.float(), batch["attention_mask"], pooling))
+            output = base(**batch, output_hidden_states=any(i not in (-1, count) for i in layers))
+            states = [output.last_hidden_state if i in (-1, count) else output.hidden_states[i] for i in layers]
+            pooled = [pool(hidden.float(), batch["attention_mask"], pooling) for hidden in states]  # (batch, hidden)
             vectors = torch.stack(pooled, dim=1)  # (batch, layers, hidden)
             if normalize:
                 vectors = nn.functional.normalize(vectors, dim=-1)
@@ -276,26 +251,21 @@ def _filled(
 def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:
     """The chunks one after the other in a .npy file, which is then memory-mapped.
 
-    The chunks are appended with plain writes: a full disk is then an error that can be told (into a memory map it
-    kills the process), pages written do not count as this process's memory, and the number of texts need not be known
-    at the start.  NumPy's header leaves room for it.
+    Appended with plain writes: a full disk is then an error that can be told (into a memory map it kills the process),
+    and pages written do not count as this process's memory.  NumPy's header leaves room for the number of texts.
     """
     aside, count = Path(f"{path}.part"), 0
-
-    def header(file: Any) -> None:
-        about = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
-        np.lib.format.write_array_header_1_0(file, about)
-
+    about = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
     file = open(aside, "xb")
     try:
         with file:
-            header(file)
+            np.lib.format.write_array_header_1_0(file, about)
             for chunk in chunks:
                 file.write(chunk.astype("<f4", copy=False).data)
                 file.flush()
                 count += len(chunk)
             file.seek(0)
-            header(file)
+            np.lib.format.write_array_header_1_0(file, about | {"shape": (count, *shape)})
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -2,14 +2,12 @@
 
 To copy: this file alone.
 
-The functions here are for reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`), which give the
-same numbers. Shared rules:
+For reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`), which give the same numbers.  Shared:
 - a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
-- float16 and bfloat16 logits are turned to float32, and so is the loss (F.cross_entropy stays in half, where
-  anything above 65504 is infinite);
+- the loss of float16 and bfloat16 logits is float32 (F.cross_entropy stays in half: infinite above 65504);
 - a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label;
-- shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for the device at
-  each step. There an impossible label trips PyTorch's device assert, and a NaN target shows as a NaN loss.
+- shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for the device at each
+  step.  There an impossible label trips PyTorch's device assert, and a NaN target shows as a NaN loss.
 """
 
 import torch
@@ -19,21 +17,15 @@ IGNORE = -100
 
 
 def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = IGNORE,
-    reduction: str = "mean",
-) -> Tensor:
+    logits: Tensor, labels: Tensor, *, weight: Tensor | None = None, label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """-log softmax(logits)[label]: surprise at the right class, in nats; ln(classes) is chance.
 
     logits: float (…, classes); labels: int (…) in 0 … classes-1 or ignore_index; weight: float (classes,).
     label_smoothing ε in [0, 1] moves ε of the target from the label to all classes evenly.
-    Returns float (…) for reduction "none", else a scalar. "mean" divides by the summed weights of the labels
-    that count (without `weight`: by their number), as F.cross_entropy does; where that is 0 the undivided sum
-    is returned.
+    Returns float (…) for reduction "none", else a scalar. "mean" divides by the summed weights of the labels that count
+    (without `weight`: by their number), as F.cross_entropy does, and by 1 where that is 0.
     Raises TypeError for float labels, ValueError for shapes, labels or options that don't fit.
     Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7 (label smoothing).
 
@@ -43,9 +35,8 @@ def cross_entropy(
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of the target, in [0, 1]")
-    log_probs, labels, counts, weight = _prepare(logits, labels, weight, ignore_index)
-    label_weight = weight[labels] * counts  # (…), 0 where ignored
-    loss = -label_weight * log_probs.gather(-1, labels[..., None])[..., 0]  # (…)
+    log_probs, log_p, weight, label_weight, counts = _prepare(logits, labels, weight, ignore_index)
+    loss = -label_weight * log_p  # (…)
     if label_smoothing > 0.0:
         evenly = -(weight * log_probs).mean(dim=-1) * counts  # (…)
         loss = (1 - label_smoothing) * loss + label_smoothing * evenly  # (…)
@@ -53,14 +44,9 @@ def cross_entropy(
 
 
 def focal_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float = 2.0,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE,
-    reduction: str = "mean",
-) -> Tensor:
+    logits: Tensor, labels: Tensor, *, gamma: float = 2.0, weight: Tensor | None = None,
+    ignore_index: int = IGNORE, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """-(1 - p)^γ log p, with p the probability of the right class: easy examples fade, hard ones are heard.
 
     Inputs, reductions and errors as in `cross_entropy`, which it equals at gamma 0; gamma is 0 or more.
@@ -72,28 +58,21 @@ def focal_loss(
     """
     if not gamma >= 0.0:
         raise ValueError(f"gamma is {gamma}; it is 0 (plain cross-entropy) or more")
-    log_probs, labels, counts, weight = _prepare(logits, labels, weight, ignore_index)
-    log_p = log_probs.gather(-1, labels[..., None])[..., 0]  # (…)
+    _, log_p, _, label_weight, counts = _prepare(logits, labels, weight, ignore_index)
     # 1 - p = -expm1(log p) keeps its digits when p is near 1; the clamp keeps slopes finite at p = 1.
     doubt = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)  # (…)
-    label_weight = weight[labels] * counts  # (…)
     return _reduce(-label_weight * doubt**gamma * log_p, label_weight, counts, reduction)
 
 
 def binary_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    pos_weight: Tensor | None = None,
-    ignore_index: int = IGNORE,
-    reduction: str = "mean",
-) -> Tensor:
+    logits: Tensor, targets: Tensor, *, pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORE, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """-[y log σ(z) + (1 - y) log(1 - σ(z))]: a yes-or-no question per logit; several may hold.
 
     logits: float (…, labels); targets: float of the same shape, in [0, 1] or ignore_index; pos_weight: float
-    (labels,), how much a "yes" counts against a "no". Returns (…, labels) for "none", else a scalar; "mean"
-    is over entries. -log σ(z) is log(e⁰ + e^-z), which logaddexp computes without an overflow; the
-    float32 log(sigmoid(z)) is -inf from about z = -89 down.
+    (labels,), how much a "yes" counts against a "no". Returns (…, labels) for "none", else a scalar; "mean" is over
+    entries. log(sigmoid(z)) in float32 is -inf from about z = -89 down; logaddexp does not overflow.
     Raises TypeError for integer targets, ValueError for shapes or targets that don't fit.
 
     >>> binary_cross_entropy(torch.tensor([0.0, 10000.0]), torch.tensor([1.0, 0.0]), reduction="none")
@@ -148,17 +127,17 @@ def class_weights(labels, num_classes: int) -> Tensor:
     labels = _whole_labels(labels.long() if labels.numel() == 0 else labels, num_classes, IGNORE)
     labels = labels[labels != IGNORE]  # (labelled,)
     counts = labels.bincount(minlength=num_classes)  # (num_classes,)
-    missing = (counts == 0).nonzero()
-    if len(missing):
+    if len(missing := (counts == 0).nonzero()):
         raise ValueError(f"class {int(missing[0])} of {num_classes} never occurs in {labels.numel()} labels; add one")
     return labels.numel() / (num_classes * counts.float())  # (num_classes,)
 
 
 def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int):
-    """Checks, then log softmax: log p_k = z_k - log Σⱼ exp z_j, with the largest z taken off first.
+    """Checks, then log softmax: log p_k = (z_k - m) - log Σⱼ exp(z_j - m).
 
-    exp(1e4) is infinite; taking m = max z off every logit changes no probability and leaves exponents of at
-    most 0: log p_k = (z_k - m) - log Σⱼ exp(z_j - m).
+    exp(1e4) is infinite; taking m = max z off every logit changes no probability and leaves exponents of at most 0.
+    Returns log p of all classes, (…, classes), and of the label, (…), the weights, (classes,), that of the label, (…),
+    0 where ignored, and where there is a label, bool (…).
     """
     logits = _checked_logits(logits)
     _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
@@ -168,7 +147,8 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
     log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)
     weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
-    return log_probs, labels, counts, _checked_weight("weight", weight, logits)
+    weight = _checked_weight("weight", weight, logits)
+    return log_probs, log_probs.gather(-1, labels[..., None])[..., 0], weight, weight[labels] * counts, counts
 
 
 def _reduce(loss: Tensor, weights: Tensor, counts: Tensor, reduction: str) -> Tensor:

@@ -2,50 +2,30 @@
 
 To copy: this file alone.
 
-One convention everywhere in ftlib: a mask is boolean and True means "may attend", as in
-`torch.nn.functional.scaled_dot_product_attention`. `nn.MultiheadAttention` means the opposite (True =
-ignore), so negate a mask before handing it over. All masks broadcast to (batch, heads, queries, keys).
+A mask is boolean and True means "may attend", as in `F.scaled_dot_product_attention`; `nn.MultiheadAttention` means
+the opposite, so negate a mask before handing it over. All masks broadcast to (batch, heads, queries, keys).
 """
 
 import torch
 from torch import Tensor
 
 
-def lengths_to_mask(lengths, max_length: int | None = None) -> Tensor:
-    """True at real tokens and False at padding, for rows padded on the right.
-
-    lengths: int (batch,) tensor or list, in tokens. Returns bool (batch, max_length), where `max_length` is
-    the longest length unless given (finding it on a GPU waits for the device: give it there).
-    Raises ValueError naming the first row whose length is negative or above `max_length`.
-
-    >>> lengths_to_mask([3, 1]).int().tolist()
-    [[1, 1, 1], [1, 0, 0]]
-    """
-    lengths = torch.as_tensor(lengths)  # (batch,)
-    _check("lengths", lengths if lengths.numel() else lengths.long(), "batch")  # as_tensor([]) is float32
-    if max_length is None:
-        max_length = int(lengths.max()) if lengths.numel() else 0
-    bad = ((lengths < 0) | (lengths > max_length)).nonzero() if _can_read(lengths) else ()
-    if len(bad):
-        raise ValueError(f"row {int(bad[0])} has length {int(lengths[bad[0]])}, outside 0 … {max_length}; truncate it")
-    return torch.arange(max_length, device=lengths.device) < lengths[:, None]  # (batch, max_length)
-
-
 def padding_mask(attention_mask: Tensor) -> Tensor:
     """The tokenizer's attention mask, made ready for attention scores: nobody looks at padding.
 
     attention_mask: int or bool (batch, keys), 1 for a real token. Returns bool (batch, 1, 1, keys).
-    Raises TypeError for a float mask: an additive one holds 0 for "may attend", the opposite.
-    Raises ValueError for a wrong shape, or (read on CPU only) for entries other than 0 and 1.
+    Raises TypeError for a float mask (an additive one holds 0 for "may attend", the opposite), ValueError for a wrong
+    shape, or (read on CPU only) for entries other than 0 and 1.
 
     >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
     torch.Size([1, 1, 1, 3])
     """
-    _check("attention_mask", attention_mask, "batch", "keys", also_bool=True)
-    bad = ((attention_mask != 0) & (attention_mask != 1)).nonzero().tolist() if _can_read(attention_mask) else ()
-    if bad:
-        value = int(attention_mask[tuple(bad[0])])
-        raise ValueError(f"attention_mask{bad[0]} is {value}; only 0 and 1 are masks (for numbers: document_mask)")
+    _check("attention_mask", attention_mask, "keys", also_bool=True)
+    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it would wait
+    if readable and len(bad := ((attention_mask != 0) & (attention_mask != 1)).nonzero()):
+        place = bad[0].tolist()
+        value = int(attention_mask[tuple(place)])
+        raise ValueError(f"attention_mask{place} is {value}; only 0 and 1 are masks (for numbers: document_mask)")
     return attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, keys)
 
 
@@ -70,7 +50,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
     >>> document_mask(torch.tensor([[0, 0, 1, -1]]))[0, 0].int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     """
-    _check("document_ids", document_ids, "batch", "tokens")
+    _check("document_ids", document_ids, "tokens")
     same = document_ids[:, :, None] == document_ids[:, None, :]  # (batch, tokens, tokens)
     return (same & (document_ids >= 0)[:, :, None])[:, None]  # (batch, 1, tokens, tokens)
 
@@ -98,14 +78,9 @@ def combine_masks(*masks: Tensor | None) -> Tensor | None:
     return combined
 
 
-def _check(name: str, tensor: Tensor, *dimensions: str, also_bool: bool = False) -> None:
+def _check(name: str, tensor: Tensor, columns: str, also_bool: bool = False) -> None:
     allowed = "whole numbers or bool" if also_bool else "whole numbers"
-    if tensor.dim() != len(dimensions):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {allowed} ({', '.join(dimensions)}) are needed")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {allowed} (batch, {columns}) are needed")
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not also_bool):
         raise TypeError(f"{name} is {tensor.dtype}; {allowed} are needed: cast with .long() if the values are whole")
-
-
-def _can_read(tensor: Tensor) -> bool:
-    """Values are checked on CPU only: reading them on a GPU would make the program wait for the device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,9 +1,8 @@
 """Several tasks on one encoder: shared trunk, a head per task, mixed batches.
 
-A head here is exactly what the stock task model puts on top of its encoder.  For each task we build the stock model
-(`AutoModelFor...`) and give it, instead of an encoder of its own, a stand-in that hands it the shared encoder's
-output.  So the trunk runs once for a batch that mixes tasks, every head runs on its own rows with Transformers' own
-code, and one task can be taken out as a plain Transformers model.
+For each task we build the stock model (`AutoModelFor...`) and give it, instead of an encoder of its own, a stand-in
+that hands it the shared encoder's output.  So the trunk runs once for a batch that mixes tasks, every head runs on its
+own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.
 
 How tasks are mixed stands in core/sampling.py, whose gradient wins where they disagree in `balancing`.
 
@@ -47,9 +46,8 @@ class _SharedTrunk(nn.Module):
 
     def __init__(self, config: Any, wants_pooler: bool):
         super().__init__()
-        self.config = config
+        self.config, self.output = config, None
         self.wants_pooler = wants_pooler  # BERT's text classifier reads the pooler's output; others bring their own
-        self.output: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
@@ -74,10 +72,8 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"{type(encoder).__name__} has a head already; pass the bare encoder: load_model(name)")
         if not isinstance(heads, dict) or not heads:
             raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}, each name once")
-        self.encoder = encoder
-        self.config = encoder.config
-        self.specs = dict(heads)
-        self.heads = nn.ModuleDict()
+        self.encoder, self.config = encoder, encoder.config
+        self.specs, self.heads = dict(heads), nn.ModuleDict()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for name, spec in heads.items():
@@ -114,14 +110,9 @@ class MultiTaskModel(nn.Module):
         return set().union(*self._takes.values())
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        rows: dict[str, torch.Tensor] | None = None,
-        task: str | None = None,
-        **inputs: torch.Tensor,
-    ) -> Any:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,
+        rows: dict[str, torch.Tensor] | None = None, task: str | None = None, **inputs: torch.Tensor,
+    ) -> Any:  # fmt: skip
         if (rows is None) == (task is None):
             raise ValueError("pass either task=name, for every row, or rows={task: row numbers}")
         for name in [task] if rows is None else rows:
@@ -132,27 +123,26 @@ class MultiTaskModel(nn.Module):
         shared = self.encoder(**{k: v for k, v in inputs.items() if k in self._takes[""]})
         if rows is None:
             return self._head(task, shared, inputs)
-        return {
-            name: self._head(name, _take(shared, index), {k: v[index] for k, v in inputs.items() if v is not None})
-            for name, index in rows.items()
-        }
+        logits, tensors = {}, {k: v for k, v in shared.items() if isinstance(v, torch.Tensor)}
+        for name, index in rows.items():
+            own = type(shared)(**{k: v[index] for k, v in tensors.items()})
+            logits[name] = self._head(name, own, {k: v[index] for k, v in inputs.items() if v is not None})
+        return logits
 
     def _head(self, name: str, shared: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         head = self.heads[name]
-        trunk = getattr(head, head.base_model_prefix)
-        trunk.output = shared
+        head.base_model.output = shared
         try:
             return head(**{k: v for k, v in inputs.items() if k in self._takes[name]}).logits
         finally:
-            trunk.output = None
+            head.base_model.output = None
 
     def export(self, name: str) -> nn.Module:
         """One task as a plain Transformers model with a copy of the encoder: same logits, `save_pretrained` works."""
         if name not in self.heads:
             raise ValueError(f"unknown task {name!r}; this model has {', '.join(self.heads)}")
-        model = copy.deepcopy(self.heads[name])
-        encoder = copy.deepcopy(self.encoder)
-        if not self.heads[name].base_model.wants_pooler and getattr(encoder, "pooler", None) is not None:
+        model, encoder = copy.deepcopy(self.heads[name]), copy.deepcopy(self.encoder)
+        if hasattr(encoder, "pooler") and not model.base_model.wants_pooler:
             encoder.pooler = None
         setattr(model, model.base_model_prefix, encoder)
         model.config._attn_implementation = encoder.config._attn_implementation  # unpadded or not, as it is now
@@ -160,8 +150,3 @@ class MultiTaskModel(nn.Module):
             if hasattr(module, "config"):
                 module.config = model.config
         return model.train(self.training)
-
-
-def _take(shared: Any, index: torch.Tensor) -> Any:
-    """The rows `index` of an encoder's output."""
-    return type(shared)(**{key: value[index] for key, value in shared.items() if isinstance(value, torch.Tensor)})

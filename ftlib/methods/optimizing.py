@@ -8,7 +8,6 @@ To copy: this file, methods/regularization.py, methods/speedups.py, core/anatomy
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +38,6 @@ def tuning_of(model: nn.Module) -> Tuning | None:
     return vars(model).get("tuning")
 
 
-def _no_decay_names(model: nn.Module) -> Iterator[str]:
-    for module_name, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            if name == "bias" or normalizes(module):
-                yield f"{module_name}.{name}" if module_name else name
-
-
 def parameter_groups(
     model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01, spare: bool = True
 ) -> list[dict[str, Any]]:
@@ -60,11 +52,13 @@ def parameter_groups(
     >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
     [1, 1]
     """
-    spared, tuning = set(_no_decay_names(model) if spare else ()), tuning_of(model) or Tuning("as set", {})
+    tuning = tuning_of(model) or Tuning("as set", {})
+    norms = {p for module in model.modules() if normalizes(module) for p in module.parameters(recurse=False)}
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = name not in spared and name not in tuning.start
+            spared = spare and (parameter in norms or name.split(".")[-1] == "bias")
+            decayed = not spared and name not in tuning.start
             found.setdefault((tuning.scales.get(name, 1.0), decayed), []).append(parameter)
     if not found:
         raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
@@ -79,13 +73,12 @@ def parameter_groups(
 
 def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
     """The optimizer a TrainConfig asks for, on the trainable parameters."""
-    groups = parameter_groups(
-        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, spare=config.decay_groups
-    )
+    rate, decay = config.learning_rate, config.weight_decay
+    groups = parameter_groups(model, learning_rate=rate, weight_decay=decay, spare=config.decay_groups)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=rate, fused=fused)
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
@@ -93,28 +86,26 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.
 
     Nothing is done where fp16's gradients overflowed, so that no step is taken.
     """
-    tuning = tuning_of(model)
+    tuning = tuning_of(model) or Tuning("as set", {})
+    starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
 
-    def overflowed() -> bool:  # a fused optimizer is called then too, and told so
-        return bool(getattr(optimizer, "found_inf", None))
+    def moved(optimizer: torch.optim.Optimizer) -> list[tuple[dict, nn.Parameter]]:
+        skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer is called then too, and told so
+        return [] if skipped else [(group, p) for group in optimizer.param_groups for p in group["params"]]
 
-    if tuning is not None and tuning.strength:
-        starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
+    def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, parameter in moved(optimizer):
+            if parameter in starts and parameter.grad is not None:
+                regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
 
-        def towards_the_start(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in [] if overflowed() else optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter in starts and parameter.grad is not None:
-                        regularization.pull_(parameter, starts[parameter], group["lr"] * tuning.strength)
+    def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, parameter in moved(optimizer):
+            if group["decayed"]:
+                regularization.shrink_(parameter, group["lr"] * l1)
 
+    if tuning.strength:
         optimizer.register_step_pre_hook(towards_the_start)
     if l1:
-
-        def towards_zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group in [] if overflowed() else optimizer.param_groups:
-                for parameter in group["params"] if group["decayed"] else []:
-                    regularization.shrink_(parameter, group["lr"] * l1)
-
         optimizer.register_step_post_hook(towards_zero)
 
 
@@ -125,10 +116,9 @@ def begin_step(model: nn.Module, step: int, total: int) -> None:
         return
     end = tuning.until * total
     free = int(len(tuning.stages) * step / end) if step < end else len(tuning.stages)
-    parameters = dict(model.named_parameters())
     for place, stage in enumerate(tuning.stages):
         for name in stage:
-            parameters[name].requires_grad_(place < free)
+            model.get_parameter(name).requires_grad_(place < free)
 
 
 def follows_steps(model: nn.Module) -> bool:
@@ -139,8 +129,7 @@ def follows_steps(model: nn.Module) -> bool:
 
 def check(model: nn.Module, how: str) -> None:
     """ValueError for weights that train in float16, and for a strategy that needs them whole where they are spread."""
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
+    if half := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]:
         why = "small steps vanish and Adam divides by zero"
         remedy = "load the model with dtype=torch.float32, and let precision='fp16' compute in half"
         raise ValueError(f"{half[0]} would train in float16, where {why}; {remedy}")

@@ -40,7 +40,7 @@ def shrink_(parameter: nn.Parameter, amount: float) -> None:
     >>> p = nn.Parameter(torch.tensor([3.0, -0.25])); shrink_(p, 0.5); p.tolist()
     [2.5, 0.0]
     """
-    parameter.sub_(parameter.clamp(-amount, amount))        # zeros are +0.0, which softshrink does not promise
+    parameter.sub_(parameter.clamp(-amount, amount))  # zeros are +0.0, which softshrink does not promise
 
 
 def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
@@ -48,11 +48,9 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
 
     (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats: `divergence` in the kind's record.
 
-    Args:
-        first, second: logits, (items, classes), or (batch, tokens, classes) for tags.
-        labels: (items,) or (batch, tokens) int64, -100 ignored; (items, classes) 0/1 for several labels an item.
-        kind: "sequence-classification", "token-classification" or "multi-label-classification" (a Bernoulli
-            distribution a label, summed over labels).
+    first, second: logits, (items, classes), or (batch, tokens, classes) for tags.
+    labels: (items,) or (batch, tokens) int64, -100 ignored; (items, classes) 0/1 for several labels an item.
+    kind: a task that predicts classes; for several labels an item a Bernoulli distribution a label, summed over labels.
     Source: Liang et al. 2021 (arXiv:2106.14448), equation 2; the factors are those of the authors' code.
     Raises ValueError for another kind: a predicted number has no distribution.
     """
@@ -62,9 +60,6 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
     if divergence is None:
         raise ValueError(f"r_drop compares predicted distributions; {kind} predicts numbers: leave r_drop at 0")
     return divergence(first, second, labels)
-
-
-# ------------------------------------------------------------------------------------------------------ mixout
 
 
 def add_mixout(linears: Iterable[nn.Module], p: float) -> None:
@@ -100,9 +95,6 @@ def remove_mixout(model: nn.Module) -> None:
         anatomy.take_forward(module)
 
 
-# ------------------------------------------------------------------------------------------------------ dropout
-
-
 @contextmanager
 def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
     """Inside, all of the model's dropout, that of the attention weights too, has probability p; None: its own.
@@ -117,11 +109,11 @@ def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
     places += [(m, "attention_dropout") for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
     if not places:
         raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
-    before = [getattr(module, name) for module, name in places]
+    before = [(module, name, getattr(module, name)) for module, name in places]
     try:
         for module, name in places:
             setattr(module, name, p)
         yield
     finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+        for place in before:
+            setattr(*place)

@@ -6,8 +6,6 @@
 - `attend`: attention over packed rows, one example at a time, so that no score of a padded position is computed and
   attention dropout does not push PyTorch off its quick path.
 
-`shortcuts(model)` switches `linear` and `dropout` on for a while.
-
 To copy: this file, core/anatomy.py and torch.
 """
 
@@ -79,33 +77,29 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, lengths, p):
         mask = keep_mask(query.new_empty(len(query) * sum(n * n for n in lengths)), p).div_(1 - p) if p else None
-        outs, saved, used = [], [], 0
+        outs, saved = [], []
         for q, k, v in _groups(lengths, query, key, value):
             weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)  # (heads * rows, n, n)
-            saved.append(weights)
+            kept = None
             if p:
-                weights = weights * mask[used : used + weights.numel()].view(weights.shape)
-                used += weights.numel()
-                saved.append(weights)
-            outs.append(torch.bmm(weights, v))
-        ctx.save_for_backward(query, key, value, mask, *saved)
+                kept, mask = mask[: weights.numel()].view_as(weights), mask[weights.numel() :]
+            saved += [weights, kept, weights * kept if p else weights]
+            outs.append(torch.bmm(saved[-1], v))
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.lengths = lengths
         return _joined(outs, query)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, key, value, mask, *saved = ctx.saved_tensors
-        saved, used = iter(saved), 0
-        d_query, d_key, d_value = [], [], []
+        query, key, value, *saved = ctx.saved_tensors
+        saved, d_query, d_key, d_value = iter(saved), [], [], []
         for q, k, v, g in _groups(ctx.lengths, query, key, value, gradient):
-            weights = next(saved)
-            dropped = weights if mask is None else next(saved)
+            weights, kept, dropped = next(saved), next(saved), next(saved)
             d_value.append(torch.bmm(dropped.transpose(1, 2), g))
             d_weights = torch.bmm(g, v.transpose(1, 2))
-            if mask is not None:
-                d_weights.mul_(mask[used : used + weights.numel()].view(weights.shape))
-                used += weights.numel()
+            if kept is not None:
+                d_weights.mul_(kept)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_query.append(torch.bmm(d_scores, k))
             d_key.append(torch.bmm(d_scores.transpose(1, 2), q))
@@ -138,12 +132,8 @@ def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 def usable(x: torch.Tensor) -> bool:
     """Whether the shortcuts serve this tensor: float32 on a CPU, run eagerly and without autocast."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,9 +157,7 @@ def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Ten
     """
     if not training or p == 0:
         return x
-    if not usable(x) or p == 1:
-        return F.dropout(x, p, training)
-    return _Dropout.apply(x, p)
+    return _Dropout.apply(x, p) if usable(x) and p != 1 else F.dropout(x, p)
 
 
 def attend(
@@ -203,7 +191,10 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
 
     Without gradients a BERT layer's GELU is computed inside the product before it.
     """
-    ours = {nn.Linear: _linear_forward, nn.Dropout: _dropout_forward}
+    ours = {
+        nn.Linear: lambda module, input: linear(input, module.weight, module.bias),
+        nn.Dropout: lambda module, input: dropout(input, module.p, module.training),
+    }
     free = [module for module in model.modules() if anatomy.taken_by(module) is None]
     functions = {module: ours[type(module)] for module in free if type(module) in ours}
     with anatomy.forwards(functions | {module: _gelu_forward for module in free if _makes_gelu(module)}):
@@ -221,11 +212,3 @@ def _gelu_forward(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() or not (ONEDNN and usable(hidden) and weight.dtype == torch.float32):
         return type(module).forward(module, hidden)
     return _product(hidden, weight, bias, "gelu", [], "none")  # "none": not the tanh approximation
-
-
-def _linear_forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    return linear(input, module.weight, module.bias)
-
-
-def _dropout_forward(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
-    return dropout(input, module.p, module.training)

@@ -90,8 +90,8 @@ def _with_prompt(model: nn.Module, wrapper: Any, prompt: int, longest: float, *a
     if inputs is not None and inputs.shape[1] + prompt > longest:
         many = f"{inputs.shape[1]} tokens and {prompt} of the prompt exceed the model's {longest} positions"
         raise ValueError(f"{many}; tokenize with max_length={longest - prompt}")
-    a_label_a_token = wrapper.active_peft_config.task_type == "TOKEN_CLS"
-    if wrapper.active_peft_config.peft_type in _CACHED or not a_label_a_token:
+    config = wrapper.active_peft_config
+    if config.peft_type in _CACHED or config.task_type != "TOKEN_CLS":  # no logits of the prompt
         return wrapper(**kwargs)
     if kwargs.get("labels") is not None:
         kwargs["labels"] = F.pad(kwargs["labels"], (prompt, 0), value=IGNORE)
@@ -145,13 +145,10 @@ def settings_in(folder: Path) -> Any:
     import peft
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
-    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
-        if hasattr(settings, name):
-            setattr(settings, name, None)
-    if hasattr(settings, "prompt_tuning_init"):
-        settings.prompt_tuning_init = "RANDOM"
-    if hasattr(settings, "prefix_projection"):
-        settings.prefix_projection = False  # the file holds what the projection made
+    plain = dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))
+    plain |= {"prompt_tuning_init": "RANDOM", "prefix_projection": False}  # the file holds what the projection made
+    for name in [name for name in plain if hasattr(settings, name)]:
+        setattr(settings, name, plain[name])
     if settings.peft_type == "P_TUNING":  # and here the prompt itself, not the network that made it
         names = ("task_type", "num_virtual_tokens", "token_dim", "modules_to_save")
         settings = peft.PromptTuningConfig(**{name: getattr(settings, name) for name in names})
@@ -166,7 +163,6 @@ def head_guess(folder: Path, config: dict) -> dict[str, Any]:
     kinds = {task.peft_type: kind for kind, task in reversed(TASKS.items())} | {"FEATURE_EXTRACTION": None}
     if config.get("task_type") not in kinds:
         raise ValueError(f"{folder}/adapter_config.json: task_type {config.get('task_type')!r}; pass base=a model")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
     ends = ("classifier.weight", "score.weight", "out_proj.weight")
-    heads = [tensor for name, tensor in tensors.items() if name.endswith(ends)]
+    heads = [t for name, t in read_tensors(folder / "adapter_model.safetensors").items() if name.endswith(ends)]
     return {"task": kinds[config["task_type"]], **({"num_labels": len(heads[-1])} if heads else {})}

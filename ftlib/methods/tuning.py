@@ -1,7 +1,6 @@
 """Which parameters move: `tune` and its strategies.
 
-Fine-tuning is gradient descent on a chosen subset of the parameters, θ' = θ - η ∇L(θ).  Most strategies choose the
-subset by setting `requires_grad`, nothing else.  LoRA and the adapters freeze the encoder and put something small
+Most strategies set `requires_grad`, nothing else.  LoRA and the adapters freeze the encoder and put something small
 inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
 stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
 
@@ -16,26 +15,16 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.anatomy import head_modules
 from ..core.batches import number, one_of, whole
 from . import adapters, regularization, through_peft
 from .optimizing import Tuning, tuning_of
 
 OPTIONS = {  # strategy -> its options
-    "full": (),
-    "head-only": (),
-    "last-layers": ("layers",),
-    "frozen-embeddings": (),
-    "bitfit": (),
-    "layer-norm": (),
-    "gradual-unfreezing": ("until", "decay"),
-    "layer-decay": ("decay",),
-    "l2-sp": ("strength",),
-    "mixout": ("p",),
+    "full": (), "head-only": (), "last-layers": ("layers",), "frozen-embeddings": (), "bitfit": (), "layer-norm": (),
+    "gradual-unfreezing": ("until", "decay"), "layer-decay": ("decay",), "l2-sp": ("strength",), "mixout": ("p",),
     "lora": ("rank", "alpha", "targets", "dropout", "rslora", "base_bits", "seed"),
-    "houlsby": ("reduction", "seed"),
-    "pfeiffer": ("reduction", "seed"),
-}
+    "houlsby": ("reduction", "seed"), "pfeiffer": ("reduction", "seed"),
+}  # fmt: skip
 STRATEGIES = tuple(OPTIONS)
 
 
@@ -122,7 +111,7 @@ def _obstacle(model: nn.Module, base: nn.Module, strategy: Any) -> str | None:
     """Why this strategy can't start from this model, if so."""
     if adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
         return "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"
-    if (base is model and strategy != "full") or (strategy == "head-only" and not head_modules(model)):
+    if (base is model and strategy != "full") or (strategy == "head-only" and not anatomy.head_modules(model)):
         return f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."
     if not isinstance(strategy, str) and hasattr(model, "heads"):
         return "PEFT configurations are for models with one head; for several use 'lora' or an adapter"
@@ -132,11 +121,9 @@ def _obstacle(model: nn.Module, base: nn.Module, strategy: Any) -> str | None:
 def merge(model: nn.Module) -> nn.Module:
     """Fold adapters into the weights, in place: a plain Transformers model with the same logits; returns it.
 
-    A strategy without adapters leaves nothing to fold; its model is plain already.
     Raises ValueError for what is not linear in the layer's input: bottleneck adapters, prompts.
     """
-    wrapper = getattr(tuning_of(model), "peft", None)
-    if wrapper is not None:
+    if (wrapper := getattr(tuning_of(model), "peft", None)) is not None:
         through_peft.merge_peft(wrapper)
     adapters.merge_own(model)
     regularization.remove_mixout(model)
@@ -161,7 +148,7 @@ def _computed(model: nn.Module) -> list[nn.Parameter]:
 def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuning: Tuning) -> list[Any] | None:
     """The modules and parameters that train beside the head; fills in what the training loop has to know."""
     if not isinstance(strategy, str):
-        tuning.peft = through_peft.add_peft(model, strategy, head_modules(model))
+        tuning.peft = through_peft.add_peft(model, strategy, anatomy.head_modules(model))
         return None
     if strategy in ("head-only", "frozen-embeddings", "bitfit", "layer-norm", "last-layers"):
         return _chosen(model, base, strategy, options)
@@ -195,13 +182,12 @@ def _chosen(model: nn.Module, base: nn.Module, strategy: str, options: dict) -> 
         layers = anatomy.layers(model)
         return layers[-one_of("layers", options.get("layers", 2), range(1, len(layers) + 1)) :]
     below = {id(p) for p in anatomy.embeddings(model)}
-    found = {
-        "frozen-embeddings": [p for p in base.parameters() if id(p) not in below] if below else [],
-        "bitfit": [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"],
-        "layer-norm": [module for module in base.modules() if anatomy.normalizes(module)],
+    what, found = {
+        "frozen-embeddings": ("embeddings", [p for p in base.parameters() if below and id(p) not in below]),
+        "bitfit": ("biases", [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"]),
+        "layer-norm": ("normalization layers", [module for module in base.modules() if anatomy.normalizes(module)]),
     }[strategy]
     if not found:
-        what = {"frozen-embeddings": "embeddings", "bitfit": "biases", "layer-norm": "normalization layers"}[strategy]
         raise ValueError(f"no {what} found in {type(base).__name__}; choose another strategy, or set requires_grad")
     return found
 
@@ -240,7 +226,5 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
         groups[part][0] += parameter.numel() if parameter.requires_grad else 0
     groups["layers"][1] += sum(m.codes.numel() for m in model.modules() if isinstance(m, adapters.Int8Linear))
     trainable, total = (sum(counts[i] for counts in groups.values()) for i in (0, 1))
-    kept = {name: (t, n) for name, (t, n) in groups.items() if n}
-    return TuneReport(strategy, trainable, total, kept, optimizer_bytes=2 * 4 * trainable)
-
-
+    groups = {name: (t, n) for name, (t, n) in groups.items() if n}
+    return TuneReport(strategy, trainable, total, groups, optimizer_bytes=2 * 4 * trainable)

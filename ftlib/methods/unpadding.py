@@ -1,6 +1,5 @@
 """Run a Transformers encoder on real tokens only: same numbers, no work on padding.
 
-A batch of texts is padded to its longest row, and a stock encoder computes every layer for the padding too.
 `unpad(model)` hooks the encoder: before it, padded positions are dropped, so that each layer sees one long row of
 real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must know where an example
 ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same object with the same
@@ -28,16 +27,15 @@ from . import speedups
 
 NAME = "unpadded_by_" + __name__.replace(".", "_")  # another for every copy of this file in a process
 
-# Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on: type -> attribute.
-_ENCODER = {
-    "albert": "encoder", "bert": "encoder", "camembert": "encoder", "data2vec-text": "encoder",
-    "distilbert": "transformer", "electra": "encoder", "ernie": "encoder", "mobilebert": "encoder",
-    "roberta": "encoder", "roberta-prelayernorm": "encoder", "roc_bert": "encoder", "xlm-roberta": "encoder",
-    "xlm-roberta-xl": "encoder",
-}  # fmt: skip
+# Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on.
+_ENCODER = (
+    "albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "mobilebert", "roberta",
+    "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
 # With rotary positions, which the base model itself computes: its inputs are packed, and keyword arguments it doesn't
 # know go through its layers to the attention function.
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
+_KNOWN = (*_ENCODER, *_ROTARY)
 
 
 class Packing(NamedTuple):
@@ -70,15 +68,15 @@ class Packing(NamedTuple):
     @property
     def is_full(self) -> bool:
         """Whether there is nothing to drop."""
-        return self.cu_seqlens is not None and len(self.indices) == self.batch * self.tokens
+        return self.cu_seqlens is not None and len(self.indices) == self.mask.numel()
 
 
 def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
     """(batch, tokens, ...) to (1, N_tokens + spare, ...); the spare rows repeat the first and are never read."""
     flat = padded.flatten(0, 1)
-    if len(flat) == len(packing.indices):
-        return flat.unsqueeze(0)
-    return flat[F.pad(packing.indices, (0, spare))].unsqueeze(0)
+    if len(flat) != len(packing.indices):
+        flat = flat[F.pad(packing.indices, (0, spare))]
+    return flat.unsqueeze(0)
 
 
 def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
@@ -103,10 +101,10 @@ def pad_input(packed: Tensor, packing: Packing) -> Tensor:
     >>> pad_input(packed, packing)[0, :, 0].tolist()
     [1.0, 0.0]
     """
-    flat = packed[0, : len(packing.indices)]
-    if len(flat) != packing.batch * packing.tokens:
-        flat = flat.new_zeros(packing.batch * packing.tokens, *flat.shape[1:]).index_copy(0, packing.indices, flat)
-    return flat.view(packing.batch, packing.tokens, *flat.shape[1:])
+    flat, positions = packed[0, : len(packing.indices)], packing.mask.numel()
+    if len(flat) != positions:
+        flat = flat.new_zeros(positions, *flat.shape[1:]).index_copy(0, packing.indices, flat)
+    return flat.unflatten(0, packing.mask.shape)
 
 
 def _attend_packed(
@@ -173,13 +171,9 @@ def _attention(
     return _attend_packed(query, key, value, packing, dropout, scaling, window), None
 
 
-def _keep_padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """What Transformers calls to build the (batch, 1, tokens, tokens) mask; we hand the (batch, tokens) one on."""
-    return attention_mask
-
-
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _keep_padding_mask)
+# What Transformers calls to build the (batch, 1, tokens, tokens) mask; we hand the (batch, tokens) one on.
+AttentionMaskInterface.register(NAME, lambda attention_mask=None, **kwargs: attention_mask)
 
 
 def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -211,8 +205,7 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
         raise ValueError(f"{needed}; for a mask of your own, a cache or prefix tuning call repad(model) first")
     if kind not in _ROTARY:
         return kwargs
-    if mask is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    mask = torch.ones(shape, device=inputs.device) if mask is None else mask
     packing = Packing.of(mask.to(inputs.device, torch.bool))
     for module in _hooked(base):
         module._packing = packing
@@ -235,10 +228,8 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
     if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
         packing = Packing.of(mask)
-        if packing.is_full and packing.lengths is None:
-            mask = None
-        else:
-            hidden, mask = _pack(hidden, packing, packing.spare), packing
+        full = packing.is_full and packing.lengths is None
+        hidden, mask = (hidden, None) if full else (_pack(hidden, packing, packing.spare), packing)
     return (hidden, mask, *args[2:]), kwargs
 
 
@@ -257,21 +248,20 @@ def _padded(output: Any, packing: Packing) -> Any:
         for name, part in output.items():
             output[name] = _padded(part, packing)
         return output
-    if not isinstance(output, Tensor) or output.ndim != 3:
-        return output
-    return output if output.shape[:2] == (packing.batch, packing.tokens) else pad_input(output, packing)
+    packed = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] != packing.mask.shape
+    return pad_input(output, packing) if packed else output
 
 
 def _encoder_of(base: nn.Module) -> nn.Module:
     """The module around which tokens are packed."""
     kind = base.config.model_type
-    return base if kind in _ROTARY else getattr(base, _ENCODER[kind])
+    return base if kind in _ROTARY else base.transformer if kind == "distilbert" else base.encoder
 
 
 def _hooked(base: nn.Module) -> list[nn.Module]:
     """The modules inside the base model that `unpad` puts hooks on."""
-    pooler = getattr(base, "pooler", None)
-    return [_encoder_of(base)] + ([pooler] if pooler is not None and base.config.model_type in _ROTARY else [])
+    pooler = getattr(base, "pooler", None) if base.config.model_type in _ROTARY else None
+    return [_encoder_of(base)] if pooler is None else [_encoder_of(base), pooler]
 
 
 def unpad(model: nn.Module) -> nn.Module:
@@ -280,11 +270,10 @@ def unpad(model: nn.Module) -> nn.Module:
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
     positions the hidden states are zero, where the stock model leaves numbers that nothing should read; a stock
     question-answering head does read them, as it ranks padding with the tokens, so its loss differs.
-    `output_attentions` needs eager attention, so it needs `repad(model)` first.
 
     Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
-    and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for
-    `output_attentions` and for an attention_mask that isn't (batch, tokens).
+    and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for an
+    attention_mask that isn't (batch, tokens) and for `output_attentions`: call `repad(model)` first.
     """
     base = anatomy.base_of(model)
     if why := _obstacle(base):
@@ -307,7 +296,7 @@ def unpad(model: nn.Module) -> nn.Module:
 def _obstacle(base: nn.Module) -> str | None:
     """Why this model can't be unpadded, if so."""
     config, kind = getattr(base, "config", None), anatomy.kind_of(base)
-    if kind in _ENCODER or kind in _ROTARY:
+    if kind in _KNOWN:
         decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
         why = f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)"
         return why if decoder else None
@@ -318,8 +307,7 @@ def _obstacle(base: nn.Module) -> str | None:
         reason = ", a decoder"
     elif config is not None and not getattr(base, "_supports_attention_backend", False):
         reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
-    known = ", ".join(sorted((*_ENCODER, *_ROTARY)))
-    return f"unpad can't handle model type {kind!r}{reason}; it handles {known}"
+    return f"unpad can't handle model type {kind!r}{reason}; it handles {', '.join(sorted(_KNOWN))}"
 
 
 def repad(model: nn.Module) -> nn.Module:
@@ -343,4 +331,4 @@ def _remove_hooks(base: nn.Module) -> None:
 def is_unpadded(model: nn.Module) -> bool:
     """Whether `unpad` is on."""
     config = getattr(anatomy.base_of(model), "config", None)
-    return getattr(config, "model_type", None) in (*_ENCODER, *_ROTARY) and config._attn_implementation == NAME
+    return getattr(config, "model_type", None) in _KNOWN and config._attn_implementation == NAME

@@ -57,8 +57,7 @@ def measure() -> Iterator[Measurement]:
         torch.cuda.reset_peak_memory_stats()
     result, done = Measurement(how=_KERNEL if _reset_peak() else _SAMPLED), threading.Event()
     sampler = threading.Thread(target=_sample, args=(result, done), daemon=True)
-    if result.how == _SAMPLED:
-        sampler.start()
+    sampler.start()
     _running.append(result)
     start = time.perf_counter()
     try:
@@ -68,19 +67,17 @@ def measure() -> Iterator[Measurement]:
             torch.cuda.synchronize()
         result.seconds = time.perf_counter() - start
         done.set()
-        if sampler.is_alive():
-            sampler.join()
+        sampler.join()
         _note_peaks(cuda)
         _running.remove(result)
 
 
-def _status_mb(key: str) -> float | None:
-    """VmRSS or VmHWM of this process from Linux, else None."""
+def _status_mb(key: str) -> float:
+    """VmRSS or VmHWM of this process from Linux, else nan."""
     try:
-        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found.group(1)) / 1024 if found else None
+        return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+    except (OSError, TypeError):  # no such file, or no such line in it
+        return math.nan
 
 
 def _reset_peak() -> bool:
@@ -89,32 +86,31 @@ def _reset_peak() -> bool:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    mark, now = _status_mb("VmHWM"), _status_mb("VmRSS")
-    # some sandboxes accept the write and do nothing
-    return mark is not None and now is not None and mark < now + 8
+    return _status_mb("VmHWM") < _status_mb("VmRSS") + 8  # some sandboxes accept the write and do nothing
 
 
 def _resident_mb() -> float:
-    now = _status_mb("VmRSS")
-    if now is None:
-        try:
-            import psutil
-        except ImportError:
-            return math.nan
-        now = psutil.Process().memory_info().rss / 2**20
-    return now
+    if not math.isnan(now := _status_mb("VmRSS")):
+        return now
+    try:
+        import psutil
+    except ImportError:
+        return math.nan
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def _sample(result: Measurement, done: threading.Event) -> None:
-    result.peak_mb = _resident_mb()
-    while not done.wait(0.005):
-        result.peak_mb = max(result.peak_mb, _resident_mb())
+    while not math.isnan(now := _resident_mb()):
+        result.peak_mb = max(result.peak_mb, now)
+        if result.how == _KERNEL or done.wait(0.005):
+            return
+    result.peak_mb = math.nan
 
 
 def _note_peaks(cuda: bool) -> None:
     """Carry the marks since the last reset into every running measurement."""
     for result in _running:
         if result.how == _KERNEL:
-            result.peak_mb = max(result.peak_mb, _status_mb("VmHWM") or 0.0)
+            result.peak_mb = max(result.peak_mb, _status_mb("VmHWM"))
         if cuda:
             result.peak_gpu_mb = max(result.peak_gpu_mb or 0.0, torch.cuda.max_memory_allocated() / 2**20)

@@ -2,10 +2,8 @@
 
 To copy: this file alone.
 
-Every function draws into `ax`, or into a new figure of notebook size when `ax` is None, and returns the
-Matplotlib Axes. Colours are Okabe and Ito's palette, which colour-blind readers can tell apart, and markers
-or line styles differ as well. Legends stand beside the axes, never on the data; make figures of your own with
-`layout="constrained"` so that there is room for them. Nothing is smoothed unless you ask for it.
+Every function draws into `ax`, or into a new figure of notebook size when `ax` is None, and returns the Matplotlib
+Axes. Legends stand beside the axes, never on the data: make figures of your own with `layout="constrained"`.
 """
 
 from __future__ import annotations
@@ -13,10 +11,11 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
-# Okabe & Ito, "Color Universal Design" (2008), without yellow, which is too pale for thin lines on white
+# Okabe & Ito, "Color Universal Design" (2008): colour-blind readers can tell them apart; without yellow, too pale
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX*"
 MAX_CELLS = 12  # classes up to which a confusion matrix shows numbers and names
@@ -33,11 +32,37 @@ def _axes(ax, width: float, height: float):
     return ax
 
 
-def _legend(ax, markerscale: float = 1.0) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    labels = [textwrap.fill(label, 28, break_long_words=False) for label in labels]
-    place = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
-    ax.legend(handles, labels, fontsize=9, markerscale=markerscale, **place)
+def _describe(ax, title: str, xlabel: str = "", ylabel: str = "", *, legend: bool = False, **look) -> None:
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=11)
+    if legend:
+        handles, labels = ax.get_legend_handles_labels()
+        labels = [textwrap.fill(label, 28, break_long_words=False) for label in labels]
+        place = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
+        ax.legend(handles, labels, fontsize=9, **place, **look)
+
+
+def _style(i: int) -> dict:
+    """How the i-th of several is told from the others."""
+    return dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)])
+
+
+def _cells(ax, values: np.ndarray, size: tuple[float, float], bar: str | None, texts=None, dark=np.inf, **look):
+    """Axes with values (rows, columns) as coloured cells, grey where they are not finite; bar: label of a colour bar.
+
+    texts: (value, row, column) -> what a cell says, in white where its value is beyond `dark`.
+    """
+    ax = _axes(ax, *size)
+    ax.spines[["top", "right"]].set_visible(True)
+    ax.set_facecolor("0.92")
+    image = ax.imshow(values, interpolation="nearest", **look)
+    if bar:
+        ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.8)
+    for row, column in np.argwhere(np.isfinite(values)) if texts else ():
+        value = values[row, column]
+        color = "white" if abs(value) > dark else "black"
+        ax.text(column, row, texts(value, row, column), ha="center", va="center", fontsize=9, color=color)
+    return ax
 
 
 def _numbers(values) -> np.ndarray:
@@ -62,18 +87,17 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not keys or not named or smooth < 1:
         raise ValueError(f"needs a run, a key and smooth >= 1: {len(named)} runs, keys={keys}, smooth={smooth}")
-    lines = []  # (run number, key number, label, key, points (2, n))
-    for i, (name, run) in enumerate(named.items()):
-        history = getattr(run, "history", run)
-        for j, key in enumerate(keys):
-            points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
-            if not points:
-                known = ", ".join(sorted({k for record in history for k in record} - {"step"})) or "no records"
-                raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
-            label = f"{name}, {key}" if name and len(keys) > 1 else name or key
-            lines.append((i, j, label, key, np.array(points, dtype=float).T))
+    histories = {name: getattr(run, "history", run) for name, run in named.items()}
+    lines = list(product(enumerate(histories.items()), enumerate(keys)))
+    for (_, (name, history)), (_, key) in lines:
+        if all(record.get(key) is None for record in history):
+            known = ", ".join(sorted({k for record in history for k in record} - {"step"})) or "no records"
+            raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
     ax = _axes(ax, 6.0 if len(lines) == 1 else 7.5, 3.6)
-    for i, j, label, key, (steps, values) in lines:
+    for (i, (name, history)), (j, key) in lines:
+        label = f"{name}, {key}" if name and len(keys) > 1 else name or key
+        points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+        steps, values = np.array(points, dtype=float).T
         color = PALETTE[(i if len(named) > 1 else j) % len(PALETTE)]
         broken = ~np.isfinite(values)
         if broken.any():
@@ -89,10 +113,7 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     if smooth > 1:
         title += f"\n(running mean of {smooth} records, raw values pale)"
     ylabel = " / ".join(sorted({key.removeprefix("eval_") for key in keys}))
-    ax.set(xlabel="optimizer step", ylabel=ylabel)
-    ax.set_title(title, fontsize=11)
-    if [line[2] for line in lines] != [keys[0]] or ax.lines[-1].get_label() != keys[0]:
-        _legend(ax)
+    _describe(ax, title, "optimizer step", ylabel, legend=len(lines) > 1 or label != keys[0])
     return ax
 
 
@@ -112,26 +133,13 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
     return counts
 
 
-def most_confused(labels, predictions, names: Sequence[str], top: int = 10) -> list[tuple]:
-    """The commonest errors as (true name, predicted name, count, share of the true class), commonest first.
-
-    >>> most_confused([0, 0, 1], [0, 1, 1], ["ham", "spam"])
-    [('ham', 'spam', 1, 0.5)]
-    """
-    counts = _counts(labels, predictions, names)
-    wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
-    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None, kind="stable")[:top]]
-    found = [(t, p, int(wrong[t, p])) for t, p in order if wrong[t, p]]
-    return [(names[t], names[p], count, float(count / counts[t].sum())) for t, p, count in found]
-
-
 def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normalize: bool = True):
     """True classes in rows, predicted in columns; shares of each row, or counts when `normalize` is False.
 
     labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12
     classes the cells carry no numbers, the axes show ids and the colours are stretched towards small values;
-    with `ax` None a second panel then lists the commonest errors by name (`most_confused`). Returns the Axes
-    of the matrix. Raises ValueError for ids outside `names`.
+    with `ax` None a second panel then lists the commonest errors by name. Returns the Axes of the matrix.
+    Raises ValueError for ids outside `names`.
 
     >>> confusion_matrix([0, 0, 1], [0, 1, 1], ["ham", "spam"]).get_ylabel()
     'true class'
@@ -141,49 +149,42 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     counts = _counts(labels, predictions, names)
     total, small = counts.sum(axis=1, keepdims=True), len(names) <= MAX_CELLS
     if ax is None and not small:
-        ax = _with_error_bars(most_confused(labels, predictions, names, 8))
+        ax = _with_error_bars(counts, names)
     side = max(3.4, 1.6 + 0.55 * len(names))  # inches
-    ax = _axes(ax, side + 0.8, side)
-    ax.spines[["top", "right"]].set_visible(True)
     shown = np.where(total > 0, counts / np.maximum(total, 1) if normalize else counts, np.nan)
-    ax.set_facecolor("0.92")  # shows where a row is empty
-    top = 1 if normalize else counts.max()
-    image = ax.imshow(shown, norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues", interpolation="nearest")
-    unit = "share of the true class" if normalize else "examples"
+    top, unit = (1, "share of the true class") if normalize else (counts.max(), "examples")
+    look = dict(norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues")
     title = f"{counts.sum():,} examples, {counts.trace() / counts.sum():.1%} right"
-    if small:
-        wide = max(map(len, map(str, names))) * 0.1 > (side - 1.4) / len(names)  # inches a name, a cell
-        ax.set_xticks(range(len(names)), names, rotation=45 if wide else 0, ha="right" if wide else "center")
-        ax.set_yticks(range(len(names)), names)
-        for row, column in np.argwhere(np.isfinite(shown)):
-            value = shown[row, column]
-            look = dict(ha="center", va="center", fontsize=9, color="white" if value > 0.55 * top else "black")
-            ax.text(column, row, f"{value:.2f}" if normalize else f"{value:.0f}", **look)
-        ax.set(xlabel="predicted class", ylabel="true class")
-        title += f"\ncells: {unit}"
-    else:
-        ax.figure.colorbar(image, ax=ax, label=unit, shrink=0.8)
-        ax.set(xlabel="predicted class (id)", ylabel="true class (id)")
-    ax.set_title(title, fontsize=11)
+    if not small:
+        ax = _cells(ax, shown, (side + 0.8, side), unit, **look)
+        _describe(ax, title, "predicted class (id)", "true class (id)")
+        return ax
+    form = ".2f" if normalize else ".0f"
+    ax = _cells(ax, shown, (side + 0.8, side), None, lambda value, *_: f"{value:{form}}", 0.55 * top, **look)
+    wide = max(map(len, map(str, names))) * 0.1 > (side - 1.4) / len(names)  # inches a name, a cell
+    ax.set_xticks(range(len(names)), names, rotation=45 if wide else 0, ha="right" if wide else "center")
+    ax.set_yticks(range(len(names)), names)
+    _describe(ax, f"{title}\ncells: {unit}", "predicted class", "true class")
     return ax
 
 
-def _with_error_bars(pairs):
-    """The left Axes of a new figure whose right panel shows `most_confused` pairs as bars."""
+def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
+    """The left Axes of a new figure whose right panel shows the eight commonest errors as bars."""
     import matplotlib.pyplot as plt
 
     size = dict(figsize=(9.0, 4.4), dpi=90, width_ratios=(1, 0.45))
     ax, bars = plt.subplots(1, 2, layout="constrained", **size)[1]
-    short = [[textwrap.shorten(str(name), 32, placeholder="…") for name in pair[:2]] for pair in pairs]
-    bars.barh(range(len(pairs)), [count for _, _, count, _ in pairs], color=PALETTE[0])
-    bars.set_yticks(range(len(pairs)), [f"{true}\n→ {guess}" for true, guess in short], fontsize=8)
+    wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
+    most = np.argsort(-wrong, axis=None, kind="stable")[: min(8, np.count_nonzero(wrong))]
+    pairs = [[textwrap.shorten(str(names[i]), 32, placeholder="…") for i in divmod(k, len(names))] for k in most]
+    bars.barh(range(len(pairs)), wrong.ravel()[most], color=PALETTE[0])
+    bars.set_yticks(range(len(pairs)), ["\n→ ".join(pair) for pair in pairs], fontsize=8)
     bars.invert_yaxis()
     bars.locator_params(axis="x", integer=True, nbins=5)
     bars.spines[["top", "right"]].set_visible(False)
     bars.set(xlabel="examples")
     bars.set_title("commonest errors, true → predicted", fontsize=11, loc="right")
     return ax
-
 
 def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None, title: str | None = None):
     """One head's attention as a picture: a row a query, a column a key, darker where more weight goes.
@@ -202,14 +203,11 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
         raise ValueError(f"weights have shape {weights.shape}: expected {given}")
     longest = max(weights.shape)
     size = min(max(3.2, 1.4 + 0.27 * longest), 7.5)
-    ax = _axes(ax, size + 0.9, size)
-    ax.spines[["top", "right"]].set_visible(True)
-    image = ax.imshow(weights, cmap="Blues", vmin=0, interpolation="nearest", aspect="auto")
+    ax = _cells(ax, weights, (size + 0.9, size), "attention weight", cmap="Blues", vmin=0, aspect="auto")
     look = dict(fontsize=9 if longest <= 24 else 6.5, parse_math=False)  # "$" is a token like any other
     ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 2 else 0, **look)
     ax.set_yticks(range(len(queries)), queries, **look)
     ax.set(xlabel="key (attended to)", ylabel="query (attending)", title=title or "attention weights")
-    ax.figure.colorbar(image, ax=ax, label="attention weight", shrink=0.8)
     return ax
 
 
@@ -227,20 +225,17 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
     wanted = (len(rows), len(columns))
     if values.shape != wanted or spreads.shape != wanted or not np.isfinite(values).any():
         raise ValueError(f"values {values.shape}, spreads {spreads.shape}: expected {wanted}, with a finite number")
-    ax = _axes(ax, 2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows))
-    ax.spines[["top", "right"]].set_visible(True)
-    ax.set_facecolor("0.92")  # shows where a cell is empty
-    top = max(np.nanmax(np.abs(values[np.isfinite(values)])), 1e-12)
-    image = ax.imshow(values, cmap="RdBu", vmin=-top, vmax=top, interpolation="nearest", aspect="auto")
-    for row, column in np.argwhere(np.isfinite(values)):
-        value, spread = values[row, column], spreads[row, column]
-        text = f"{value:+.3f}" + (f"\n± {spread:.3f}" if np.isfinite(spread) else "")
-        color = "white" if abs(value) > 0.6 * top else "black"
-        ax.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
+
+    def text(value, row, column):
+        spread = spreads[row, column]
+        return f"{value:+.3f}" + (f"\n± {spread:.3f}" if np.isfinite(spread) else "")
+
+    size, top = (2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows)), max(np.abs(values[np.isfinite(values)]).max(), 1e-12)
+    look = dict(cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
+    ax = _cells(ax, values, size, label, text, 0.6 * top, **look)
     ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
     ax.set_yticks(range(len(rows)), rows)
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
-    ax.set_title(label, fontsize=11)
+    _describe(ax, label)
     return ax
 
 
@@ -286,11 +281,9 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
         label = f"{len(np.unique(labels[rest]))} other labels"
         ax.scatter(*points[rest].T, color="0.85", label=label, **dots)
     for i, label in enumerate(shown):
-        style = dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)])
-        ax.scatter(*points[labels == label].T, label=str(names[int(label)]), **style, **dots)
-    ax.set(xlabel=axes[0], ylabel=axes[1])
-    ax.set_title(f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}", fontsize=11)
-    _legend(ax, markerscale=2.0)
+        ax.scatter(*points[labels == label].T, label=str(names[int(label)]), **_style(i), **dots)
+    title = f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}"
+    _describe(ax, title, *axes, legend=True, markerscale=2.0)
     return ax
 
 
@@ -322,10 +315,8 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
                 ax.annotate(f"{mean:.2f}", (left, mean + std), **above)
     wide = max(map(len, tasks)) > 12
     ax.set_xticks(range(len(tasks)), tasks, rotation=30 if wide else 0, ha="right" if wide else "center")
-    ax.set(ylabel=ylabel)
-    ax.set_title(f"{ylabel} by task, mean ± std over seeds", fontsize=11)
     ax.margins(y=0.1)
-    _legend(ax)
+    _describe(ax, f"{ylabel} by task, mean ± std over seeds", ylabel=ylabel, legend=True)
     return ax
 
 
@@ -343,16 +334,13 @@ def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training 
         raise ValueError(f"{label!r} needs x, means, stds equally long, x and means finite: {x}, {means}, {stds}")
     x, means, stds = (values[np.argsort(x)] for values in (x, means, stds))
     ax = _axes(ax, 7.0, 3.8)
-    i = len(ax.containers)
-    style = dict(color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6)
-    ax.errorbar(x, means, stds, label=label, elinewidth=1.1, capsize=3, **style)
+    look = dict(markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3)
+    ax.errorbar(x, means, stds, label=label, **look, **_style(len(ax.containers)))
     ticks = np.unique(np.concatenate([line.lines[0].get_xdata() for line in ax.containers]))
     if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0]:
         ax.set_xscale("log")
     ax.minorticks_off()
     if len(ticks) <= 10:
         ax.set_xticks(ticks, [f"{tick:,g}" if tick < 1e4 else f"{tick:,.0f}" for tick in ticks])
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(f"{ylabel} by {xlabel}, mean ± std over seeds", fontsize=11)
-    _legend(ax)
+    _describe(ax, f"{ylabel} by {xlabel}, mean ± std over seeds", xlabel, ylabel, legend=True)
     return ax

@@ -39,7 +39,7 @@ def setup(seed: int = 0) -> Environment:
     """
     import platform
     import random
-    from importlib import import_module
+    from importlib import import_module, metadata
 
     import numpy as np
     import torch
@@ -53,8 +53,12 @@ def setup(seed: int = 0) -> Environment:
         seeded(seed)
     device = choose_device()
     precision, reason = choose_precision(device)
-    versions = {name: _version(name) for name in ("torch", "transformers", "datasets")}
-    versions = {"Python": platform.python_version(), **versions}
+    versions = {"Python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
     versions["ftlib"] = getattr(import_module("..", __package__), "__version__", "a copy")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     other = "full" if size == "small" else "small"
@@ -64,12 +68,3 @@ def setup(seed: int = 0) -> Environment:
     print(f"size        {size} (for the other: %env FTLIB_SIZE={other} above this cell, then run all again)")
     print(f"seed        {seed}")
     return Environment(versions, device, precision, reason, size, seed)
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

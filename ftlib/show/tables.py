@@ -17,13 +17,6 @@ from pathlib import Path
 from typing import Any
 
 
-def _results() -> Path:
-    """The copy that an installed package carries; in a checkout, which has none, tests/benchmarks/results."""
-    package = Path(__file__).resolve().parents[1]
-    shipped = package / "_shipped" / "results"
-    return shipped if shipped.is_dir() else package.parent / "tests" / "benchmarks" / "results"
-
-
 def stored_results(name: str) -> dict:
     """The table results/<name>.json that a program in tests/benchmarks wrote; checkout or installed package.
 
@@ -31,7 +24,9 @@ def stored_results(name: str) -> dict:
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
-    folder = _results()
+    package = Path(__file__).resolve().parents[1]
+    folder = package / "_shipped" / "results"  # in an installed package; a checkout has none
+    folder = folder if folder.is_dir() else package.parent / "tests" / "benchmarks" / "results"
     path = folder / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none yet"
@@ -47,11 +42,8 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     >>> mean_std([0.5, 1.0, 1.5])
     (1.0, 0.5)
     """
-    values = [float(value) for value in values]
     mean = statistics.fmean(values)
-    if len(values) == 1 or not math.isfinite(mean):
-        return mean, math.nan
-    return mean, statistics.stdev(values)
+    return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else math.nan
 
 
 def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, str]:

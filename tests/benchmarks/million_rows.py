@@ -1,15 +1,14 @@
 """A million rows of 128 tokens in bounded memory: `fit` on a Dataset on disk, and on a list of dicts for comparison.
 
-    python tests/benchmarks/million_rows.py                   # rows of results/million_rows.json
-    python tests/benchmarks/million_rows.py --rows 1000 --results FOLDER
+    python tests/benchmarks/million_rows.py    # rows of results/million_rows.json
 
 What is measured is what the rows cost, so the model is tiny: a BERT of 1 layer, hidden size 32, with random weights,
 for 20 steps of 32 shuffled rows.  The ids are random, int32 in an Arrow file that is read memory-mapped; a process for
-each kind.  The kernel counts a memory-mapped file's pages as resident while they are in memory, but takes them back when
-it needs room, so three peaks are stored: `peak_gb`, all that is resident (the kernel's high-water mark), and, read every
-10 ms, `own_gb`, what is the process's own, and `file_gb`, pages of files.  `model_gb`, `own_model_gb`, `file_model_gb`
-are the same before there are rows, `before_gb` before `fit`.  `bytes_a_row` is what `own_gb` grew by, a row.
-`check_seconds` is the one pass of `fit` over all rows; on a busy machine it counts the waiting too.
+each kind.  The kernel counts a mapped file's pages as resident, but takes them back when it needs room, so there are
+three peaks: `peak_gb`, all that is resident (the kernel's high-water mark), and, read every 10 ms, `own_gb`, what is
+the process's own, and `file_gb`, pages of files.  `model_gb`, `own_model_gb`, `file_model_gb` are the same before there
+are rows, `before_gb` before `fit`.  `bytes_a_row`: what `own_gb` grew by, a row.  `check_seconds`: the one pass of
+`fit` over all rows; on a busy machine it counts the waiting too.
 """
 
 import argparse
@@ -22,80 +21,69 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 from record import RESULTS, Table
+from transformers import BertConfig, BertForSequenceClassification
 
 import ftlib
 from ftlib.engine import fit as training
 
 TOKENS, VOCABULARY, AT_A_TIME = 128, 30_000, 10_000
-BUILD = Path(__file__).parents[2] / "build"
 
 
-def now_gb(*keys: str) -> list[float]:
-    """What /proc/self/status says now, in 10^9 bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(keys))
-    found = {key.rstrip(":"): int(value) * 1024 / 1e9 for key, value, *_ in lines}
-    return [found[key] for key in keys]
+def now_gb() -> tuple[float, float, float]:
+    """All that is resident now, what is the process's own, and pages of files, in 10^9 bytes."""
+    said = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(said[key].split()[0]) * 1024 / 1e9 for key in ("VmRSS", "RssAnon", "RssFile"))
 
 
 def written(path: Path, count: int) -> Path:
     """An Arrow file of random rows."""
-    import pyarrow
-    from datasets.arrow_writer import ArrowWriter
-
     draw = np.random.default_rng(0)
     with ArrowWriter(path=str(path)) as writer:
         for start in range(0, count, AT_A_TIME):
             size = min(AT_A_TIME, count - start)
-            ids = pyarrow.array(draw.integers(5, VOCABULARY, size * TOKENS, dtype=np.int32))
-            ends = pyarrow.array(np.arange(size + 1, dtype=np.int32) * TOKENS)
-            columns = [pyarrow.ListArray.from_arrays(ends, ids), pyarrow.array(draw.integers(0, 2, size))]
-            writer.write_table(pyarrow.table(columns, ["input_ids", "labels"]))
+            ids = draw.integers(5, VOCABULARY, size * TOKENS, dtype=np.int32)
+            lists = pyarrow.ListArray.from_arrays(np.arange(size + 1, dtype=np.int32) * TOKENS, ids)
+            writer.write_table(pyarrow.table({"input_ids": lists, "labels": draw.integers(0, 2, size)}))
         writer.finalize()
     return path
 
 
 def measured(kind: str, path: Path) -> dict[str, Any]:
     """`fit` in this process, on the rows of that file."""
-    import datasets
-    import transformers
-
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=64))
-    options = dict(batch_size=32, progress=False, precision="fp32")
-    warm = [{"input_ids": [7] * TOKENS, "labels": 1}] * 32
-    ftlib.fit(model, warm, config=ftlib.TrainConfig(max_steps=2, **options))  # libraries that come with the first step
-    model_gb, own_model_gb, file_model_gb = now_gb("VmRSS", "RssAnon", "RssFile")
-    rows = datasets.Dataset.from_file(str(path))
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=64))
+    options = dict(batch_size=32, progress=False)
+    warm = [{"input_ids": [7] * TOKENS, "labels": 1}] * 32  # what comes with a first step is no part of the rows
+    ftlib.fit(model, warm, config=ftlib.TrainConfig(max_steps=2, **options))
+    model_gb, own_model_gb, file_model_gb = now_gb()
+    rows = Dataset.from_file(str(path))
     if kind == "a list of dicts":
         rows = [row for start in range(0, len(rows), 1000) for row in rows.select(range(start, start + 1000)).to_list()]
-    [before_gb] = now_gb("VmRSS")
-    check, seconds, peaks, done = training.parts_for, [], [], threading.Event()
-
-    def timed(*what: Any, **options: Any) -> Any:
-        begin = time.perf_counter()
-        parts = check(*what, **options)
-        seconds.append(time.perf_counter() - begin)
-        return parts
+    before_gb, *_ = now_gb()
+    check, peaks, done = training.parts_for, [], threading.Event()
+    training.parts_for = lambda *a, **k: [check(*a, **k), checked.append(time.perf_counter())][0]
 
     def sample() -> None:
         while not done.wait(0.01):
-            peaks.append(now_gb("RssAnon", "RssFile"))
+            peaks.append(now_gb())
 
-    training.parts_for = timed
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    threading.Thread(target=sample, daemon=True).start()
     with ftlib.measure() as cost:
+        checked = [time.perf_counter()]
         run = ftlib.fit(model, rows, config=ftlib.TrainConfig(max_steps=20, **options))
     done.set()
-    sampler.join()
-    own_gb, file_gb = (max(column) for column in zip(*peaks, strict=True))
+    _, own_gb, file_gb = (max(column) for column in zip(*peaks, strict=True))
     return {
-        "model_gb": model_gb, "before_gb": before_gb, "peak_gb": cost.peak_mb * 2**20 / 1e9, "how": cost.how,
+        "model_gb": model_gb, "before_gb": before_gb, "peak_gb": cost.peak_mb * 2**20 / 1e9,
         "own_model_gb": own_model_gb, "own_gb": own_gb, "file_model_gb": file_model_gb, "file_gb": file_gb,
         "disk_gb": path.stat().st_size / 1e9, "bytes_a_row": (own_gb - own_model_gb) * 1e9 / len(rows),
-        "check_seconds": seconds[0], "seconds": cost.seconds, "loss": run.history[-1]["loss"], "threads": 1,
+        "check_seconds": checked[1] - checked[0], "seconds": cost.seconds, "loss": run.history[-1]["loss"], "threads": 1,
     }  # fmt: skip
 
 
@@ -105,16 +93,15 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("KIND", "FILE"), help="this kind of rows, in this process")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     about = "Memory of fit on many rows of 128 tokens, with a tiny random BERT (1 layer, hidden 32)"
     table = Table("million_rows", "python tests/benchmarks/million_rows.py", about, folder=options.results)
-    torch.set_num_threads(1)
     if options.one:
-        kind, path = options.one[0], Path(options.one[1])
-        table.replace({"kind": kind, "rows": options.rows}, [measured(kind, path)])
-        return
-    BUILD.mkdir(exist_ok=True)
+        kind, path = options.one
+        return table.replace({"kind": kind, "rows": options.rows}, [measured(kind, Path(path))])
+    (build := Path(__file__).parents[2] / "build").mkdir(exist_ok=True)
     for kind, count in {"a Dataset on disk": options.rows, "a list of dicts": options.rows // 10}.items():
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        with tempfile.TemporaryDirectory(dir=build) as folder:
             path = written(Path(folder) / "rows.arrow", count)
             command = [sys.executable, __file__, "--rows", str(count), "--one", kind, str(path)]
             subprocess.run([*command, "--results", str(options.results)], check=True)

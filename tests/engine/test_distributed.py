@@ -23,7 +23,7 @@ TESTS = Path(__file__).resolve().parents[1]
 START = f"""
 import json, shutil, sys
 from pathlib import Path
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / 'engine')!r}, {str(TESTS / 'inputs')!r}, {str(TESTS.parent)!r}]
 import torch
 torch.set_num_threads(1)
 """
@@ -32,7 +32,7 @@ SCRIPT = """
 import peft
 import torch.distributed as dist
 from conftest import make_tiny_model
-from test_fit import make_rows, quick
+from test_fit import before_steps, make_rows, quick
 from ftlib.engine import fit as training
 from ftlib.engine import distributed
 from ftlib.methods.multitask import Head, MultiTaskModel
@@ -40,6 +40,10 @@ from ftlib.engine.prediction import evaluate, logits_of, predict
 from ftlib.engine.fit import fit
 from ftlib.methods.tuning import STRATEGIES, tune
 from ftlib.methods.unpadding import unpad
+
+class Patch:
+    setattr = staticmethod(setattr)
+
 
 folder = Path(sys.argv[1])
 out = {}
@@ -166,21 +170,20 @@ out["shared rows"] = [p.tolist() for p in predict(model, [{"input_ids": [5, i]} 
 
 
 def cut_short(limit, name, **options):
-    real = training._Loop.step
+    real = training.steps
 
-    def step(self, number, rows):
+    def stop(number, step):
         if number >= limit:
             raise ValueError("stopped")
-        real(self, number, rows)
 
-    training._Loop.step = step
+    before_steps(Patch, stop)
     try:
         model = make_tiny_model("token-classification", 3, **options)
         where = str(folder / name)
         fit(model, rows, config=quick(checkpoint_dir=where, checkpoint_every=1, resume="auto", distributed=mode))
     except ValueError as error:
         assert str(error) == "stopped"
-    training._Loop.step = real
+    training.steps = real
 
 
 def resumed(name, **options):
@@ -483,7 +486,7 @@ KILLED = """
 import os, signal
 import torch
 from conftest import make_tiny_model
-from test_fit import make_rows, quick, same, weights
+from test_fit import before_steps, make_rows, quick, same, weights
 from ftlib.engine import checkpoints
 from ftlib.engine import fit as training
 from ftlib.engine import distributed
@@ -493,7 +496,7 @@ folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"
 distributed.start()
 rank = distributed.rank()
 rows, held_out = make_rows(13, "token-classification"), make_rows(5, "token-classification", seed=9)
-real_step, real_save = training._Loop._gradients, checkpoints.save_file
+real_save = checkpoints.save_file
 
 
 def killed():
@@ -501,10 +504,9 @@ def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def gradients(self, step, *args):  # in the middle of step 5, the other process waits for the gradients
-    if disturbed and (attempt, rank, mode, step) == (0, 1, "ddp", 4):
+def kill(number, step):  # in the middle of step 5, the other process waits for the gradients
+    if disturbed and (attempt, rank, mode, number) == (0, 1, "ddp", 4):
         killed()
-    return real_step(self, step, *args)
 
 
 def save_file(tensors, path):  # in the middle of the checkpoint of step 6
@@ -514,7 +516,12 @@ def save_file(tensors, path):  # in the middle of the checkpoint of step 6
     real_save(tensors, path)
 
 
-training._Loop._gradients, checkpoints.save_file = gradients, save_file
+class Patch:
+    setattr = staticmethod(setattr)
+
+
+before_steps(Patch, kill)
+checkpoints.save_file = save_file
 
 
 def run(**options):

@@ -269,7 +269,8 @@ def test_several_labels_equal_scikit_learn(tiny_model, tiny_tokenizer, one_by_on
 
 
 def test_numbers_equal_scikit_learn(tiny_model, tiny_tokenizer, one_by_one):
-    model = tiny_model("regression", 1)
+    # weights this large spread the predictions; BERT's 0.02 leaves them 0.3 % apart, and a correlation sees only that
+    model = tiny_model("regression", 1, initializer_range=0.5)
     labels = [0.5, 1.0, -100.0, 2.0, 0.25]  # in regression -100 is a number like any other
     found = evaluate(model, tokenize(Dataset.from_dict({"text": TEXTS, "label": labels}), tiny_tokenizer))
     guesses = torch.stack(one_by_one(model))[:, 0].numpy()

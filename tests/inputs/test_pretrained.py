@@ -130,7 +130,7 @@ def test_missing_pooler_is_allowed_to_start_new(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(task="classify", num_labels=2), "unknown task 'classify'; choose from encoder, sequence-"),
+        (dict(task="classify", num_labels=2), "task='classify': choose one of encoder, sequence-"),
         (dict(task="token-classification"), "needs num_labels=… or label_names="),
         (dict(task="multi-label-classification", num_labels=0), "num_labels=0: need a whole number of at least 1"),
         (dict(task="sequence-classification", num_labels=2.0), "whole number"),

@@ -137,7 +137,7 @@ def test_bad_labels(tasks, label, kind, message):
         ({"input_ids": "abc"}, TypeError, r"expected a list of whole numbers, got 'abc'"),
         ({"input_ids": 5}, TypeError, r"expected a list of whole numbers, got 5"),
         ({"input_ids": None}, TypeError, r"expected a list of whole numbers, got None"),
-        ({"input_ids": [1, 2], "token_type_ids": [0]}, ValueError, r"1 token_type_ids for 2 input_ids"),
+        ({"input_ids": [1, 2], "token_type_ids": [0]}, ValueError, r"1 token_type_ids values for 2 input_ids"),
         ({"input_ids": [1], "token_type_ids": [2]}, ValueError, r"'token_type_ids': id 2 is outside 0..1"),
         ({"input_ids": [1], "token_type_ids": "a"}, TypeError, r"column 'token_type_ids': expected a list"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, ValueError, r"1 attention_mask values for 2 input_ids"),

@@ -6,27 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib.methods.attention import scaled_dot_product_attention
-from ftlib.methods.masking import causal_mask, combine_masks, document_mask, lengths_to_mask, padding_mask
+from ftlib.methods.masking import causal_mask, combine_masks, document_mask, padding_mask
 
 T, F = True, False
-
-
-def test_lengths_to_mask_by_hand():
-    assert lengths_to_mask([2, 0, 3]).tolist() == [[T, T, F], [F, F, F], [T, T, T]]
-    assert lengths_to_mask(torch.tensor([1, 2]), max_length=4).tolist() == [[T, F, F, F], [T, T, F, F]]
-    assert lengths_to_mask([]).shape == (0, 0)
-    assert lengths_to_mask([], max_length=3).shape == (0, 3)
-
-
-def test_lengths_to_mask_names_the_bad_row():
-    with pytest.raises(ValueError, match=r"row 1 has length 5, outside 0 … 4; truncate"):
-        lengths_to_mask([4, 5], max_length=4)
-    with pytest.raises(ValueError, match=r"row 2 has length -1"):
-        lengths_to_mask([1, 2, -1])
-    with pytest.raises(ValueError, match=r"shape \(1, 2\); .*\(batch\)"):
-        lengths_to_mask([[1, 2]])
-    with pytest.raises(TypeError, match=r"lengths is torch.float32.*\.long\(\)"):
-        lengths_to_mask([1.0, 2.0])
 
 
 def test_padding_mask_by_hand():
@@ -93,17 +75,9 @@ def test_packed_documents_attend_as_if_each_stood_alone(lengths, seed):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(0, 6), max_size=5), extra=st.integers(0, 3))
-def test_lengths_come_back_from_the_mask(lengths, extra):
-    mask = lengths_to_mask(lengths, max_length=max(lengths, default=0) + extra)
-    assert mask.sum(dim=1).tolist() == lengths
-    assert torch.equal(mask, mask.cummin(dim=1).values)  # no real token after padding
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    function=st.sampled_from([lengths_to_mask, padding_mask, document_mask, combine_masks]),
+    function=st.sampled_from([padding_mask, document_mask, combine_masks]),
     shape=st.lists(st.integers(0, 3), max_size=4),
     dtype=st.sampled_from(
         [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32, torch.complex64]
@@ -123,6 +97,5 @@ def test_bad_input_gives_value_or_type_errors_only(function, shape, dtype, value
 def test_values_are_not_read_off_the_cpu():
     """On the meta device, which has no values, any read raises: so on a GPU these functions never wait."""
     ids = torch.empty(2, 3, dtype=torch.long, device="meta")
-    assert lengths_to_mask(ids[:, 0], max_length=5).shape == (2, 5)
     assert combine_masks(padding_mask(ids), causal_mask(3, device="meta")).shape == (2, 1, 3, 3)
     assert document_mask(ids).shape == (2, 1, 3, 3)

@@ -20,7 +20,6 @@ from ftlib.show.plots import (
     embedding_map,
     heat_map,
     learning_curves,
-    most_confused,
     points_with_errors,
 )
 
@@ -155,10 +154,6 @@ def test_large_confusion_matrix_lists_the_commonest_errors():
         "class 0\n→ class 5",
         "class 2\n→ class 6",
     ]
-    assert most_confused(labels, predictions, names) == [
-        ("class 0", "class 5", 3, 0.75),
-        ("class 2", "class 6", 2, 0.5),
-    ]
 
 
 def test_large_confusion_matrix_in_a_given_axes_and_without_errors():
@@ -167,7 +162,6 @@ def test_large_confusion_matrix_in_a_given_axes_and_without_errors():
     assert confusion_matrix(ids, ids, names, ax=ax) is ax
     assert len(figure.axes) == 2  # the matrix and its colour bar
     assert confusion_matrix(ids, ids, names).get_title() == "20 examples, 100.0% right"
-    assert most_confused(ids, ids, names) == []
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_peak_is_of_the_block_alone(way, monkeypatch):
         without_the_kernel(monkeypatch)
     if way == "psutil":
         pytest.importorskip("psutil")
-        monkeypatch.setattr(memory, "_status_mb", lambda key: None)
+        monkeypatch.setattr(memory, "_status_mb", lambda key: float("nan"))
     use(300)  # an earlier, higher peak that must not count
     with measure() as empty:
         time.sleep(0.02)
