@@ -145,6 +145,27 @@ def test_pins_are_what_is_imported_and_their_tests_are_counted(program, tmp_path
     assert row["pins"] == pair and row["outcome"] == "passed" and row["tests"] > 5 and row["failed"] == 0
 
 
+def test_other_cpus_are_those_that_this_one_can_be(program, monkeypatch):
+    pins = program("pins")
+    monkeypatch.setattr(pins, "capability", lambda environment: "AVX2")
+    monkeypatch.setattr(pins, "counted", lambda environment, tests: {"outcome": environment["ONEDNN_MAX_CPU_ISA"]})
+    row = pins.as_on("AVX2", [])
+    assert row["outcome"] == "AVX2" and row["settings"]["MKL_ENABLE_INSTRUCTIONS"] == "AVX2" and row["cpu_model"]
+    row = pins.as_on("AVX512", [])
+    assert row["outcome"] == "skipped" and row["why"] == "this CPU has no AVX512 (torch finds AVX2)"
+    with pytest.raises(RuntimeError, match="asked for DEFAULT, but torch uses AVX2"):
+        pins.as_on("DEFAULT", [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory as Linux tells it")
+def test_million_rows_program_at_toy_size(tmp_path):
+    command = [sys.executable, str(PROGRAMS / "million_rows.py"), "--rows", "7000", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "million_rows.json").read_text())["rows"]
+    assert [(row["kind"], row["rows"]) for row in rows] == [("a Dataset on disk", 7000), ("a list of dicts", 700)]
+    assert all(0.1 < row["before_gb"] <= row["peak_gb"] and row["own_gb"] < row["peak_gb"] < 3 for row in rows)
+
+
 def test_many_rows_program_at_toy_size(tmp_path):
     command = [sys.executable, str(PROGRAMS / "long_features.py"), "2000", "--results", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)

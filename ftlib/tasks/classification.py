@@ -3,7 +3,7 @@
 Losses are summed over the labelled items (-100 is not labelled) by PyTorch's fused functions, in float32 where logits
 come in half precision; the formulas to read are in methods/losses.py.  Labels were checked when the rows were.
 
-To copy: this file, core/batches.py and tasks/metrics.py.
+To copy: this file and core/batches.py.
 """
 
 from numbers import Integral
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.batches import IGNORE, short
-from . import metrics
 
 _LARGEST = 3.4e38  # what fits into a float32
 
@@ -158,17 +157,3 @@ def one_name(decided: np.ndarray, names: dict[int, str]) -> list[str]:
 
 def all_names(decided: np.ndarray, names: dict[int, str]) -> list[list[str]]:
     return [[names[int(i)] for i in np.flatnonzero(values)] for values in decided]
-
-
-def score_classes(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
-    return metrics.compute_metrics("sequence-classification", predictions, labels, names)
-
-
-def score_labels(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
-    return metrics.compute_metrics("multi-label-classification", predictions, labels, names)
-
-
-def score_numbers(predictions: np.ndarray, labels: np.ndarray, names: list[str] | None) -> dict[str, float]:
-    if labels.ndim > 1 and labels.shape[1] > 1:
-        return {"mse": metrics.mse(predictions, labels)}
-    return metrics.compute_metrics("regression", predictions, labels)

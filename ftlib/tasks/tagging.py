@@ -1,6 +1,6 @@
 """Tags: one answer a token.  Labels of words go to the first piece of each word.
 
-To copy: this file, core/batches.py, tasks/classification.py and tasks/metrics.py.
+To copy: this file, core/batches.py and tasks/classification.py.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..core.batches import IGNORE, padded, short
-from . import metrics
 from .classification import check_classes
 
 
@@ -45,7 +44,3 @@ def stack_tags(values: list, sizes: Sequence[int], side: str = "right") -> Any:
 
 def named_tags(decided: np.ndarray, names: dict[int, str]) -> list[str | None]:
     return [names[int(i)] if i != IGNORE else None for i in decided]
-
-
-def score_tags(predictions: list, labels: list, names: list[str] | None) -> dict[str, float]:
-    return metrics.compute_metrics("token-classification", predictions, labels, names)

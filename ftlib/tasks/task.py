@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import anatomy
 from ..core.batches import stacked
 from . import classification, relations, tagging
+from .metrics import compute_metrics, mse
 
 
 def encode_plain(tokenized: Callable, first: list, second: list | None, columns: dict, wheres: list) -> tuple:
@@ -53,9 +54,14 @@ class Task:
     likelihood: float = 1.0  # of "uncertainty" weighting: 1/2 for a Gaussian, 1 for classes
 
 
+def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
+    several = labels.ndim > 1 and labels.shape[1] > 1
+    return {"mse": mse(predictions, labels)} if several else compute_metrics("regression", predictions, labels)
+
+
 _classes = partial(
     Task, check=classification.check_class, items=classification.count_labels, loss=classification.cross_entropy,
-    decide=classification.largest, score=classification.score_classes, smooths=True,
+    decide=classification.largest, score=partial(compute_metrics, "sequence-classification"), smooths=True,
 )  # fmt: skip
 _text = partial(_classes, auto="AutoModelForSequenceClassification", architecture="ForSequenceClassification")
 
@@ -63,18 +69,19 @@ TASKS: dict[str, Task] = {
     "sequence-classification": _text(problem_type="single_label_classification"),
     "multi-label-classification": _text(
         check=classification.check_labels, loss=classification.binary_cross_entropy, decide=classification.above_half,
-        score=classification.score_labels, problem_type="multi_label_classification", probabilities=torch.sigmoid,
-        named=classification.all_names, divergence=classification.divergence_of_labels, smooths=False,
+        score=partial(compute_metrics, "multi-label-classification"), problem_type="multi_label_classification",
+        probabilities=torch.sigmoid, named=classification.all_names, divergence=classification.divergence_of_labels,
+        smooths=False,
     ),
     "regression": _text(
         check=classification.check_numbers, items=classification.count_numbers, loss=classification.squared_error,
-        decide=classification.as_number, score=classification.score_numbers, problem_type="regression",
+        decide=classification.as_number, score=_score_numbers, problem_type="regression",
         probabilities=None, divergence=None, smooths=False, likelihood=0.5,
     ),
     "token-classification": _classes(
         auto="AutoModelForTokenClassification", architecture="ForTokenClassification", check=tagging.check_tags,
-        score=tagging.score_tags, peft_type="TOKEN_CLS", align=tagging.align, stack=tagging.stack_tags, a_token=True,
-        named=tagging.named_tags,
+        score=partial(compute_metrics, "token-classification"), peft_type="TOKEN_CLS", align=tagging.align,
+        stack=tagging.stack_tags, a_token=True, named=tagging.named_tags,
     ),
     "relation-classification": _classes(
         auto=relations.AutoModelForRelationClassification, architecture="ForRelationClassification",

@@ -76,7 +76,7 @@ def test_collate_of_several_tasks():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([], {}, "no rows"),
+        ([], {}, "rows that do not go together"),
         ([{"input_ids": [1]}], {"padding_side": "middle"}, "padding_side=.middle.: choose one of left, right"),
         ([{"ids": [1]}], {}, "rows that do not go together .*input_ids"),
         ([{"input_ids": [1], "labels": 1}, {"input_ids": [1]}], {}, "rows that do not go together"),
@@ -219,7 +219,7 @@ def test_padded_and_stacked_by_hand():
         (0.999, 0, 1, True, True), (-1e-9, 0, 1, False, False), (1.1, 0, 1, False, False), (True, 0, 1, False, False),
         ("1", 0, 1, False, False), (None, 0, 1, False, False), (math.nan, 0, 1, False, False),
         (math.inf, 0, math.inf, False, False), (1e300, 0, math.inf, False, True), (10**400, 0, math.inf, False, False),
-        (-math.inf, -math.inf, math.inf, False, False), (np.float64(0.5), 0, 1, False, True),
+        (-math.inf, -math.inf, math.inf, False, False), (np.float32(0.5), 0, 1, False, False),
         ([1], 0, 1, False, False),
     ],
 )  # fmt: skip
