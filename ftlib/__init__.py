@@ -21,7 +21,7 @@ _HOME = {  # public name -> room and module that define it
     "steps": "core.loop",
     "schedule_factor": "core.loop",
     "choose_precision": "core.device",
-    "TaskSampler": "core.sampling",
+    "TaskSampler": "methods.multitask",
     "count_labelled": "tasks.task",
     "task_loss": "tasks.task",
     "unpad": "methods.unpadding",

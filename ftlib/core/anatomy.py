@@ -1,7 +1,5 @@
 """The inside of any Transformers model: its base, its layers, head and embeddings, and who answers a module's calls.
 
-Found by structure, so that a model type no one thought of is found too.
-
 To copy: this file alone.
 """
 

@@ -126,13 +126,10 @@ def split_by_size(
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- numbers
-
-
 def number(name: str, value: Any, low: float, high: float = float("inf"), *, below: bool = False) -> float:
     """The value, a number from low to high (below: less than high); ValueError naming it for anything else."""
-    right = type(value) in (int, float) and low <= value <= high and not (below and value == high)
-    if not right or abs(value) > sys.float_info.max:  # an int may be larger than any float
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not right or abs(value) > sys.float_info.max or (below and value == high):  # an int may exceed any float
         above = ", finite" if high == float("inf") else f" to {'below ' if below else ''}{high:g}"
         raise ValueError(f"{name}={value!r}: need a number from {low:g}{above}")
     return value

@@ -5,12 +5,12 @@ To copy: this file alone.
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device() -> torch.device:
@@ -26,9 +26,6 @@ def choose_precision(device: torch.device, requested: str = "auto") -> tuple[str
     Weights and optimizer state stay float32 in every case; only matrix products and the like run in half precision.
     tf32 is float32 whose matrix products round their inputs to 10 bits after the point, on GPUs from Ampere on.
     Raises ValueError for fp16 on a CPU, for bf16 on a GPU without it, and for tf32 elsewhere than on such a GPU.
-
-    >>> choose_precision(torch.device("cpu"))
-    ('fp32', 'on this device half precision brings no gain we rely on')
     """
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     why_not = None
@@ -51,17 +48,12 @@ def choose_precision(device: torch.device, requested: str = "auto") -> tuple[str
     return "fp32", "on this device half precision brings no gain we rely on"
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """What a word of PRECISIONS other than "auto" computes in; tf32 is float32 to all but the matrix products."""
-    return _DTYPES[precision]
-
-
-def computing(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+def computing(device: torch.device, precision: str) -> Callable:
     """What to call around a forward pass: autocast for bf16 and fp16, else nothing.
 
     >>> with computing(torch.device("cpu"), "bf16")():
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.bfloat16
     """
-    dtype = dtype_of(precision)
+    dtype = DTYPES[precision]
     return nullcontext if dtype == torch.float32 else functools.partial(torch.autocast, device.type, dtype)

@@ -11,6 +11,7 @@ import torch
 from ..core.batches import Row, collate, split_by_size, to_device
 from ..core.sampling import Place, plan, stream_plan
 from ..inputs.rows import Rows, Stream, take
+from ..methods.multitask import TaskSampler
 from ..tasks.task import TASKS
 from . import distributed
 
@@ -87,13 +88,13 @@ class Feed:
         self.rows = {} if self.streams else {name: len(rows) for name, rows in parts.items()}
         self.longest = max((int(parts[name].lengths.max()) for name in self.rows), default=0)
         if run.config.max_tokens and self.longest > run.config.max_tokens:
-            most = f"max_tokens={run.config.max_tokens}"
-            raise ValueError(f"{most}, but the longest training row has {self.longest} tokens")
+            raise ValueError(f"max_tokens={run.config.max_tokens}: the longest training row has {self.longest} tokens")
 
     def start(self, first: int, total: int) -> None:
         """Walk to step `first` (0-based): the order is a function of the seed."""
         config = self.run.config
-        self.plan = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config)
+        draw = None if "" in self.parts else TaskSampler.of(self.rows, config).draw
+        self.plan = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config, draw)
         self.number, self.total, self.ready = first, total, None
         for _ in range(first):
             next(self.plan)

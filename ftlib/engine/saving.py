@@ -63,10 +63,10 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        remedy = f"save a model there first: ftlib.save(model, {str(folder)!r})"
-        for old in folder.parent.glob(".*.old"):
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.{MARK}\.old", old.name):
-                remedy = f"a process was killed while it replaced it; the model before lies in {old}: rename that"
+        replaced = re.compile(rf"\.{re.escape(folder.name)}\.{MARK}\.old")
+        old = [path for path in folder.parent.glob(".*.old") if replaced.fullmatch(path.name)]
+        killed = f"a process was killed while it replaced it; the model before lies in {old and old[0]}: rename that"
+        remedy = killed if old else f"save a model there first: ftlib.save(model, {str(folder)!r})"
         raise FileNotFoundError(f"no folder {folder}; {remedy}")
     if (folder / "multitask.json").is_file():
         return _load_multitask(folder, base)

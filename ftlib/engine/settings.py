@@ -8,8 +8,8 @@ from typing import Any
 from ..core.batches import number, one_of, whole
 from ..core.device import PRECISIONS
 from ..core.loop import SCHEDULES
-from ..core.sampling import SAMPLERS
 from ..methods.balancing import GRADIENTS, Combine, Weighting
+from ..methods.multitask import SAMPLERS
 
 _RANGES = {  # of the numbers that may not be just any from 0
     "label_smoothing": (0, 1), "warmup_fraction": (0, 1), "temperature": (1e-6, math.inf), "dropout": (0, 0.99),

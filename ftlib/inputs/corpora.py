@@ -4,7 +4,7 @@
     data["train"][0]                            # {"text": "...", "label": 1}
     data["train"].features["label"].names       # ["neg", "pos"]
 
-To copy: this file, inputs/assets.py, numpy and datasets.
+To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets.
 
 What every corpus goes through, in this order, and what data/README.md counts for each of them:
 1. white space is collapsed, empty texts and rows that cannot be read without guessing are dropped;
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.batches import one_of
 from . import assets
 
 SPLITS = ("train", "validation", "test")
@@ -74,8 +75,7 @@ def load_corpus(name: str, *, source: str = "auto"):
         ...
     ValueError: no asset is called 'rotten-tomatos'; did you mean rotten-tomatoes? ...
     """
-    if source not in ("auto", "wheel", "hub"):
-        raise ValueError(f"source must be 'auto', 'wheel' or 'hub', got {source!r}")
+    one_of("source", source, ("auto", "wheel", "hub"))
     if name in corpus_names():
         return _to_datasets(name, *_prepare(name, source))
     if name in assets.manifest():

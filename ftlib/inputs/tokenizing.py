@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..core.batches import Row, one_of, short
+from ..core.batches import Row, one_of, short, whole
 from ..tasks.tagging import align, word_ids
 from ..tasks.task import TASKS, encode_plain
 from .rows import checked_column, checked_texts, is_stream, text_iterator
@@ -56,8 +56,8 @@ def tokenize(
                 raise kind(f"split {split!r}: {error}") from error
         return done
     if not hasattr(dataset, "map"):
-        hint = "build one with Dataset.from_dict({...})"
-        raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, got {type(dataset).__name__}; {hint}")
+        got = f"got {type(dataset).__name__}; build one with Dataset.from_dict({{...}})"
+        raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, {got}")
     streams = is_stream(dataset)
     if columns is None:  # a stream that does not know them
         columns = list(next(iter(dataset.take(1)), {}))
@@ -167,8 +167,8 @@ def _encode(
         if any(isinstance(text, str) == words for text in texts):
             raise TypeError(f"row {row}: {short(texts[-1])}; either all texts are strings, or all are lists of words")
     specials = tokenizer.num_special_tokens_to_add(pair=second is not None)
-    if max_length is not None and (type(max_length) is not int or max_length <= specials):
-        raise ValueError(f"max_length={max_length!r}: need a whole number above {specials}, the special tokens alone")
+    if max_length is not None:
+        whole("max_length", max_length, specials + 1)  # the special tokens, and one more
     limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
     if limit is not None and limit > 1_000_000:  # the library's "no limit known"
         limit = None

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..core import anatomy
 from ..core.batches import collate, one_of, split_by_size, to_device
-from ..core.device import choose_precision, dtype_of
+from ..core.device import DTYPES, choose_precision
 from ..inputs.rows import checked_texts, text_iterator, token_limit
 from ..inputs.tokenizing import encode_texts
 from .speedups import shortcuts
@@ -150,7 +150,7 @@ def _in_precision(base: nn.Module, precision: str | None, device: torch.device) 
     if precision is None:
         return base
     one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
-    dtype = dtype_of(choose_precision(device, precision)[0])
+    dtype = DTYPES[choose_precision(device, precision)[0]]
     has_it = {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}
     return base if has_it else copy.deepcopy(base).to(dtype)
 

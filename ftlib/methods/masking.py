@@ -23,8 +23,7 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     _check("attention_mask", attention_mask, "keys", also_bool=True)
     readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it would wait
     if readable and len(bad := ((attention_mask != 0) & (attention_mask != 1)).nonzero()):
-        place = bad[0].tolist()
-        value = int(attention_mask[tuple(place)])
+        place, value = bad[0].tolist(), int(attention_mask[tuple(bad[0])])
         raise ValueError(f"attention_mask{place} is {value}; only 0 and 1 are masks (for numbers: document_mask)")
     return attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, keys)
 

@@ -4,14 +4,17 @@ For each task we build the stock model (`AutoModelFor...`) and give it, instead 
 that hands it the shared encoder's output.  So the trunk runs once for a batch that mixes tasks, every head runs on its
 own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.
 
-How tasks are mixed stands in core/sampling.py, whose gradient wins where they disagree in `balancing`.
+Whose gradient wins where tasks disagree is the subject of `balancing`.
 
 To copy: this file, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
-Source: Caruana 1997, Multitask Learning.
+Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;
+annealed sampling: Stickland & Murray 2019 (arXiv:1902.02671), 3.
 """
 
 import copy
 import inspect
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,9 @@ from torch import nn
 from ..core.batches import number, one_of, whole
 from ..tasks.task import DEFAULT, KINDS, TASKS, auto_class
 
-__all__ = ["KINDS", "Head", "MultiTaskModel"]
+__all__ = ["KINDS", "SAMPLERS", "Head", "MultiTaskModel", "TaskSampler"]
+
+SAMPLERS = ("temperature", "uniform", "annealed", "remaining")
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,9 @@ class MultiTaskModel(nn.Module):
             for name, spec in heads.items():
                 if not isinstance(spec, Head):
                     raise TypeError(f"heads[{name!r}] is {spec!r}; use ftlib.Head(task=..., num_labels=...)")
-                if not isinstance(name, str) or not name or "." in name:
-                    raise ValueError(f"task name {name!r}: use letters, digits, '-' and '_' (it names weights)")
-                if hasattr(self.heads, name):
-                    raise ValueError(f"task name {name!r} is taken by PyTorch's ModuleDict; choose another")
+                if not isinstance(name, str) or not name or "." in name or hasattr(self.heads, name):
+                    need = "use letters, digits, '-' and '_' (it names weights); some are taken by PyTorch's ModuleDict"
+                    raise ValueError(f"task name {name!r}: {need}")
                 config = copy.deepcopy(encoder.config)
                 names = spec.label_names or [f"LABEL_{i}" for i in range(spec.num_labels)]
                 config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
@@ -150,3 +154,67 @@ class MultiTaskModel(nn.Module):
             if hasattr(module, "config"):
                 module.config = model.config
         return model.train(self.training)
+
+
+class TaskSampler:
+    """Draw the task of every example, from {task: number of examples}; an epoch is as many draws as examples.
+
+    - "temperature": with probability proportional to size ** (1 / temperature).  1 is proportional to the sizes, a
+      large one approaches uniform: small tasks are seen more often, and large ones less.
+    - "uniform": every task alike.
+    - "annealed": proportional to size ** a, with a falling evenly from 1 in the first of `epochs` to 0.2 in the last.
+    - "remaining": proportional to the examples that remain of the epoch, so every example comes once an epoch.
+    The same seed draws the same tasks.
+
+    >>> TaskSampler({"big": 9000, "small": 1000}, temperature=2).probabilities
+    {'big': 0.75, 'small': 0.25}
+    """
+
+    def __init__(
+        self, sizes: dict[str, int], temperature: float = 1.0, seed: int = 0, *,
+        how: str = "temperature", epochs: int = 1,
+    ):  # fmt: skip
+        if not sizes:
+            raise ValueError("sizes is empty; pass {task name: number of examples}")
+        for name, size in sizes.items():
+            whole(f"examples of the task {name!r}", size)
+        number("temperature", temperature, 1e-6)
+        one_of("sampler", how, SAMPLERS)
+        self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, whole("epochs", epochs)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = 0
+        self.order: list[str] = []  # "remaining": the tasks of what is left of the epoch
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], config: Any) -> "TaskSampler":
+        """As a TrainConfig asks for it."""
+        epochs = config.epochs
+        if config.max_steps:
+            epochs = math.ceil(config.max_steps / math.ceil(sum(sizes.values()) / config.batch_size))
+        return cls(sizes, config.temperature, config.seed, how=config.task_sampler, epochs=epochs)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """{task: its probability in the next draw}."""
+        power = {"temperature": 1 / self.temperature, "uniform": 0.0}.get(self.how, 1.0)
+        if self.how == "annealed" and self.epochs > 1:
+            epoch = min(self.drawn // sum(self.sizes.values()), self.epochs - 1)  # from 0
+            power = 1 - 0.8 * epoch / (self.epochs - 1)
+        left = Counter(self.order) if self.order else self.sizes
+        largest = max(left.values())  # shares of it, so that no power overflows
+        weights = {name: (left[name] / largest) ** power for name in self.sizes}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def draw(self, count: int) -> list[str]:
+        """The tasks of the next `count` examples."""
+        if self.how == "remaining":
+            names = [name for name, size in self.sizes.items() for _ in range(size)]
+            while len(self.order) < count:
+                self.order += [names[i] for i in torch.randperm(len(names), generator=self.generator).tolist()]
+            drawn, self.order = self.order[:count], self.order[count:]
+            return drawn
+        names, weights = zip(*self.probabilities.items(), strict=True)
+        self.drawn += count
+        weights = torch.tensor(weights, dtype=torch.float64)
+        drawn = torch.multinomial(weights, count, replacement=True, generator=self.generator)  # (count,)
+        return [names[i] for i in drawn.tolist()]

@@ -49,8 +49,8 @@ def _ids(predictions, labels, names: Sequence[str] | None = None) -> tuple[np.nd
     for what, array in (("predictions", predictions), ("labels", labels)):
         bad = np.argwhere((array != np.floor(array)) | (array < 0) | (array > largest))
         if len(bad):
-            value = array[tuple(bad[0])]
-            raise ValueError(f"{what} row {bad[0][0]} is {value:g}: expected a whole number, 0 to {largest}")
+            row = bad[0][0]
+            raise ValueError(f"{what} row {row} is {array[tuple(bad[0])]:g}: expected a whole number, 0 to {largest}")
     keep = ~(ignored.all(axis=1) if matrix else ignored)
     if not keep.any():
         raise ValueError(f"all labels are {IGNORE} (ignored): nothing to score")

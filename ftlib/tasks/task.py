@@ -136,10 +136,8 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
         return model.tasks
     kind = kind_of(model)
     if kind is None:
-        raise ValueError(
-            f"{type(anatomy.unwrapped(model)).__name__} has no classification head; load the model with task=..., "
-            f"e.g. ftlib.load_model(name, task={DEFAULT!r}, num_labels=2)"
-        )
+        name = type(anatomy.unwrapped(model)).__name__
+        raise ValueError(f"{name} has no classification head; load the model with task={DEFAULT!r}, num_labels=2, say")
     return {"": (kind, getattr(model.config, "num_labels", 0))}
 
 

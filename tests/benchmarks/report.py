@@ -437,12 +437,25 @@ def reliability() -> str:
         }
         table.append({"many short rows": f"`{part}`", **{name: row.get(key) for name, key in names.items()}})
     parts += [results_table(table, digits=2)._repr_markdown_(), f"*{source('long_features')}*"]
+    table = [
+        {
+            "rows of `fit`": row["kind"], "rows": row["rows"],
+            "own GB above the model": row["own_gb"] - row["own_model_gb"],
+            "with pages of the file": row["peak_gb"] - row["model_gb"], "bytes a row": round(row["bytes_a_row"]),
+            "seconds of the check": round(row["check_seconds"]),
+        }
+        for row in rows_of("million_rows")
+    ]  # fmt: skip
+    parts += [results_table(table, digits=2)._repr_markdown_(), f"*{source('million_rows')}*"]
     keys = ("pins", "what", "outcome", "tests", "skipped", "failed")
     table = [{key: row.get(key, "") for key in keys} for row in rows_of("pins")]
     parts.append(results_table(table)._repr_markdown_())
     said = [f"{row['pins']}: {row['why']}" for row in rows_of("pins", outcome="not installed")]
     days = sorted({f"{row['device']}, {row['date']}" for row in rows_of("pins")})
     parts.append(f"*`python tests/benchmarks/pins.py --notebooks -- PINS`; {'; '.join([*days, *said])}.*")
+    keys = ("what", "outcome", "tests", "skipped", "failed")
+    table = [{"instructions of": row["cpu"], **{key: row.get(key, "") for key in keys}} for row in rows_of("cpus")]
+    parts += [results_table(table)._repr_markdown_(), f"*{source('cpus')}*"]
     return "\n\n".join(parts)
 
 
@@ -468,7 +481,6 @@ def headlines() -> str:
         ("the same, against the `Trainer` with the best settings found", ratio("fine-tune", BEST), "speed"),
         ("features of MiniLM, against sentence-transformers' `encode`", ratio("features", ENCODE), "speed"),
         ("features of MiniLM, against ONNX Runtime", ratio("features", "ONNX Runtime"), "speed"),
-        ("BERT-base on a GPU", "see the tables" if speed_rows(BERT) else "not measured yet", "bert_base"),
         (f"LoRA and full fine-tuning, {count:,} film reviews, test accuracy", f"{accuracy}{equal}", "strategies"),
         ("what the two save", f"{saved} MB", "strategies"),
         ("peak memory of a step with `unpad` and micro-batches of 8", f"{less / first:.2f} × of it without", "memory"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ftlib.core.device import PRECISIONS, choose_device, choose_precision, computing, dtype_of
+from ftlib.core.device import DTYPES, PRECISIONS, choose_device, choose_precision, computing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -68,6 +68,6 @@ def test_computing(word):
     linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     for _ in range(2):  # a new context each time
         with around():
-            assert linear(x).dtype == dtype == dtype_of(word)
+            assert linear(x).dtype == dtype == DTYPES[word]
     assert linear(x).dtype == torch.float32
-    assert set(map(dtype_of, PRECISIONS[1:])) == {torch.float32, torch.bfloat16, torch.float16}
+    assert {DTYPES[word] for word in PRECISIONS[1:]} == {torch.float32, torch.bfloat16, torch.float16}

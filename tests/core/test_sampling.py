@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ftlib.core.sampling import SAMPLERS, TaskSampler, plan, stream_plan
+from ftlib.core.sampling import plan, stream_plan
+from ftlib.methods.multitask import SAMPLERS, TaskSampler
 
 
 def settings(**options):
@@ -37,11 +38,12 @@ def test_a_plan_passes_over_every_row_once_an_epoch():
 
 def test_a_plan_of_several_datasets_passes_over_each():
     sizes = {"a": 6, "b": 3}
-    steps = list(itertools.islice(plan(sizes, settings(batch_size=3, task_sampler="remaining")), 6))
+    mixed = lambda config: plan(sizes, config, TaskSampler.of(sizes, config).draw)  # noqa: E731
+    steps = list(itertools.islice(mixed(settings(batch_size=3, task_sampler="remaining")), 6))
     for epoch in (steps[:3], steps[3:]):
         for name, size in sizes.items():
             assert sorted(i for step in epoch for task, i in step if task == name) == list(range(size))
-    plain = itertools.islice(plan(sizes, settings(batch_size=3, shuffle=False)), 6)
+    plain = itertools.islice(mixed(settings(batch_size=3, shuffle=False)), 6)
     seen = [i for step in plain for task, i in step if task == "a"]
     assert seen == [i % 6 for i in range(len(seen))]
 

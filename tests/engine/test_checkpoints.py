@@ -554,7 +554,8 @@ def tampered(folder, what):
     [
         ("no field", "state.json: scaler is missing"), ("a field", "state.json: best.since is two"),
         ("no history", "state: run.history is no list of records"),
-        ("no fingerprint", "state.json: fingerprint is None"), ("another part", "state.safetensors: tasks.value is no part of this run"),
+        ("no fingerprint", "state.json: fingerprint is None"),
+        ("another part", "state.safetensors: tasks.value is no part of this run"),
         ("no weight", "model.classifier.weight is missing, not (2, 16)"),
         ("a weight", "model.classifier.weight is (16, 2), not (2, 16)"),
         ("no moment", "exp_avg is missing, not "), ("moment", "exp_avg is (3,), not "),

@@ -594,7 +594,7 @@ def test_bad_rows_are_found_before_training(tiny_model, rows, kind, message):
 
 def test_bad_arguments(tiny_model):
     rows = make_rows(4)
-    with pytest.raises(ValueError, match="max_tokens=3, but the longest training row has"):
+    with pytest.raises(ValueError, match="max_tokens=3: the longest training row has"):
         fit(tiny_model(), make_rows(20), config=quick(max_tokens=3))
     with pytest.raises(ValueError, match="no parameter is trainable"):
         fit(tiny_model().requires_grad_(False), rows, config=quick())

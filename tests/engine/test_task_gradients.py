@@ -498,7 +498,7 @@ def test_torchjds_aggregators_plug_in(build):
     ("data", "message"),
     [
         ({"a": make_rows(3), "b": []}, r"train_dataset\['b'\] has zero examples"),
-        ({"a": make_rows(3), "x": make_rows(3)}, r"train_dataset\['x'\] row 0, .*labels for a task 'x'; the model has 'a', 'b', 'c'"),
+        ({"a": make_rows(3), "x": make_rows(3)}, r"dataset\['x'\] row 0, .*a task 'x'; the model has 'a', 'b', 'c'"),
         ([{"input_ids": [5], "labels": {"x": 1}}], r"row 0, .*: labels for a task 'x'; the model has 'a', 'b', 'c'"),
         ([{"input_ids": [5], "labels": {"a": 2}}], r"row 0, .* \(a\): label 2 is outside 0..1; .*num_labels=3"),
         ({"b": [{"input_ids": [5, 6], "labels": [0, 3]}]}, r"\['b'\] row 0, .*\(b\): label 3 is outside 0..2"),

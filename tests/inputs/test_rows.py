@@ -166,7 +166,8 @@ def test_tensors_and_arrays_become_lists():
 def test_padding_that_a_mask_marks_is_taken_out():
     """Rows that came padded would otherwise feed [PAD] to the model as if it were text."""
     row = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "token_type_ids": [0, 1, 0], "labels": [1, 2, -100]}
-    assert list(checked_rows([row], TASKS["tags"])) == [{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": [1, 2]}]
+    [found] = checked_rows([row], TASKS["tags"])
+    assert found == {"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": [1, 2]}
     left = {"input_ids": [0, 5], "attention_mask": torch.tensor([0, 1]), "labels": 1}
     assert list(checked_rows([left], TASKS["classes"])) == [{"input_ids": [5], "labels": 1}]
     mixed = {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": {"a": 1, "b": [2, -100]}}

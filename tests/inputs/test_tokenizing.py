@@ -159,12 +159,12 @@ def test_a_text_of_50000_tokens_is_cut_or_refused_as_asked(tiny_model, tiny_toke
 
 @pytest.mark.parametrize("max_length", [0, 2, -1, 3.5, "5", True])
 def test_max_length_must_leave_room(tiny_tokenizer, max_length):
-    with pytest.raises(ValueError, match=r"max_length=.*above 2"):
+    with pytest.raises(ValueError, match=r"max_length=.*at least 3"):
         tokenize(Dataset.from_dict({"text": ["good"]}), tiny_tokenizer, max_length=max_length)
 
 
 def test_max_length_of_a_pair_counts_three_special_tokens(tiny_tokenizer):
-    with pytest.raises(ValueError, match="above 3"):
+    with pytest.raises(ValueError, match="at least 4"):
         encode_texts([("good", "bad")], tiny_tokenizer, max_length=3)
     assert len(encode_texts([("good", "bad")], tiny_tokenizer, max_length=5)[0]["input_ids"]) == 5
 
