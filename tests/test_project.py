@@ -24,7 +24,7 @@ FILES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.glob("*/*.
 # What transformers itself brings along, so a machine with torch and transformers has it.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}
 SLOW = {"datasets", "evaluate", "sklearn", "matplotlib", "transformers", "seqeval", "pandas", "peft"}
-LONG = {"inputs/corpora.py": 376}  # over 350 lines: all the corpora's tables
+LONG = {"inputs/corpora.py": 357}  # over 350 lines: all the corpora's tables
 
 
 def tree(path: Path) -> ast.Module:
@@ -202,7 +202,7 @@ def test_files_are_short():
 
 
 def test_the_whole_is_compact():
-    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 8_300
+    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 8_900
 
 
 def test_the_core_is_read_in_one_go():

