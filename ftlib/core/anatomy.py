@@ -56,8 +56,7 @@ def stacks(model: nn.Module) -> list[list[nn.Module]]:
 def layers(model: nn.Module) -> list[nn.Module]:
     """The stack next to the head, first layer first: the decoder's where there is an encoder's too.
 
-    Raises ValueError for models without a list of layers, for XLM, which keeps the parts of its layers in several, and
-    for ALBERT, whose layers share one set of weights.
+    Raises ValueError where there is none, for XLM, which keeps layers in parts, and for ALBERT, whose layers are one.
     """
     base, found = base_of(model), _found(model)
     if kind_of(model) == "albert":
@@ -71,7 +70,6 @@ def embeddings(model: nn.Module) -> list[nn.Parameter]:
     """What stands below the first layer: tables of words, positions and types, with their norms and projections."""
     base = base_of(model)
     inside = {id(p) for stack in stacks(model) for layer in stack for p in layer.parameters()}
-    # a table of biases is attention's
     tables = {id(m.weight) for n, m in base.named_modules() if isinstance(m, nn.Embedding) and "bias" not in n}
     return [p for n, p in base.named_parameters() if id(p) not in inside and (id(p) in tables or "emb" in n)]
 

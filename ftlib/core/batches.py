@@ -29,8 +29,7 @@ def collate(
     Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
     classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
     {task: tensor (rows of the task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.
-    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked; rows of
-    several tasks need not have the same ones.
+    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked.
     stack: {task: (labels, lengths, padding side) -> tensor}; default: `stacked`, which goes by what the labels are.
     Raises ValueError for no rows, and for rows that do not go together.
 
@@ -57,7 +56,10 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
             a_token = all(np.ndim(v) == 1 and len(v) == n for v, n in having)
             none = np.zeros_like(having[0][0])  # for rows of another task, which don't have it
             values = [row.get(name, [0] * n if a_token else none) for row, n in zip(rows, lengths, strict=True)]
-            batch[name] = padded(values, sizes, side, 0) if a_token else torch.as_tensor(np.array(values))
+            kind = np.float32 if np.result_type(*map(np.asarray, values)).kind == "f" else np.int64
+            batch[name] = padded(values, sizes, side, 0, kind) if a_token else torch.from_numpy(np.array(values, kind))
+            if side == "left" and name.endswith("_positions"):  # of tokens, which padding moves
+                batch[name] += torch.tensor([max(sizes) - n for n in lengths])[:, None]
     if mixed:
         batch["labels"], batch["rows"] = {}, {}
         for task in sorted({task for row in rows for task in row["labels"]}):
@@ -70,10 +72,10 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
     return batch
 
 
-def padded(values: Iterable[Sequence[int]], sizes: Sequence[int], side: str = "right", fill: int = 0) -> torch.Tensor:
-    """Rows of whole numbers side by side, int64 (rows, the largest of sizes), filled up on one side."""
-    values, width = list(values), max(sizes)
-    out = np.full((len(values), width), fill, dtype=np.int64)
+def padded(values: Sequence, sizes: Sequence, side: str = "right", fill: int = 0, kind: Any = np.int64) -> torch.Tensor:
+    """Rows of numbers under each other, (rows, the largest of sizes), filled up on one side."""
+    width = max(sizes)
+    out = np.full((len(values), width), fill, dtype=kind)
     for row, value in zip(out, values, strict=True):
         row[slice(len(value)) if side == "right" else slice(width - len(value), width)] = value
     return torch.from_numpy(out)

@@ -3,9 +3,8 @@
     for record in steps(model, batches, optimizer, total=100):
         print(record["loss"])                     # evaluate, save, stop early: it is your loop, between two steps
 
-What a step computes is the business of `gradient`, a function (model, step) -> the step's loss that leaves gradients
-behind: `summed` is the plain one; several tasks, a teacher, noise for privacy, or halving micro-batches when memory
-runs out are other functions of that form.
+What a step computes is the business of `gradient`, a function (model, step) -> its loss that leaves gradients behind:
+`summed` is the plain one; several tasks, a teacher, noise for privacy are other functions of that form.
 
 To copy: this file alone.
 """
@@ -33,7 +32,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def labelled(labels: torch.Tensor) -> int:
-    """How many items `cross_entropy` sums over."""
     return int((labels != IGNORE).sum())
 
 
@@ -99,15 +97,17 @@ def steps(
     """Steps `first` to `total` of a run; yields a record after each: step (from 1), loss, learning_rate, grad_norm.
 
     Args:
-        batches: the micro-batches of every step, on the model's device; where they end before `total`, so does the run.
-        optimizer: the "lr" of its groups is the peak, which `schedule`, (step, total) -> factor, multiplies.
-        gradient: leaves the step's gradient in the parameters and returns its loss; default: `summed()`.
+        batches: for every step from `first` on the list of its micro-batches, on the model's device; where they end
+            before `total`, so does the run.  For one batch a step: ([batch] for batch in loader).
+        optimizer: the "lr" of its groups is the peak, which `schedule`, (step, total) -> factor, multiplies, e.g.
+            partial(schedule_factor, schedule="cosine", warmup=50); afterwards it is the peak again.
+        gradient: leaves the step's gradient in the parameters and returns its loss, a tensor; default: `summed()`.
         max_grad_norm: clip the gradient to this length; None: don't.
         scaler: a torch.amp.GradScaler, for fp16, whose overflows leave a step out; give it to `gradient` too.
-        whole: a context, around what must go together: the weights, the optimizer and `done(record)`.
+        whole: a context around what must go together: weights, optimizer and `done(record)`, which may add to it.
 
-    A step whose loss or gradient is not finite moves nothing, and its record says "skipped".  The model is in train
-    mode at every step; between two of them it is yours.
+    A step whose loss or gradient is not finite moves nothing, and its record says "skipped", but for fp16's overflows.
+    The model is in train mode at every step; between two of them it is yours.  Gradients begin at zero.
 
     >>> model = torch.nn.Linear(1, 1)
     >>> square = lambda model, step: [loss := (model(step[0]["x"]) ** 2).sum(), loss.backward()][0]
@@ -115,31 +115,32 @@ def steps(
     >>> [r["step"] for r in steps(model, [[{"x": torch.ones(1, 1)}]] * 9, sgd, total=2, gradient=square)]
     [1, 2]
     """
-    gradient = gradient or summed(scaler=scaler)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group.setdefault("peak", group["lr"])
-    for number, step in zip(range(first, total), batches, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(number, total)
-        model.train()
-        loss = gradient(model, step)
-        if scaler:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # weights spread over processes
-        value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()  # one wait
-        scale = scaler.get_scale() if scaler else 0.0  # overflow is the scaler's while it can scale down
-        good = math.isfinite(value) and (math.isfinite(length) or scale >= 1)
-        record = {
-            "step": number + 1, "loss": value, "grad_norm": length,
-            "learning_rate": max(group["lr"] for group in optimizer.param_groups),
-        } | ({} if good else {"skipped": True})  # fmt: skip
-        with whole():
-            if good:
-                scaler.step(optimizer) if scaler else optimizer.step()
+    gradient, groups = gradient or summed(scaler=scaler), optimizer.param_groups
+    parameters, peaks = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
+    optimizer.zero_grad(set_to_none=True)
+    try:
+        for number, step in zip(range(first, total), batches, strict=False):
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * schedule(number, total)
+            model.train()
+            loss = gradient(model, step)
             if scaler:
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            done(record)
-        yield record
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # weights spread over processes
+            value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()  # one wait
+            scale = scaler.get_scale() if scaler else 0.0  # overflow is the scaler's while it can scale down
+            good = math.isfinite(value) and (math.isfinite(length) or scale >= 1)
+            record = {"step": number + 1, "loss": value, "grad_norm": length}
+            record |= {"learning_rate": max(group["lr"] for group in groups)} | ({} if good else {"skipped": True})
+            with whole():
+                if good:
+                    scaler.step(optimizer) if scaler else optimizer.step()
+                if scaler:
+                    scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                done(record)
+            yield record
+    finally:
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak

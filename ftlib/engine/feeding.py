@@ -48,16 +48,13 @@ class Step(list):
         run = self.feed.run
         count = max(len(batch["input_ids"]) for batch in self)
         tokens = max(batch["input_ids"].numel() for batch in self)
+        less = "ftlib.tune(model, 'lora'), a smaller max_length in tokenize, or a smaller model"
         if count == 1:
-            raise MemoryError(
-                f"out of memory with one row of {tokens} tokens at a time; try gradient_checkpointing=True, "
-                "precision='bf16', ftlib.tune(model, 'lora'), a smaller max_length in tokenize, or a smaller model"
-            )
+            remedy = f"try gradient_checkpointing=True, precision='bf16', {less}"
+            raise MemoryError(f"out of memory with one row of {tokens} tokens at a time; {remedy}")
         if distributed.world_size() > 1:
-            raise MemoryError(
-                f"process {distributed.rank()} is out of memory with {count} rows at a time; one process can't cut "
-                f"them smaller on its own: begin with micro_batch_size={count // 2}, or gradient_checkpointing=True"
-            )
+            who = f"process {distributed.rank()} is out of memory with {count} rows at a time; one can't cut them alone"
+            raise MemoryError(f"{who}: begin with micro_batch_size={count // 2}, or gradient_checkpointing=True")
         if run.max_tokens and tokens // 2 >= self.feed.longest:
             old, run.max_tokens, name = run.max_tokens, tokens // 2, "max_tokens"
         else:
@@ -95,9 +92,9 @@ class Feed:
         config = self.run.config
         draw = None if "" in self.parts else TaskSampler.of(self.rows, config).draw
         self.plan = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config, draw)
-        self.number, self.total, self.ready = first, total, None
-        for _ in range(first):
-            next(self.plan)
+        self.number, self.total, self.ready, self.drawn, self.late = first, total, None, None, None
+        if any(next(self.plan, None) is None for _ in range(first)):
+            raise ValueError(f"train_dataset ends before step {first}, which a checkpoint has; pass it from its start")
 
     def __iter__(self) -> Iterator[Step]:
         while (step := self._next() if self.ready is None else self.ready) is not None:
@@ -109,12 +106,20 @@ class Feed:
             yield step
 
     def ahead(self) -> None:
-        """Make the next step, if there is one."""
-        self.ready = self._next()
+        """Make the next step, if there is one; what goes wrong is for that step: this one is to be finished first."""
+        try:
+            self.ready = self._next()
+        except Exception as error:
+            self.late = None if self.drawn else error  # with its rows drawn it is tried again
 
     def _next(self) -> Step | None:
-        places = next(self.plan, None) if self.number < self.total else None
-        return None if places is None else Step(self, self.number, places)
+        if self.late:
+            raise self.late
+        if self.drawn is None and self.number < self.total:
+            self.drawn = next(self.plan, None)
+        step = self.drawn and Step(self, self.number, self.drawn)
+        self.drawn = None
+        return step
 
     def sizes(self) -> tuple[int | None, int | None]:
         return self.run.micro_batch_size, self.run.max_tokens

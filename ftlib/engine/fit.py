@@ -198,8 +198,10 @@ class Training:
         bar = self._progress(first)
         self.model.train()
         try:
-            # a run that was interrupted while evaluating does that first
-            stop = self.best.out_of_patience or (first > 0 and "loss" in run.history[-1] and self._evaluated())
+            unfinished = first > 0 and "loss" in run.history[-1]  # interrupted while it evaluated: that comes first
+            stop = self.best.out_of_patience or (unfinished and self._evaluated())
+            if stop and unfinished:
+                self._save()
             optimizing.begin_step(self.model, first, self.total)
             for record in () if stop else self.steps(first):
                 bar.update()

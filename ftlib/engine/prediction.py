@@ -3,6 +3,7 @@
 Rows are sorted by length, so that padding stays low, and results come back in the order given.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -102,39 +103,42 @@ def scores(
     """`evaluate` on checked rows: a pass in which only decisions and labels are kept.  loss: in place of the task's."""
     tasks = tasks_of(model)
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
-    sums = {task: [0.0, 0] for task in tasks}  # loss, items
+    sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
         for task, (kind, _) in tasks.items() if indices else ():
             own = [i for i, row in enumerate(rows) if not task or task in row["labels"]]
             if own:
                 labels = [rows[i]["labels"][task] if task else rows[i]["labels"] for i in own]
                 values, lengths = logits[task] if task else logits, [len(rows[i]["input_ids"]) for i in own]
-                decided = _add_loss(sums[task], TASKS[kind], values, labels, lengths, loss)
+                summed, decided = _judged(TASKS[kind], values, labels, lengths, loss)
+                sums[task].append(summed)
                 found[task] |= zip((indices[i] for i in own), zip(decided, labels, strict=True), strict=True)
     results: dict[str, float] = {}
     for task, (kind, _) in tasks.items():
         pairs, every = found[task], {distributed.rank(): sums[task]}
         if shared:
             pairs, every = distributed.all_joined(pairs), distributed.all_joined(every)
-        total, items = map(sum, zip(*every.values(), strict=True))
         if pairs:
-            own = {"loss": total / max(items, 1)} | _scored(TASKS[kind], pairs, names_of(model, task))
+            losses, items = zip(*(batch for batches in every.values() for batch in batches), strict=True)
+            # fsum: the same bits whoever computed which batch
+            own = {"loss": math.fsum(losses) / max(sum(items), 1)} | _scored(TASKS[kind], pairs, names_of(model, task))
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     return results
 
 
-def _add_loss(sums: list, record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> list:
-    """Add a batch's summed loss and its items; returns the decisions, one a row, trimmed to its tokens."""
+def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:
+    """A batch's summed loss and its items; and the decisions, one a row, trimmed to its tokens."""
     stacked = record.stack(labels, [*lengths, logits.shape[1] if record.a_token else 0])
     values = logits.float().cpu()
     if loss is None:
         exact = stacked.double() if stacked.is_floating_point() else stacked
-        sums[0] += float(record.loss(values.double(), exact))
+        summed = record.loss(values.double(), exact)
     else:
-        sums[0] += float(loss(logits, stacked.to(logits.device)))
-    sums[1] += int(record.items(stacked))
-    decided = record.decide(values).numpy()
-    return [d[:n].astype(np.int32) for d, n in zip(decided, lengths, strict=True)] if record.a_token else list(decided)
+        summed = loss(logits, stacked.to(logits.device))
+    decided = list(record.decide(values).numpy())
+    if record.a_token:
+        decided = [d[:n].astype(np.int32) for d, n in zip(decided, lengths, strict=True)]
+    return (float(summed), int(record.items(stacked))), decided
 
 
 def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict[str, float]:
@@ -193,9 +197,8 @@ def predict(
 
 
 def _rows_to_predict(model: nn.Module, data: Any, record: Any, tokenizer: Any, max_length: int | None) -> Any:
-    if hasattr(data, "column_names"):
-        if not is_stream(data) and "labels" in data.column_names:
-            data = data.remove_columns("labels")
+    if hasattr(data, "column_names") and not is_stream(data):
+        data = data.remove_columns([name for name in data.column_names if name == "labels"])
     elif isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
         remedy = "pass a list of texts, even for one: [text], or a tokenized dataset"
         raise TypeError(f"data is a {type(data).__name__}; {remedy}")

@@ -107,7 +107,7 @@ def _check_labels(kind, num_labels, label_names):
             raise ValueError(f"num_labels={num_labels} but label_names has {len(label_names)} names")
         num_labels = len(label_names)
     if num_labels is None:
-        return (1 if kind and kind.problem_type == "regression" else None), None
+        return (1 if kind and kind.probabilities is None else None), None
     if kind is None:
         raise ValueError("num_labels and label_names belong to a head; give a task as well")
     if whole("num_labels", num_labels) == 1 and kind.problem_type == "single_label_classification":

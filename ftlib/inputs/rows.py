@@ -61,10 +61,7 @@ class Door:
             if (value := row[name]) is not None and name == "token_type_ids":
                 out[name] = _numbers(row, name, self.type_vocab_size, where, length)
             elif value is not None:
-                if np.asarray(value).dtype.kind not in "biuf":
-                    what = f"expected numbers, got {short(value)}; drop the column or fill it in"
-                    raise TypeError(f"{where}, column {name!r}: {what}")
-                out[name] = value
+                out[name] = _input(name, value, length, where)
         columns = [name for name in out if name != "input_ids"]
         self.first or self.first.append(columns)
         if self.first[0] != columns:
@@ -75,7 +72,9 @@ class Door:
             mask = _numbers(row, "attention_mask", 2, where, length)
             mask = None if all(mask) else list(mask)
         if mask:
+            moved = {name: [sum(mask[:place]) for place in out[name]] for name in out if name.endswith("_positions")}
             out |= {key: _kept(value, mask) for key, value in out.items() if np.ndim(value) and len(value) == length}
+            out |= moved
         real = len(out["input_ids"])
         if real == 0:
             raise ValueError(f"{where}, column 'input_ids': no tokens; drop the row")
@@ -112,11 +111,29 @@ class Door:
         return clean[""] if "" in self.tasks else clean
 
 
+_NO_INPUTS = frozenset(  # what a batch has anyway, and switches
+    "attention_mask cache_position input_ids inputs_embeds kwargs labels logits_to_keep output_attentions "
+    "output_hidden_states past_key_values return_dict self use_cache".split()
+)
+
+
 def inputs_of(model: nn.Module) -> frozenset[str]:
     """The names of what a model's forward takes beside token ids, mask and labels."""
-    known = getattr(model, "input_names", None)  # MultiTaskModel
-    names = known or inspect.signature(anatomy.unwrapped(model).forward).parameters
-    return frozenset(names) - {"input_ids", "attention_mask", "labels", "inputs_embeds", "kwargs", "self"}
+    parameters = inspect.signature(anatomy.unwrapped(model).forward).parameters
+    named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    return frozenset(getattr(model, "input_names", named)) - _NO_INPUTS  # a MultiTaskModel knows them
+
+
+def _input(name: str, value: Any, length: int, where: str) -> Any:
+    """A further input of the model: numbers; positions are those of tokens of the row."""
+    try:
+        right = np.asarray(value).dtype.kind in "biuf"
+    except ValueError:  # lists of different lengths
+        right = False
+    what = "positions of the row's tokens" if right and name.endswith("_positions") else "numbers"
+    if not right or (what != "numbers" and not 0 <= np.min(value) <= np.max(value) < length):
+        raise ValueError(f"{where}, column {name!r}: expected {what}, got {short(value)}; drop the column or mend it")
+    return value
 
 
 def _numbers(row: Row, name: str, size: int | None, where: str, length: int | None = None) -> Sequence[int]:

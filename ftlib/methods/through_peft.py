@@ -36,8 +36,12 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     """
     import peft
 
+    from ..tasks.task import DEFAULT, TASKS, kind_of
+
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"{config!r} is no strategy and no PEFT configuration; pass e.g. peft.LoraConfig(r=8)")
+    if config.is_prompt_learning and TASKS[kind_of(model) or DEFAULT].columns:
+        raise ValueError(f"{config.peft_type.value} moves the tokens whose positions the head reads; use LoRA, say")
     config = copy.deepcopy(config)
     config.inference_mode = False
     config.task_type = config.task_type or task_type(model)

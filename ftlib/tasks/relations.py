@@ -52,6 +52,8 @@ def encode(tokenized: Callable, first: list, second: list | None, columns: dict,
     """Token ids of the marked texts, and `marker_positions`: which tokens the head reads, two a row."""
     texts, places = [], []
     for text, spans, where in zip(first, columns["spans"], wheres, strict=True):
+        if not isinstance(text, str):
+            raise TypeError(f"{where}: {short(text)}; spans are in the characters of a text, so join the words")
         try:
             marked, place = mark(text, spans)
         except ValueError as error:
@@ -60,8 +62,9 @@ def encode(tokenized: Callable, first: list, second: list | None, columns: dict,
         places.append(place)
     encoded = tokenized(texts, second)
     positions = [[encoded.char_to_token(i, p, 0) for p in place] for i, place in enumerate(places)]
-    for where, found in zip(wheres, positions, strict=True):
-        if None in found:
+    for i, (where, spans, place) in enumerate(zip(wheres, columns["spans"], places, strict=True)):
+        ends = [p + 1 + stop - begin for p, (begin, stop) in zip(place, spans, strict=True)]  # last characters
+        if None in (*positions[i], *(encoded.char_to_token(i, end, 0) for end in ends)):
             raise ValueError(f"{where}: a span lies beyond max_length; raise it, or cut the text around the spans")
     return encoded, {"marker_positions": positions}
 
@@ -96,7 +99,15 @@ class _OnMarkers:
 def _class_on(base: type) -> type:
     parent = next(kind for kind in base.__mro__[1:] if kind.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("Model") + "ForRelationClassification"
-    return type(name, (_OnMarkers, parent), {"base_class": base, "__module__": __name__})
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        return _OnMarkers.forward(self, *args, **inputs)
+
+    own, its = ({n: p for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
+                for f in (_OnMarkers.forward, base.forward))  # fmt: skip
+    more = [p.replace(kind=p.KEYWORD_ONLY) for name, p in its.items() if name not in own]
+    forward.__signature__ = inspect.Signature([*own.values(), *more])  # by which it is known what the model takes
+    return type(name, (_OnMarkers, parent), {"base_class": base, "__module__": __name__, "forward": forward})
 
 
 class AutoModelForRelationClassification:

@@ -20,8 +20,9 @@ def word_ids(encoded: Any, i: int) -> list[int | None]:
 
 def align(value: Any, text: Any, encoded: Any, i: int, where: str) -> list[int]:
     """Tags of words as tags of tokens: each on the first piece of its word, -100 elsewhere."""
-    if len(value) != len(text):
-        raise ValueError(f"{where}: {len(value)} tags for {len(text)} words; mend the row, one tag a word")
+    words = "one string" if isinstance(text, str) else f"{len(text)} words"
+    if words == "one string" or len(value) != len(text):
+        raise ValueError(f"{where}: {len(value)} tags for {words}; mend the row, one tag a word in a list of words")
     aligned, previous = [], None
     for word in word_ids(encoded, i):
         aligned.append(IGNORE if word is None or word == previous else value[word])

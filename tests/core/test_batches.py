@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tokenizing import ROWS
+from torch.testing import assert_close
 
 from ftlib.core.batches import IGNORE, collate, number, one_of, padded, short, split_by_size, stacked, to_device, whole
 
@@ -157,7 +158,7 @@ def test_other_columns_are_padded_where_they_have_a_value_a_token_else_stacked(s
     ]
     batch = collate(rows, padding_side=side)
     assert batch["position_ids"].tolist() == [[0, 1, 2], [4, 0, 0] if side == "right" else [0, 0, 4]]
-    assert batch["marker_positions"].tolist() == [[1, 2], [0, 0]]
+    assert batch["marker_positions"].tolist() == [[1, 2], [0, 0] if side == "right" else [2, 2]]
 
 
 def test_rows_of_several_tasks_may_have_columns_that_others_have_not():
@@ -279,3 +280,16 @@ def test_one_of(value, choices, good):
 def test_short():
     assert short([1]) == "[1]" and short("x" * 58) == repr("x" * 58)
     assert len(short("x" * 59)) == 60 and short("x" * 99).endswith("...")
+
+
+def test_further_inputs_keep_their_kind():
+    first = {"input_ids": [5, 6, 7], "w": [0.5, 0.25, 0.9], "v": [1.5, 2.0]}
+    batch = collate([first, {"input_ids": [8], "w": [0.1], "v": [3.0, 4.0]}])
+    assert_close(batch["w"], torch.tensor([[0.5, 0.25, 0.9], [0.1, 0.0, 0.0]]))
+    assert_close(batch["v"], torch.tensor([[1.5, 2.0], [3.0, 4.0]]))
+
+
+def test_positions_of_tokens_move_with_padding_on_the_left():
+    rows = [{"input_ids": [5, 6, 7], "marker_positions": [0, 2]}, {"input_ids": [8, 9], "marker_positions": [0, 1]}]
+    assert collate(rows, padding_side="left")["marker_positions"].tolist() == [[0, 2], [1, 2]]
+    assert collate(rows)["marker_positions"].tolist() == [[0, 2], [0, 1]]

@@ -8,7 +8,7 @@ from test_fit import before_steps, make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
 from ftlib.core.batches import collate
-from ftlib.engine import distributed
+from ftlib.engine import distributed, feeding
 from ftlib.engine.feeding import Feed, Step
 from ftlib.engine.fit import fit
 from ftlib.engine.recovery import out_of_memory
@@ -201,3 +201,36 @@ def test_collate_to_a_width():
     for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
         assert wide[key].shape == (3, 8) and (wide[key][:, longest:] == fill).all()
         assert torch.equal(wide[key][:, :longest], narrow[key]) and torch.equal(short[key], narrow[key])
+
+
+# ----------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_memory_that_runs_out_for_the_next_step_costs_no_rows(tiny_model, monkeypatch):
+    rows, counted, real = make_rows(24), [], feeding.to_device
+
+    def full(batch, device):
+        counted.append(1)
+        if len(counted) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(batch, device)
+
+    expected = fit(tiny_model(), rows, config=quick(epochs=1))
+    monkeypatch.setattr(feeding, "to_device", full)
+    run = fit(tiny_model(), rows, config=quick(epochs=1))
+    assert steps(run, "tokens") == steps(expected, "tokens") and steps(run) == steps(expected)
+
+
+def test_a_bad_row_of_a_stream_costs_no_step_before_it(tiny_model):
+    seen = []
+    rows = [*make_rows(8), {"input_ids": [], "labels": 0}, *make_rows(3)]
+    with pytest.raises(ValueError, match="row 8, column 'input_ids': no tokens"):
+        fit(tiny_model(), iter(rows), config=quick(max_steps=3, shuffle=False), on_record=seen.append)
+    assert [record["step"] for record in seen] == [1, 2]
+
+
+def test_a_stream_that_is_shorter_than_what_was_trained(tiny_model, tmp_path):
+    config = quick(max_steps=4, checkpoint_dir=str(tmp_path), checkpoint_every=1, resume="auto")
+    fit(tiny_model(), iter(make_rows(16)), config=config)
+    with pytest.raises(ValueError, match="train_dataset ends before step 4, which a checkpoint has"):
+        fit(tiny_model(), iter(make_rows(4)), config=config)

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import evaluate, predict
 from ftlib.engine.saving import load, save
+from ftlib.inputs.rows import inputs_of
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
@@ -155,10 +157,10 @@ def test_a_vocabulary_without_the_markers_has_them_in_their_places_too(tiny_toke
     assert [row["input_ids"][i] for i in row["marker_positions"]] == [tiny_tokenizer.unk_token_id] * 2
 
 
-@pytest.mark.parametrize(("longest", "good"), [(9, True), (8, True), (7, True), (6, False), (5, False)])
+@pytest.mark.parametrize(("longest", "good"), [(9, True), (8, True), (7, False), (6, False), (5, False)])
 def test_a_span_that_is_cut_off_is_refused_by_row(tokenizer, longest, good):
     rows = data([("ann", "a", "n"), ("ann met bob", "ann", "bob")], [0, 1])
-    if good:  # of [CLS] @ ann @ met # bob # [SEP], the second marker is the 6th
+    if good:  # of [CLS] @ ann @ met # bob # [SEP], the second span is the 7th
         assert tokenize(rows, tokenizer, task=KIND, max_length=longest)[1]["marker_positions"] == [1, 5]
     else:
         with pytest.raises(ValueError, match=r"row [01]: a span lies beyond max_length; raise it"):
@@ -357,3 +359,31 @@ def test_the_kind_is_named_in_its_own_room_alone():
                 node.value.value = ""  # a docstring
         for word in ("relation-classification", "RelationClassification", "marker_positions", "spans"):
             assert word not in ast.unparse(tree), (path, word)
+
+
+def test_the_second_text_is_told_from_the_first():
+    """The door passes on what the base takes, also where the model's own forward only hands it on."""
+    model = auto_class("relation-classification").from_config(tiny_config("bert", num_labels=2)).eval()
+    assert {"token_type_ids", "marker_positions", "position_ids"} <= inputs_of(model)
+    row = {"input_ids": [2, 5, 6, 3, 7, 3], "token_type_ids": [0, 0, 0, 0, 1, 1], "marker_positions": [1, 2]}
+    with torch.no_grad():
+        expected = model(**{name: torch.tensor([value]) for name, value in row.items()}).logits
+        without = model(**{n: torch.tensor([v]) for n, v in row.items() if n != "token_type_ids"}).logits
+    torch.testing.assert_close(torch.from_numpy(predict(model, [row], output="logits")), expected)
+    assert (expected - without).abs().max() > 1e-6
+
+
+def test_positions_follow_tokens_that_a_mask_leaves_out():
+    model = auto_class("relation-classification").from_config(tiny_config("bert", num_labels=2)).eval()
+    row = {"input_ids": [2, 5, 6, 3], "marker_positions": [1, 2]}
+    left = {"input_ids": [0, 0, 2, 5, 6, 3], "attention_mask": [0, 0, 1, 1, 1, 1], "marker_positions": [3, 4]}
+    assert (predict(model, [row], output="logits") == predict(model, [left], output="logits")).all()
+    for places in ([1, 4], [-1, 2]):
+        with pytest.raises(ValueError, match="column 'marker_positions': expected positions of the row's tokens"):
+            predict(model, [row | {"marker_positions": places}])
+
+
+def test_prompts_are_refused():
+    model = auto_class("relation-classification").from_config(tiny_config("bert", num_labels=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING moves the tokens whose positions the head reads; use LoRA"):
+        tune(model, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
