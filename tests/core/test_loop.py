@@ -425,3 +425,23 @@ def test_schedules_stay_between_0_and_1_even_past_the_end(schedule):
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="unknown schedule 'step'; choose one of constant"):
         schedule_factor(0, 1, schedule="step")
+
+
+def test_an_optimizer_used_again_begins_at_its_own_rate(tiny_model):
+    model, batch = tiny_model(), collate(make_rows(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for rate in (0.1, 0.1, 1e-3):
+        optimizer.param_groups[0]["lr"] = rate
+        found = [record["learning_rate"] for record in steps(model, [[batch]] * 2, optimizer, total=2)]
+        assert found == pytest.approx([rate, rate / 2]) and optimizer.param_groups[0]["lr"] == rate
+
+
+def test_gradients_of_before_are_no_part_of_the_first_step(tiny_model):
+    batch, norms = collate(make_rows(4)), []
+    for before in (False, True):
+        model = tiny_model()
+        if before:
+            (1000 * model(**batch).loss).backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        norms += [record["grad_norm"] for record in steps(model, [[batch]], optimizer, total=1)]
+    assert norms[0] == norms[1]
