@@ -178,7 +178,8 @@ class TaskSampler:
             raise ValueError("sizes is empty; pass {task name: number of examples}")
         for name, size in sizes.items():
             whole(f"examples of the task {name!r}", size)
-        number("temperature", temperature, 1e-6)
+        if temperature != math.inf:  # in the limit all tasks alike
+            number("temperature", temperature, 1e-6)
         one_of("sampler", how, SAMPLERS)
         self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, whole("epochs", epochs)
         self.generator = torch.Generator().manual_seed(seed)

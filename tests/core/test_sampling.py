@@ -131,6 +131,7 @@ def test_a_large_buffer_shuffles_all_of_a_stream_alike():
 def test_probabilities_by_hand():
     assert TaskSampler({"a": 300, "b": 100}).probabilities == pytest.approx({"a": 0.75, "b": 0.25})
     assert TaskSampler({"a": 900, "b": 100}, temperature=2).probabilities == pytest.approx({"a": 0.75, "b": 0.25})
+    assert TaskSampler({"a": 9, "b": 1}, temperature=float("inf")).probabilities == {"a": 0.5, "b": 0.5}
     assert TaskSampler({"a": 10**6, "b": 1}, temperature=1e9).probabilities == pytest.approx({"a": 0.5, "b": 0.5})
     sharp = TaskSampler({"a": 10**9, "b": 1}, temperature=0.001).probabilities  # no overflow
     assert sharp == pytest.approx({"a": 1.0, "b": 0.0})
