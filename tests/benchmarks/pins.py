@@ -101,7 +101,9 @@ def as_on(cpu: str, tests: list[str]) -> dict[str, Any]:
     environment = surroundings([]) | settings
     if (got := capability(environment)) != cpu:
         raise RuntimeError(f"asked for {cpu}, but torch uses {got}")
-    return row | counted(environment, ["--hypothesis-seed=0", *tests])  # the same examples on every one
+    # the same examples on every one; the tables are those that this program is about to change
+    same = ["--hypothesis-seed=0", "--deselect=tests/test_readme.py::test_tables_are_the_stored_ones"]
+    return row | counted(environment, [*same, *tests])
 
 
 def capability(environment: dict[str, str]) -> str:
