@@ -141,7 +141,7 @@ def main() -> int:
     failed = 0
     if options.cpus:
         about = "Unit tests, and cells of notebooks whose output is compared, with the instructions of other CPUs"
-        command = "python tests/benchmarks/pins.py --cpus --notebooks"
+        command = "python tests/benchmarks/pins.py --cpus"
         table = Table("cpus", command, about, folder=options.results)
     for one in CPUS if options.cpus else options.pins:
         if not options.cpus:
