@@ -46,6 +46,52 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
         anatomy.restore_modes(modes)
 
 
+@contextmanager
+def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] | None]:
+    """Inside, weights of half precision that train are float32; afterwards all have the type they had, rounded.
+
+    In bfloat16 a step below 1/256 of a weight is lost.  Frozen bfloat16 weights stay, if they are most of the model
+    and `config` does not ask for another precision: then a module whose weights train takes and gives bfloat16, but
+    computes in float32, and what is yielded are precision and reason.  Else the frozen become float32 as well.
+    """
+    half = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    moving = [p for p in half if p.requires_grad]
+    frozen = [p for p in half if not p.requires_grad]
+    if not moving:
+        yield None
+        return
+    keep = sum(p.numel() for p in frozen) > sum(p.numel() for p in moving) and config.distributed != "fsdp"
+    keep = keep and config.precision in ("auto", "bf16") and {p.dtype for p in frozen} == {torch.bfloat16}
+    owners = {module: list(module.parameters(recurse=False)) for module in model.modules()} if keep else {}
+    mixed = [module for module, own in owners.items() if any(p.requires_grad for p in own)]
+    inside, hooks = set(anatomy.base_of(model).modules()), []
+    try:
+        for p in [p for module in mixed for p in owners[module]] if keep else half:
+            p.data = p.data.float()
+        for module, own in owners.items():
+            if own:
+                hooks.append(module.register_forward_pre_hook(partial(_given, own[0].dtype), with_kwargs=True))
+            if module in mixed and module in inside:  # the head's logits stay float32
+                hooks.append(module.register_forward_hook(lambda module, given, out: _cast(out, torch.bfloat16)))
+        yield ("bf16", "the frozen weights are bfloat16; those that train are float32 meanwhile") if keep else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, dtype in half.items():
+            p.data = p.data.to(dtype)
+
+
+def _given(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors, also in a tuple, in another type."""
+    if type(value) is tuple:
+        return tuple(_cast(one, dtype) for one in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Keep only the input of every layer for the backward pass, which computes the layer again: less memory, more time.
 

@@ -8,6 +8,7 @@ The loop itself is what to take home: core/loop.py, alone.
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
 from . import checkpoints, compiling, distributed, recovery, task_gradients
 from .feeding import Feed
-from .prediction import scores
+from .prediction import metric_names, scores
 from .settings import Run, TrainConfig
 
 __all__ = ["fit"]
@@ -48,6 +49,8 @@ def fit(
             task's own, `task_loss`.
         on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
+    Weights of half precision are float32 while they train, and rounded back at the end; where most are frozen
+    bfloat16, those stay so (`Run.precision` says which).
     Every module ends in the mode (train or eval) it came in.  An interrupt (Ctrl-C) ends the run early with its
     history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
     the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
@@ -78,8 +81,11 @@ def fit(
             device = choose_device()
             dtype = torch.bfloat16 if choose_precision(device, config.precision)[0] == "bf16" else None
             spread = distributed.spread(model, config.distributed, device, dtype)
-            with compiling.training_modes(model, config), spread as trained, measure() as cost:
+            modes, weights = compiling.training_modes(model, config), compiling.float32_weights(model, config)
+            with modes, weights as kept, spread as trained, measure() as cost:
                 training = Training(trained, parts, held_out, tokenizer, config, loss, on_record)
+                if kept:
+                    training.result.precision, training.result.reason = kept
                 training._run()
         finally:
             model.zero_grad(set_to_none=True)
@@ -143,7 +149,7 @@ class Training:
         self, model: nn.Module, parts: dict, held_out: list, tokenizer: Any, config: TrainConfig, loss: Any,
         on_record: Any,
     ):  # fmt: skip
-        self.model, self.held_out, self.config, self.loss, self.on_record = model, held_out, config, loss, on_record
+        self.model, self.held_out, self.config, self.on_record = model, held_out, config, on_record
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
             device = choose_device()
@@ -157,7 +163,9 @@ class Training:
         self.autocast = computing(device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         tasks = tasks_of(model)
-        _check(model, tasks, config, loss)
+        _check(model, tasks, config, loss, held_out)
+        smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
+        self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
         self.pad = anatomy.pad_id(tokenizer, model.config)
         self.feed = Feed(parts, tasks, self.result, self.pad, device)
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
@@ -172,8 +180,8 @@ class Training:
         self.together = recovery.Together()
         self.wrapped = distributed.wrap(model)
         smoothing = config.label_smoothing
-        functions = {t: loss or task_loss(k, smoothing * TASKS[k].smooths) for t, (k, _) in tasks.items()}
-        losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast)
+        functions = {t: smoothed or task_loss(k, smoothing * TASKS[k].smooths) for t, (k, _) in tasks.items()}
+        losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast, check=smoothed is not None)
         self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
 
     def _checkpoints(self, parts: dict) -> checkpoints.Checkpoints:
@@ -246,7 +254,7 @@ class Training:
     def steps(self, first: int) -> Any:
         """The loop, with everything that `fit` puts into it."""
         config = self.config
-        warmup = math.ceil(config.warmup_fraction * self.total)
+        warmup = math.ceil(config.warmup_fraction * self.total) if self.total > 1 else 0  # a rate of 0 moves nothing
         return steps(
             self.wrapped, self.feed, self.optimizer, total=self.total, first=first, gradient=self.gradient,
             schedule=partial(schedule_factor, schedule=config.schedule, warmup=warmup),
@@ -290,11 +298,10 @@ class Training:
     def evaluate(self) -> bool:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.result, self.config
-        options = dict(pad_token_id=self.pad, loss=self.loss, autocast=self.autocast, shared=True)
+        rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
+        options = dict(pad_token_id=self.pad, loss=self.loss, autocast=self.autocast, shared=True, batch_size=rows)
         metrics = scores(self.model, self.held_out, **options)
         if config.patience:
-            if config.metric not in metrics:
-                raise ValueError(f"metric={config.metric!r}: evaluation gives {', '.join(metrics)}")
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
         record = {"step": run.steps, "epoch": run.steps / self.epoch}
         record |= {f"eval_{name}": value for name, value in metrics.items()}
@@ -318,11 +325,21 @@ class Training:
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
 
-def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any) -> None:
-    """Refuse what is asked for and has no meaning for this model."""
-    records = {kind: TASKS[kind] for kind, _ in tasks.values()}
-    if config.label_smoothing and loss is None and not any(record.smooths for record in records.values()):
-        raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {', '.join(sorted(records))}")
-    if config.r_drop and any(record.divergence is None for record in records.values()):
-        raise ValueError(f"r_drop={config.r_drop} compares predicted distributions; regression has none")
+def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list) -> None:
+    """Refuse what is asked for and has no meaning for this model, or these rows."""
+    records, smoothing = [TASKS[kind] for kind, _ in tasks.values()], config.label_smoothing
+    kinds = ", ".join(sorted({kind for kind, _ in tasks.values()}))
+    names = metric_names(model, held_out) if config.patience else []
+    for wrong, why in (
+        (smoothing and loss is None and not any(record.smooths for record in records),
+         f"label_smoothing={smoothing} has no meaning for {kinds}"),
+        (config.r_drop and any(record.divergence is None for record in records),
+         f"r_drop={config.r_drop} compares predicted distributions; regression has none"),
+        (names and config.metric not in names, f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),
+        (config.eval_every and not held_out, f"eval_every={config.eval_every} needs eval_dataset"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(why)
+    if not config.patience and config.metric != "loss":
+        warnings.warn(f"metric={config.metric!r} has no effect without patience", stacklevel=4)
     optimizing.check(model, config.distributed)

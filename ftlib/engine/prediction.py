@@ -152,6 +152,25 @@ def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict
     return record.score(predictions, labels, given_names(names))
 
 
+def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
+    """What `scores` will name, without a forward pass: every class is scored against itself once.
+
+    Raises ValueError where no row has a label to score, and for names of labels that can't be scored.
+    """
+    found = []
+    for task, (kind, count) in tasks_of(model).items():
+        record = TASKS[kind]
+        labels = (row["labels"] if not task else row["labels"].get(task) for rows in parts for row in rows)
+        if any(label is not None and record.items(np.asarray(label)) for label in labels):
+            decided = record.decide(torch.eye(count) * 2 - 1).numpy()  # every class once
+            decided = [decided] if record.a_token else decided
+            names = ["loss", *record.score(decided, decided, given_names(names_of(model, task)))]
+            found += [f"{task}/{name}" if task else name for name in names]
+    if not found:
+        raise ValueError(f"eval_dataset: every label is {IGNORE} (ignored), nothing to score; pass rows with labels")
+    return found
+
+
 def predict(
     model: nn.Module, data: Any, *, tokenizer: Any = None, task: str | None = None, output: str = "labels",
     batch_size: int = 64, max_length: int | None = None, progress: bool = False, shared: bool = False,

@@ -50,7 +50,8 @@ def find_learning_rate(
     whole("steps", steps, 10)  # fewer show no curve
     config = replace(
         config or TrainConfig(), learning_rate=highest, schedule="range", warmup_fraction=0.0, max_steps=steps,
-        patience=None, max_bad_steps=1, checkpoint_dir=None, checkpoint_every=None, resume=None,
+        patience=None, metric="loss", eval_every=None, max_bad_steps=1, checkpoint_dir=None, checkpoint_every=None,
+        resume=None,
     )  # fmt: skip
     run = fit(copy.deepcopy(model), train_dataset, tokenizer=tokenizer, config=config)
     rates = [record["learning_rate"] for record in run.history]

@@ -91,6 +91,7 @@ class TrainConfig:
             (self.micro_batch_size and self.max_tokens, "set micro_batch_size or max_tokens, not both"),
             (self.compile and self.distributed == "fsdp",
              "compile=True with distributed='fsdp' is not supported; drop one of them"),
+            (self.r_drop and self.dropout == 0, "r_drop compares two passes with other dropout: dropout=0 leaves none"),
             (self.resume and not folder, "resume='auto' needs checkpoint_dir"),
             (self.checkpoint_every and not folder, "checkpoint_every needs checkpoint_dir"),
         ):  # fmt: skip

@@ -13,6 +13,8 @@ What it costs: one forward and one backward pass, as for one task, except
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
 """
 
+import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import combinations
@@ -35,8 +37,9 @@ def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int
 
     Raises ValueError for settings of tasks that have no meaning here, and for what `Joint` refuses.
     """
-    if "" in parts and config.task_sampler != "temperature":
-        raise ValueError(f"task_sampler={config.task_sampler!r} needs several datasets: {{task: dataset}}")
+    if "" in parts and (config.task_sampler, config.temperature) != ("temperature", 1):
+        what = f"task_sampler={config.task_sampler!r}, temperature={config.temperature}"
+        raise ValueError(f"{what}: need several datasets, {{task: dataset}}")
     if hasattr(model, "tasks"):
         return Joint(model, config, precision, epoch)
     if config.task_weighting != "fixed" or config.task_gradients or config.task_cosines:
@@ -69,13 +72,36 @@ def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.Gra
     return gradient
 
 
+def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool = False) -> Any:
+    """A caller's own loss, ready for `fit`: of one of torch.nn's a copy that sums, with label smoothing if asked for.
+
+    Raises ValueError for label smoothing where the loss does not take it.
+    """
+    own = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) and hasattr(loss, "reduction") else loss
+    if (said := getattr(own, "reduction", "sum")) != "sum":
+        own.reduction = "sum"
+        if not quiet:
+            text = f"{type(loss).__name__} has reduction={said!r}; fit divides by the labelled items itself"
+            warnings.warn(f"{text}, so it takes reduction='sum'", stacklevel=4)
+    if smoothing and loss is not None:
+        if getattr(own, "label_smoothing", None) not in (0, smoothing):
+            raise ValueError(f"label_smoothing={smoothing} and an own loss: smooth the labels in the loss")
+        own.label_smoothing = smoothing
+    return own
+
+
 class Losses:
-    """What the tasks lose.  functions: {task: (logits, labels) -> loss summed over items}; r_drop: its strength."""
+    """What the tasks lose.  functions: {task: (logits, labels) -> loss summed over items}; r_drop: its strength.
+
+    check: look on the first batch whether a function takes a mean.
+    """
 
     def __init__(
-        self, functions: dict[str, Callable], tasks: dict[str, tuple[str, int]], r_drop: float, autocast: Callable
-    ):
+        self, functions: dict[str, Callable], tasks: dict[str, tuple[str, int]], r_drop: float, autocast: Callable,
+        check: bool = False,
+    ):  # fmt: skip
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
+        self.unseen = set(functions) if check else set()
 
     def parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
         """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
@@ -89,6 +115,8 @@ class Losses:
                 value = self.functions[task](logits[task], labels[task])
                 if (got := _what(value)) != "shape ()":
                     raise ValueError(f"the loss gives {got}; it must give one number, a tensor: the sum over items")
+                if task in self.unseen and value.requires_grad:
+                    self._look(task, logits[task].detach(), labels[task], value.detach())
                 if again is not None:
                     apart = TASKS[self.tasks[task][0]].divergence(logits[task], again[task], labels[task])
                     value = (value + self.functions[task](again[task], labels[task])) / 2 + self.r_drop * apart
@@ -96,6 +124,19 @@ class Losses:
         if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
         return parts
+
+    def _look(self, task: str, logits: torch.Tensor, labels: torch.Tensor, value: torch.Tensor) -> None:
+        """ValueError where the same items twice do not give twice the loss: a mean, which hangs on the batches."""
+        if not torch.isfinite(value) or value == 0:  # says nothing; the next batch may
+            return
+        self.unseen.discard(task)
+        state = random_state(logits.device)
+        with torch.no_grad():
+            twice = self.functions[task](torch.cat([logits, logits]), torch.cat([labels, labels]))
+        set_random_state(state, logits.device)
+        if abs(twice - value) < 1e-3 * abs(value):
+            what = f"{float(value):.4g} for {len(labels)} rows and {float(twice):.4g} for the same rows twice"
+            raise ValueError(f"the loss gives {what}: a mean; fit needs the sum over items, reduction='sum'")
 
 
 class Joint:

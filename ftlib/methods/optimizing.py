@@ -128,10 +128,7 @@ def follows_steps(model: nn.Module) -> bool:
 
 
 def check(model: nn.Module, how: str) -> None:
-    """ValueError for weights that train in float16, and for a strategy that needs them whole where they are spread."""
-    if half := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]:
-        remedy = "load the model with dtype=torch.float32, and let precision='fp16' compute in half"
-        raise ValueError(f"{half[0]} would train in float16, where small steps vanish; {remedy}")
+    """ValueError for a strategy that needs the weights whole where they are spread."""
     if how == "fsdp" and follows_steps(model):
         raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
 

@@ -106,7 +106,8 @@ def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
         yield
         return
     places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
-    places += [(m, "attention_dropout") for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
+    for module in model.modules():  # and rates that are handed to functions, as in BART
+        places += [(module, n) for n, v in vars(module).items() if n.endswith("dropout") and isinstance(v, float)]
     if not places:
         raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
     before = [(module, name, getattr(module, name)) for module, name in places]

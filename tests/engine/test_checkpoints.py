@@ -193,9 +193,10 @@ def test_a_checkpoint_that_can_not_be_read_is_skipped(tiny_model, two_checkpoint
     assert history(again) == history(run) and same(weights(model), weights(expected))
 
 
-def test_an_error_in_the_evaluation_costs_no_step(tiny_model, tmp_path):
-    config = quick(checkpoint_dir=str(tmp_path / "c"), patience=1, metric="acuracy", epochs=1)
-    with pytest.raises(ValueError, match="metric='acuracy'"):
+def test_an_error_in_the_evaluation_costs_no_step(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "scores", lambda *given, **options: 1 / 0)
+    config = quick(checkpoint_dir=str(tmp_path / "c"), patience=1, epochs=1)
+    with pytest.raises(ZeroDivisionError):
         fit(tiny_model(), make_rows(12), eval_dataset=make_rows(4), config=config)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000003"]
 
@@ -230,6 +231,8 @@ def test_what_makes_a_run_another(tiny_model, tmp_path, what):
         elif what == "peft":
             peft = pytest.importorskip("peft")
             tune(model, peft.LoraConfig(r=2, lora_alpha=64 if other else 4))
+        elif what == "dtype":  # of frozen weights, which stay as they are; those that train are float32 in any case
+            tune(model, "head-only")
         return model.to(torch.bfloat16) if other and what == "dtype" else model
 
     data = {"a": rows} if what == "head" else rows

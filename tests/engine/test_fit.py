@@ -15,7 +15,9 @@ from ftlib.core.device import choose_device, choose_precision
 from ftlib.core.loop import schedule_factor
 from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
+from ftlib.engine.prediction import evaluate, metric_names
 from ftlib.engine.settings import Run, TrainConfig
+from ftlib.inputs.rows import rows_for
 from ftlib.methods.losses import focal_loss
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
@@ -256,9 +258,9 @@ def test_a_seed_reproduces_bit_for_bit_and_global_state_stays(tiny_model):
 
 def test_evaluating_does_not_change_training(tiny_model):
     rows, states = make_rows(12), []
-    for options in ({}, {"eval_dataset": make_rows(5, seed=3)}):
+    for every, options in ((None, {}), (1, {"eval_dataset": make_rows(5, seed=3)})):
         model = tiny_model(hidden_dropout_prob=0.2)
-        fit(model, rows, config=quick(eval_every=1), **options)
+        fit(model, rows, config=quick(eval_every=every), **options)
         states.append(weights(model))
     assert same(*states)
 
@@ -275,6 +277,12 @@ def test_modes_come_back(tiny_model, trains):
     assert model.training == trains and model.bert.pooler.training != trains
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Own losses are called once a micro-batch, so that a test can count the calls."""
+    monkeypatch.setattr(training.task_gradients.Losses, "_look", lambda *given: None)
 
 
 def raising(error, at=1, loss=None):
@@ -327,10 +335,8 @@ def test_which_way_is_better(tiny_model, monkeypatch, metric, values, best):
         return {metric: next(given_values)}
 
     monkeypatch.setattr(training, "scores", pretend)
-    model = tiny_model()
-    run = fit(
-        model, make_rows(8), eval_dataset=make_rows(4), config=quick(epochs=9, patience=2, metric=metric)
-    )  # fmt: skip
+    model, rows = tiny_model("regression", 1), make_rows(8, "regression")
+    run = fit(model, rows, eval_dataset=rows[:4], config=quick(epochs=9, patience=2, metric=metric))
     assert run.stopped == "early stopping" and len(seen) == len(values)
     assert run.metrics[metric] == values[best] and same(weights(model), seen[best])
 
@@ -354,14 +360,117 @@ def test_metrics_that_are_not_there(tiny_model):
         fit(tiny_model(), make_rows(4), eval_dataset=make_rows(4), config=quick(patience=1, metric="f2"))
     with pytest.raises(ValueError, match="patience needs eval_dataset"):
         fit(tiny_model(), make_rows(4), config=quick(patience=1))
+    with pytest.raises(ValueError, match="eval_every=2 needs eval_dataset"):
+        fit(tiny_model(), make_rows(4), config=quick(eval_every=2))
+    with pytest.warns(UserWarning, match="metric='f2' has no effect without patience") as said:
+        fit(tiny_model(), make_rows(4), eval_dataset=make_rows(4), config=quick(metric="f2", epochs=1))
+    assert said[0].filename == __file__
 
 
-def test_weights_in_float16_do_not_train(tiny_model):
-    message = r"weight would train in float16, where .* load the model with dtype=torch\.float32, and"
-    model = tiny_model(vocab_size=400).half()
-    with pytest.raises(ValueError, match=message):
-        fit(model, make_rows(4), config=quick())
-    assert model.get_input_embeddings().weight.shape == (400, 16)
+@pytest.mark.parametrize("task", [*LABELS, "entities", "several"])
+def test_the_names_of_the_metrics_are_known_before_the_first_step(tiny_model, task):
+    """Those that `evaluate` gives; found without a forward pass, and a missing one is refused before any."""
+    rows = make_rows(9, task if task in LABELS else "token-classification")
+    model = tiny_model(task, LABELS[task]) if task in LABELS else tiny_model("token-classification", 3)
+    if task == "entities":
+        model.config.id2label = {0: "O", 1: "B-city", 2: "I-city"}
+    if task == "several":
+        model = MultiTaskModel(tiny_model("encoder"), {"a": Head("token-classification", 3), "b": Head()})
+        rows = [{**row, "labels": {"a": row["labels"]}} for row in rows]  # "b" has no row to be scored on
+    assert metric_names(model, rows_for(rows, model, name="rows")) == list(evaluate(model, rows))
+    model.register_forward_hook(lambda *given: pytest.fail("a forward pass"))
+    with pytest.raises(ValueError, match=r"metric='acuracy': evaluation gives .*loss"):
+        fit(model, rows, eval_dataset=rows, config=quick(patience=1, metric="acuracy"))
+    for row in rows:
+        row["labels"] = {"a": [-100] * len(row["input_ids"])} if task == "several" else -100
+    if task in ("sequence-classification", "several"):
+        with pytest.raises(ValueError, match="eval_dataset: every label is -100"):
+            fit(model, make_rows(4) if task != "several" else rows, eval_dataset=rows, config=quick(patience=1))
+
+
+def test_names_of_tags_that_cannot_be_scored_are_refused_before_the_first_step(tiny_model):
+    """Entities and other classes mixed: seqeval can't read a prediction of "verb", which may come in any epoch."""
+    model, rows = tiny_model("token-classification", 3), make_rows(9, "token-classification")
+    model.config.id2label = {0: "O", 1: "B-city", 2: "verb"}
+    model.register_forward_hook(lambda *given: pytest.fail("a forward pass"))
+    with pytest.raises(ValueError, match="row 0 has the tag 'verb'"):
+        fit(model, rows, eval_dataset=rows, config=quick(patience=1))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "exponential"])
+def test_a_run_of_one_step_moves_the_weights(tiny_model, schedule):
+    """Its warm-up would be that step, at a rate of 0."""
+    model = tiny_model()
+    before = weights(model)
+    run = fit(model, make_rows(4), config=quick(epochs=1, schedule=schedule))
+    assert steps(run, "learning_rate") == [1e-2] and not same(weights(model), before)
+
+
+# -------------------------------------------------------------------------------------------------------- own losses
+
+_OWN = {
+    "a module": lambda how: torch.nn.CrossEntropyLoss(torch.tensor([1.0, 3.0]), reduction=how),
+    "a function": lambda how: lambda x, y: torch.nn.functional.cross_entropy(x, y, reduction=how),
+    "several labels": lambda how: torch.nn.BCEWithLogitsLoss(reduction=how),
+    "numbers": lambda how: torch.nn.SmoothL1Loss(reduction=how),
+}
+_TASK = {"several labels": "multi-label-classification", "numbers": "regression"}
+
+
+@pytest.mark.parametrize("name", _OWN)
+@pytest.mark.parametrize("micro", [None, 1])
+def test_an_own_loss_that_is_a_mean(tiny_model, name, micro):
+    """Of torch.nn's modules a copy sums, and it is said; a function is refused on the first batch, rows alone too."""
+    task = _TASK.get(name, "sequence-classification")
+    rows, config = make_rows(8, task), quick(max_steps=2, micro_batch_size=micro)
+
+    def run(how):
+        loss = _OWN[name](how)
+        if name == "numbers":
+            inner, loss = loss, lambda x, y: inner(x[:, 0], y)
+        model = tiny_model(task, LABELS[task])
+        return lambda: (steps(fit(model, rows, config=config, loss=loss)), weights(model), loss)
+
+    losses, right, _ = run("sum")()
+    for how in ("mean", "none") if name == "a module" else ("mean",):
+        go = run(how)
+        if name in ("a module", "several labels"):
+            with pytest.warns(UserWarning, match=f"Loss has reduction='{how}'.* takes reduction='sum'") as said:
+                found, moved, loss = go()
+            assert found == losses and same(moved, right) and loss.reduction == how and len(said) == 1
+        else:
+            with pytest.raises(ValueError, match=r"a mean; fit needs the sum over items, reduction='sum'"):
+                go()
+
+
+def test_looking_at_an_own_loss_changes_nothing(tiny_model, monkeypatch):
+    """A loss that draws random numbers draws the same ones; one that is 0 or knows its batch passes."""
+    noisy = lambda x, y: torch.nn.functional.cross_entropy(x + torch.randn(2), y, reduction="sum")  # noqa: E731
+    found = []
+    for look in (training.task_gradients.Losses._look, lambda *given: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.task_gradients.Losses, "_look", look)
+            model = tiny_model(hidden_dropout_prob=0.2)
+            fit(model, make_rows(8), config=quick(), loss=noisy)
+            found.append(weights(model))
+    assert same(*found)
+    nothing = lambda x, y: x.sum() * 0.0  # noqa: E731
+    pairs = lambda x, y: ((x @ x.T).logsumexp(1) - (x * x).sum(1)).sum()  # noqa: E731  each row against all of its batch
+    assert fit(tiny_model(), make_rows(8), config=quick(), loss=nothing).stopped == "finished"
+    assert fit(tiny_model(), make_rows(8), config=quick(), loss=pairs).stopped == "finished"
+
+
+def test_label_smoothing_and_an_own_loss(tiny_model):
+    """Used where the loss knows it, as in the task's own loss; else refused; evaluation is without it."""
+    rows, config = make_rows(12), quick(epochs=1, label_smoothing=0.3)
+    own, plain, held_out = torch.nn.CrossEntropyLoss(reduction="sum"), tiny_model(), make_rows(6, seed=1)
+    wanted = fit(plain, rows, eval_dataset=held_out, config=config)
+    found = fit(tiny_model(), rows, eval_dataset=held_out, config=config, loss=own)
+    assert steps(found) == pytest.approx(steps(wanted), rel=1e-6) and own.label_smoothing == 0
+    assert found.metrics["loss"] == pytest.approx(wanted.metrics["loss"], rel=1e-5)
+    for loss in (_OWN["a function"]("sum"), torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)):
+        with pytest.raises(ValueError, match=r"label_smoothing=0.3 and an own loss: smooth the labels in the loss"):
+            fit(tiny_model(), rows, config=config, loss=loss)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +495,7 @@ def test_an_interrupt_before_the_first_step_leaves_the_model_whole(tiny_model, m
 # ---------------------------------------------------------------------------------------------- when it goes wrong
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("at", [1, 5])
 def test_an_interrupt_gives_the_run_so_far(tiny_model, at):
     model = tiny_model()
@@ -395,6 +505,7 @@ def test_an_interrupt_gives_the_run_so_far(tiny_model, at):
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("counted")
 def test_an_interrupted_run_with_patience_keeps_the_best_weights(tiny_model):
     model = tiny_model()
     run = fit(
@@ -404,6 +515,7 @@ def test_an_interrupted_run_with_patience_keeps_the_best_weights(tiny_model):
     assert run.stopped == "interrupted" and run.steps == 3 and run.metrics["loss"] == run.history[2]["eval_loss"]
 
 
+@pytest.mark.usefixtures("counted")
 def test_a_failed_run_leaves_a_whole_model_with_what_was_learnt(tiny_model):
     model, twin = tiny_model(), tiny_model()
     config = dict(warmup_fraction=0.0, schedule="constant", weight_decay=0.1)
@@ -446,6 +558,7 @@ def not_finite(*calls, gradient=False):
     return loss
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_that_is_not_finite_is_skipped(tiny_model, optimizer, gradient):
@@ -473,6 +586,7 @@ def test_skipped_rows_are_numbered_in_their_own_dataset(tiny_model):
     assert set(skipped) == {"a", "b"} and set(skipped["a"]) <= set(range(5)) and set(skipped["b"]) <= set(range(6))
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.filterwarnings("ignore:step .* is skipped")
 def test_too_many_steps_that_are_not_finite_stop_the_run(tiny_model, tmp_path):
     rows, seen = make_rows(40), []
@@ -496,6 +610,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tiny_model, tmp_path):
     assert same(weights(model), weights(twin))
 
 
+@pytest.mark.usefixtures("counted")
 def test_one_bad_step_stops_where_so_asked_and_so_do_all(tiny_model):
     with pytest.raises(ValueError, match=r"step 3: .* not finite in 1 steps in a row"):
         fit(tiny_model(), make_rows(16), config=quick(max_bad_steps=1), loss=not_finite(3))

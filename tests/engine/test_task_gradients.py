@@ -479,8 +479,9 @@ def test_settings_of_tasks():
 
 
 def test_a_sampler_needs_several_datasets(build):
-    with pytest.raises(ValueError, match="task_sampler='uniform' needs several datasets"):
-        fit(build(), rows_with_all(4), config=quick(task_sampler="uniform"))
+    for options in ({"task_sampler": "uniform"}, {"temperature": 2.0}):
+        with pytest.raises(ValueError, match="task_sampler=.*, temperature=.*: need several datasets"):
+            fit(build(), rows_with_all(4), config=quick(**options))
 
 
 def test_torchjds_aggregators_plug_in(build):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from test_fit import make_rows, quick, steps, weights
 from torch import nn
 from torch.testing import assert_close
@@ -257,6 +258,32 @@ def test_dropout_rates_are_set_and_come_back(tiny_model, model_type):
     assert torch.equal(model.eval()(**batch).logits, plain)
     with dropout_rate(model, None):
         assert [m.p for m in places] == before
+
+
+@pytest.mark.parametrize("model_type", ["bart", "opt", "t5", "marian"])
+def test_rates_that_are_handed_to_functions_are_set_too(model_type):
+    """At a rate of 0, training mode computes what evaluation does."""
+    sizes = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    options = {
+        "opt": dict(
+            vocab_size=60,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=16,
+        )
+    }
+    options["t5"] = dict(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, dropout_rate=0.3)
+    chosen = options.get(model_type, sizes | dict(activation_dropout=0.3, dropout=0.3, attention_dropout=0.3))
+    config = transformers.AutoConfig.for_model(model_type, **chosen, pad_token_id=0)
+    model, ids = transformers.AutoModel.from_config(config), torch.tensor([[5, 6, 7, 8]])
+    given = {"input_ids": ids} | ({} if model_type == "opt" else {"decoder_input_ids": ids})
+    plain = model.eval()(**given)[0]
+    assert not torch.allclose(model.train()(**given)[0], plain, atol=1e-5)
+    with dropout_rate(model, 0.0):
+        assert_close(model.train()(**given)[0], plain)
+    assert not torch.allclose(model.train()(**given)[0], plain, atol=1e-5)
 
 
 def test_dropout_in_fit(tiny_model):
