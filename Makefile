@@ -20,10 +20,24 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 .PHONY: help install data notebooks lab refresh test test-cpus lint unit gate nbval bench url clean
 
 help:  ## this list
-	@echo "make TARGET [ONLY=NN] [PYTHON=python3.12] [FTLIB_SIZE=full]"
+	@echo 'make TARGET [ONLY="03 03b"] [PYTHON=python3.12] [FTLIB_SIZE=full]'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## .venv with exact versions and ftlib in it, editable
+
+# The stamp holds the folder it was made for. A checkout that was moved or copied is installed again: .venv names the old
+# folder, in the path of ftlib and in the first lines of its programs, which RENAMED mends.
+ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
+.PHONY: $(VENV)/.installed
+endif
+define RENAMED
+import os, pathlib, re, sys
+old = re.compile(rb"(#!|#!/bin/sh\n'''exec' \")[^\n]*?/\.venv/bin/python[\d.]*")
+for path in pathlib.Path("$(BIN)").iterdir():
+    if path.is_file() and not path.is_symlink() and old.match(program := path.read_bytes()):
+        path.write_bytes(old.sub(lambda found: found[1] + os.fsencode(sys.executable), program, count=1))
+endef
+export RENAMED
 
 # Fresh stamp: no pip, no network. The build tools are in the lock file, so nothing is fetched to build ftlib.
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -32,16 +46,17 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
 	$(PY) -m pip install --quiet --requirement requirements.lock
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@$(PY) -c "$$RENAMED"
+	@pwd -P > $@
 
 data: install  ## corpora and weights into data/cache; what is there stays
 	$(PY) -m ftlib data fetch
 
-notebooks: data  ## run the series (ONLY=03: one notebook), end with a table
+notebooks: data  ## run the series (ONLY=03: that one, ONLY="03 03b": these), end with a table
 	$(PY) $(NB)/run.py $(ONLY)
 
 lab: data  ## JupyterLab on the notebooks
-	$(PY) -m jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 refresh: data  ## run notebooks and solutions, write the results back into notebooks/
 	$(PY) $(NB)/run.py --refresh --solutions $(ONLY)
@@ -57,8 +72,6 @@ lint: install  ## ruff on code and notebooks
 gate: install  ## static checks of the notebooks
 	$(PY) $(NB)/gate.py
 
-CHOSEN = $(if $(ONLY),$(foreach n,$(ONLY),notebooks/$(n)*.ipynb notebooks/solutions/$(n)*.ipynb),notebooks)
-
 # Two processes of one thread each get more done on two cores than one process of two threads.
 unit nbval: export OMP_NUM_THREADS := 1
 unit nbval: export HF_HUB_OFFLINE := 1
@@ -69,16 +82,17 @@ unit: export MPLBACKEND := Agg
 unit: install  ## unit tests and doctests
 	$(PY) -m pytest -n 2 -q
 
-nbval: data  ## every notebook and every solution, outputs compared where tagged (ONLY=03: one)
-	$(PY) -m pytest -o addopts= -p $(subst /,.,$(NB)).nbval_strict -p no:cacheprovider -n 2 --dist loadfile \
+nbval: data  ## every notebook and every solution, outputs compared where tagged (ONLY=03: that one)
+	chosen=$$($(PY) $(NB)/run.py --list --solutions $(ONLY)) && $(PY) -m pytest -o addopts= -p $(subst /,.,$(NB)).nbval_strict -p no:cacheprovider -n 2 --dist loadfile \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
-	  --durations 10 --durations-min 5 $(CHOSEN)
+	  --durations 10 --durations-min 5 $$chosen
 
 BENCH := fine_tuning strategies multitask task_growth speed memory million_rows step_profile bert_base
 
 # bert_base needs a GPU; without one it leaves what was last measured. fine_tuning, strategies and multitask measure what
 # is missing. Not in the list, as they take long: faults, long_features, pins.
 bench: data  ## programs of tests/benchmarks, then the tables of their README (ONLY="speed memory": these)
+	@for p in $(ONLY); do test -f tests/benchmarks/$$p.py || { echo "no program $$p; there are: $(BENCH)"; exit 1; }; done
 	for p in $(or $(ONLY),$(BENCH)); do $(PY) tests/benchmarks/$$p.py || exit 1; done
 	$(PY) tests/benchmarks/report.py
 

@@ -53,14 +53,17 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "core": ("anatomy", "batches", "device", "loop", "sampling"),
     "tasks": ("classification", "metrics", "relations", "tagging", "task"),
     "show": ("logging", "measuring", "plots", "setup", "tables"),
-    "inputs": ("assets", "corpora", "files", "pretrained", "rows", "tokenizing"),
+    "inputs": (
+        "agreement", "assets", "corpora", "files", "labels", "pretrained", "reading", "rows", "sentence_folders",
+        "tokenizing",
+    ),
     "methods": (
         "adapters", "attention", "balancing", "features", "losses", "masking", "multitask", "optimizing",
         "regularization", "speedups", "through_peft", "tuning", "unpadding",
     ),
     "engine": (
-        "checkpoints", "compiling", "distributed", "feeding", "fit", "prediction", "range_test", "recovery", "saving",
-        "settings", "task_gradients", "untrusted",
+        "bases", "checkpoints", "compiling", "distributed", "feeding", "fit", "prediction", "range_test",
+        "recovery", "runfile", "saving", "settings", "task_gradients", "untrusted",
     ),
 }  # fmt: skip
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}

@@ -5,143 +5,204 @@ import dataclasses
 import json
 import os
 import sys
-import tomllib
+import tempfile
+import warnings
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-_RUN_KEYS = {
-    "model": str, "task": str, "corpus": str, "output": str, "tune": (str, dict), "limit": int, "resume": str,
-    "train": dict,
-}  # fmt: skip
-
-
-def read_run(path: str | Path) -> dict[str, Any]:
-    """The checked contents of a run.toml: see ftlib/README.md.
-
-    Raises ValueError naming the file and the key for what is missing, unknown or of another type.
-    """
-    path = Path(path)
-    try:
-        run = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no file {path}") from None
-    except (ValueError, RecursionError) as error:  # tomllib's own errors, and what it lets through
-        raise ValueError(f"{path}: not TOML ({error})") from None
-    for key, value in run.items():
-        if key not in _RUN_KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(_RUN_KEYS)}")
-        if not isinstance(value, _RUN_KEYS[key]) or isinstance(value, bool):
-            kinds = _RUN_KEYS[key] if isinstance(_RUN_KEYS[key], tuple) else (_RUN_KEYS[key],)
-            raise ValueError(f"{path}: {key} = {value!r} must be a {' or a '.join(kind.__name__ for kind in kinds)}")
-    for key in ("model", "task", "corpus", "output"):
-        if key not in run:
-            raise ValueError(f"{path}: {key!r} is missing")
-    if run.get("limit", 1) < 1:
-        raise ValueError(f"{path}: limit = {run['limit']} must be at least 1")
-    return run
+from .engine.runfile import EVERY, LENGTH, checked, keys, read_run, strategy_of
 
 
 def train(path: str) -> int:
     """Train what a run.toml describes; the model ends in output/model, its numbers in output/metrics.json."""
-    import ftlib
-
-    from .engine import distributed
-
     run = read_run(path)
-    output = Path(run["output"])
-    config = _checked(path, run, output)
+    output = Path(os.path.expanduser(run["output"]))
+    config = checked(path, run, output)
+
+    from .engine import checkpoints, distributed
+    from .engine.untrusted import refuse_other_files
+
     distributed.start()
-    first = distributed.rank() == 0  # writes and prints; the others compute
-    with distributed.one_first():
-        data = ftlib.load_corpus(run["corpus"])
-        tokenizer = ftlib.load_tokenizer(run["model"])
-    tokenized, names = tokenized_for(run["task"], data, tokenizer)
-    labels = len(names) if names else 1
-    with distributed.one_first():
-        model = ftlib.load_model(run["model"], task=run["task"], num_labels=labels, label_names=names, seed=config.seed)
-    try:
-        ftlib.unpad(model)
-    except ValueError as reason:  # slower, and the same numbers
-        if first:
-            print(f"with padding: {reason}")
-    strategy, options = strategy_of(run)
-    report = ftlib.tune(model, strategy, **options)
-    if first:
-        print(report)
-    rows = tokenized["train"]
-    if run.get("limit"):
-        rows = rows.shuffle(seed=config.seed).select(range(min(run["limit"], len(rows))))
-    result = ftlib.fit(model, rows, eval_dataset=tokenized["validation"], tokenizer=tokenizer, config=config)
-    if result.stopped == "interrupted":  # what an earlier run wrote stays
-        raise KeyboardInterrupt
-    test = ftlib.evaluate(model, tokenized["test"], tokenizer=tokenizer, shared=True)
-    if first:
-        ftlib.save(ftlib.repad(model), output / "model", tokenizer)
-        numbers = {"validation": result.metrics, "test": test, "seconds": result.seconds, "steps": result.steps}
-        (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        print(json.dumps(numbers["test"], indent=1))
-        print(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
+    with ExitStack() as held:  # a second run would replace the first one's model and take its checkpoints away
+        try:
+            for folder in (output, *([config.checkpoint_dir] if "checkpoint_dir" in run.get("train", {}) else [])):
+                held.enter_context(checkpoints.held(folder))
+            refuse_other_files(output / "model")
+            if (output / "model").is_dir():  # it may be mounted read-only
+                tempfile.TemporaryDirectory(prefix=".try-", dir=output / "model").cleanup()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        _train(path, run, output, config)
     distributed.stop()
     return 0
 
 
-def strategy_of(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What `tune` gets: tune = "lora", or a table [tune] with strategy = "lora" and its options."""
-    tune = run.get("tune", "full")
-    if isinstance(tune, str):
-        return tune, {}
-    return tune.get("strategy", ""), {key: value for key, value in tune.items() if key != "strategy"}
-
-
-def _checked(path: str, run: dict[str, Any], output: Path) -> Any:
-    """The run's TrainConfig; errors come before anything is loaded and name the file."""
-    from .engine.settings import TrainConfig
-    from .methods.tuning import OPTIONS
-    from .tasks.task import KINDS
-
-    strategy, options = strategy_of(run)
-    for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, OPTIONS)):
-        if value not in choices:
-            raise ValueError(f"{path}: unknown {key} {value!r}; choose one of {', '.join(choices)}")
-    settings, known = run.get("train", {}), sorted(field.name for field in dataclasses.fields(TrainConfig))
-    takes = OPTIONS[strategy] or ("no options",)
-    for table, given, allowed, what in (
-        ("tune", options, takes, f"{strategy!r} takes"), ("train", settings, known, "known are"),
-    ):  # fmt: skip
-        if unknown := [key for key in given if key not in allowed]:
-            raise ValueError(f"{path}: unknown key {unknown[0]!r} in [{table}]; {what} {', '.join(allowed)}")
-    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto"), **settings}
-    if settings["resume"] in ("never", "no", ""):
-        settings["resume"] = None
-    try:
-        return TrainConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def tokenized_for(task: str, data: Any, tokenizer: Any) -> tuple[Any, list[str] | None]:
-    """A corpus tokenized for a task, and its label names (None for numbers)."""
+def _train(path: str, run: dict[str, Any], output: Path, config: Any) -> None:
     import ftlib
 
-    features = data["train"].features
-    column = "tags" if task == "token-classification" else "label" if "label" in features else "intent"
-    if column not in features:
-        raise ValueError(f"task {task!r} needs a column {column!r}; the corpus has {', '.join(features)}")
-    feature = features[column]
-    feature = getattr(feature, "feature", feature)  # the inside of a list of tags
-    names = list(feature.names) if hasattr(feature, "names") else None
-    if (names is None) != (task == "regression"):
-        kind = "numbers" if names is None else f"{len(names)} classes"
-        raise ValueError(f"task {task!r} does not fit the corpus: its {column!r} holds {kind}")
-    text = "tokens" if task == "token-classification" else "text"
-    return ftlib.tokenize(data, tokenizer, text=text, label=column, max_length=128), names
+    from .engine import distributed, saving
+    from .inputs import assets
+    from .show import logging
+
+    shown, first = _watched(), distributed.rank() == 0  # the first writes and prints; the others compute
+    say = partial(print, flush=True) if first else lambda *words: None
+    tokens, model, tokenizer = _ready(path, run, config, say)
+    strategy, options = strategy_of(run)
+    try:
+        say(ftlib.tune(model, strategy, **options))
+    except ValueError as error:
+        raise ValueError(f"{path}: [tune] {error}") from None
+    note = logging.lines(run.get("log_every", EVERY)) if config.progress and not shown else None
+    config = dataclasses.replace(config, progress=config.progress and shown)
+    held_out, test = tokens.get("validation"), tokens.get("test")
+    result = ftlib.fit(
+        model, tokens["train"], eval_dataset=held_out, tokenizer=tokenizer, config=config, on_record=note
+    )
+    command = f"python -m ftlib train {path}"
+    if result.stopped == "interrupted":  # what an earlier run wrote stays
+        also = "" if config.resume else ', with resume = "auto"'
+        say(f"stopped at step {result.steps}, which {config.checkpoint_dir} holds; to go on: {command}{also}")
+        raise KeyboardInterrupt
+    licence = assets.manifest().get(run["corpus"], {}).get("licence")
+    numbers = {"validation": result.metrics or None, "test": None, "seconds": result.seconds, "steps": result.steps}
+
+    def note_down() -> None:
+        parts = [(split, numbers[split] or {}) for split in ("validation", "test")]
+        metrics = {f"{split} {name}": f"{value:.4f}" for split, own in parts for name, value in own.items()}
+        about = {"data": run["corpus"], "licence": licence, "command": command, "metrics": metrics}
+        saving.write_card(model, output / "model", about)
+        (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+    if first:  # before anything else may fail
+        try:
+            ftlib.save(ftlib.repad(model), output / "model", tokenizer)
+        except OSError as error:
+            raise OSError(f"{error}; what was trained is in {config.checkpoint_dir}: {command} saves it") from error
+        _unpad(model, lambda *words: None)
+        note_down()
+        say(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
+    if test is not None:
+        numbers["test"] = ftlib.evaluate(model, test, tokenizer=tokenizer, shared=True)
+        if first:
+            note_down()
+            say(json.dumps(numbers["test"], indent=1))
 
 
-def print_assets() -> None:
+def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, Any, Any]:
+    """The tokenized splits, the model without padding, the tokenizer; all that is wrong with the data is said here."""
+    import numpy as np
+    import transformers
+
+    import ftlib
+
+    from .engine import distributed
+    from .inputs import assets, pretrained
+    from .inputs.rows import rows_for, token_limit
+
+    note = assets.say if distributed.rank() == 0 else lambda words: None  # on stderr
+    with distributed.one_first():
+        data = ftlib.load_corpus(run["corpus"])
+        tokenizer = ftlib.load_tokenizer(run["model"])
+    with pretrained._explain(run["model"], place := tokenizer.name_or_path):
+        settings = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    try:
+        parts = prepared(run, data, config.seed, note)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    columns = {key: column_of(run, key, data) for key in ("text", "text_pair") if key == "text" or key in run}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*labels that are text are numbered")  # said below
+        limit = run.get("max_length") or token_limit(LENGTH, tokenizer, settings)
+        tokens = ftlib.tokenize(parts, tokenizer, max_length=limit, **columns, label="label", task=run["task"])
+    feature, label = tokens["train"].features["labels"], column_of(run, "label", data)
+    names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)
+    if names:
+        order = ", ".join(f"{i} = {name!r}" for i, name in enumerate(names[:20]))
+        note(f"{label!r} holds {len(names)} classes: {order}{', …' * (len(names) > 20)}")
+    count = len(names or ()) or np.size(tokens["train"][0]["labels"])
+    with distributed.one_first():
+        model = ftlib.load_model(run["model"], run["task"], count, label_names=names, seed=config.seed)
+    _unpad(model, say)
+    if run.get("limit"):
+        rows = tokens["train"].shuffle(seed=config.seed, keep_in_memory=True)
+        tokens["train"] = rows.select(range(min(run["limit"], len(rows))))
+    if "test" in tokens:
+        rows_for(tokens["test"], model, name="test")
+    return tokens, model, tokenizer
+
+
+def _unpad(model: Any, say: Any) -> None:
+    from .methods.unpadding import unpad
+
+    try:
+        unpad(model)
+    except ValueError as reason:  # slower, and the same numbers
+        say(f"with padding: {reason}")
+
+
+def _watched() -> bool:
+    """Whether somebody sees bars; in a file or a pipe they are not wanted, those of the libraries neither."""
+    import datasets
+    import transformers
+
+    seen = sys.stdout.isatty() and sys.stderr.isatty()
+    if not seen:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return seen
+
+
+def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any:
+    """What a corpus has of train, validation and test, with labels for the task in the column "label".
+
+    What is made of the corpus is said.  Raises ValueError with what there is, and the key of a run.toml that mends it.
+    """
+    from .inputs.labels import labelled
+
+    wanted, usual = run.get("validation"), ("validation", "valid", "val", "dev")
+    share = isinstance(wanted, float)
+    held_out = None if share else wanted or next((name for name in usual if name in data), None)
+    for name in ("train", held_out):
+        if name and name not in data:
+            raise ValueError(f"the corpus has no split {name!r}; it has {', '.join(map(repr, data))}")
+    found = {"train": "train", "validation": held_out, "test": "test"}
+    if unused := [name for name in data if name not in found.values()]:
+        say(f"not used: {', '.join(unused)}")
+    parts = {split: data[name] for split, name in found.items() if name in data}
+    parts = labelled(parts, column_of(run, "label", data), run["task"], say)
+    if share:
+        rows = parts["train"].shuffle(seed=seed, keep_in_memory=True)  # train_test_split would write beside the data
+        count = min(max(round(wanted * len(rows)), 1), len(rows) - 1)
+        parts |= {"train": rows.select(range(count, len(rows))), "validation": rows.select(range(count))}
+        say(f"validation: {count} rows of train, drawn by seed {seed}")
+    hint, asked = "validation = 0.1 above the tables holds out a tenth of train", run.get("train", {})
+    if "validation" not in parts and (needing := [key for key in ("patience", "eval_every") if asked.get(key)]):
+        raise ValueError(f"{needing[0]} in [train] needs a split 'validation' with labels; {hint}")
+    for split, what in (("validation", f"evaluation while it trains; {hint}"), ("test", "test numbers")):
+        if split not in parts:
+            say(f"no split {split!r} with labels, so no {what}")
+    return type(data)(parts)
+
+
+def column_of(run: dict[str, Any], key: str, data: Any) -> Any:
+    """The column, or columns, that a key names, else that of the usual name; ValueError naming those there are."""
+    tags, have = run["task"] == "token-classification", data["train"].column_names
+    usual = {"text": ["tokens" if tags else "text"], "label": ["tags"] if tags else ["label", "labels", "intent"]}
+    wanted = run.get(key) or next((name for name in usual[key] if name in have), usual[key][0])
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name not in have:
+            has = f"the corpus has {', '.join(have)}"
+            raise ValueError(f'task {run["task"]!r} needs a column {name!r}; {has}: name it, {key} = "…"')
+    return wanted
+
+
+def print_assets(names: list[str] | None = None) -> None:
     """One line an asset: name, whether it is here, size of the download, what it is, licence."""
     from .inputs import assets
 
-    for row in assets.describe():
+    for row in assets.describe(names):
         here = "here" if row["present"] else "to fetch"
         licence = row["licence"].split(";")[0]  # of the data; the rest is the package's own
         print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
@@ -157,10 +218,9 @@ def doctor() -> int:
     environment.setup()
     print(f"cache       {assets.cache_dir()}")
     print_assets()
+    there = {name for names in metadata.packages_distributions().values() for name in names}
     for package in ("datasets", "evaluate", "scikit-learn", "seqeval", "matplotlib", "peft", "sentence-transformers"):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
+        if package not in there:
             print(f"missing     {package}: pip install {package}")
     return 0
 
@@ -169,11 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ftlib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="fetch or list corpora and weights")
-    data = data.add_subparsers(dest="action", required=True)
-    fetch = data.add_parser("fetch", help="download, check and unpack; all of them when none is named")
-    fetch.add_argument("names", nargs="*")
-    data.add_parser("list", help="what there is, and what is here")
-    commands.add_parser("train", help="train what a run.toml describes").add_argument("file")
+    data.add_argument("action", choices=("fetch", "list"), help="download, check and unpack; or say what is here")
+    data.add_argument("names", nargs="*", help="all of them when none is named")
+    run = commands.add_parser("train", help="train what a run.toml describes; --help lists its keys")
+    run.add_argument("file", help="a run.toml")
+    plain = run.format_help
+    run.format_help = lambda: f"{plain()}\n{keys()}\n"
     commands.add_parser("doctor", help="versions, device, precision, cache, what is missing")
     options = parser.parse_args(arguments)
     try:
@@ -187,8 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
             for name, path in assets.fetch(options.names or None).items():
                 print(f"{name:<18} {path}")
         else:
-            print_assets()
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+            print_assets(options.names or None)
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError) as error:
         who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" in process {os.environ.get('RANK')}"
         print(f"error{who}: {error}", file=sys.stderr)
         return 1

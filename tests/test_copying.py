@@ -38,12 +38,15 @@ SNIPPETS = {
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
     "inputs/assets.py": "assert is_safe('a/b') and not is_safe('../b')",
     "inputs/corpora.py": "assert callable(load_corpus)",
+    "inputs/labels.py": "assert callable(labelled)",
     "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
-    "inputs/pretrained.py": "from mylib.inputs import assets; assets.manifest = dict\n"
-    "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"
+    "inputs/pretrained.py": "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"
     "assert type(load_model(folder / 'm', task=kind)) is type(model)",
-    "inputs/rows.py": "assert checked_rows(ROWS, {'': ('sequence-classification', 2)})[0]['labels'] == 1",
+    "inputs/agreement.py": "assert agree(model) == Padding(0, 'right', False) and inputs_of(model) > {'position_ids'}",
+    "inputs/rows.py": "assert checked(ROWS, Door({'': ('sequence-classification', 2)}))[0]['labels'] == 1",
+    "inputs/sentence_folders.py": "assert recipe_of(str(folder)).pooling == 'mean'",
+    "inputs/reading.py": "assert callable(as_dataset) and callable(load_folder)",
     "inputs/tokenizing.py": "assert encode_texts(['a b'], tokenizer)[0]['input_ids'] == [1, 2]",
     "methods/adapters.py": "add_lora(model.bert, rank=2); assert adapters_of(model); merge_own(model)",
     "methods/attention.py": "q = torch.ones(1, 2, 3, 4)\n"
@@ -63,13 +66,20 @@ SNIPPETS = {
     "methods/unpadding.py": "ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])\n"
     "before = model(ids, mask).logits; unpad(model)\n"
     "assert torch.allclose(model(ids, mask).logits, before, atol=1e-5); repad(model)",
+    "engine/bases.py": "model.save_pretrained(folder / 'm'); m = type(model).from_pretrained(folder / 'm')\n"
+    "name, identity, words = put_down(m, {}, folder / 'x', folder / 'x')\n"
+    "assert name == str(folder / 'm') and not words; fit_to(m, {}, identity, folder, given=False)",
     "engine/checkpoints.py": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
     "engine/compiling.py": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32',\n"
     "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
     "engine/recovery.py": "assert out_of_memory(torch.OutOfMemoryError()); RandomState(torch.device('cpu')).take()",
-    "engine/saving.py": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)",
+    "engine/saving.py": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)\n"
+    "from mylib.methods.tuning import tune\n"
+    "for kind in ('lora', 'houlsby', 'pfeiffer'):\n"
+    "    tune(adapted := load(folder / 'saved'), kind); save(adapted, folder / kind)\n"
+    "    assert type(load(folder / kind)) is type(model) and not (folder / kind / 'base').exists()",
     "engine/untrusted.py": "assert list(whole_numbers({'a': 3}))",
 }  # fmt: skip
 
@@ -287,3 +297,27 @@ def test_the_files_named_are_enough(results, name):
 def test_copies_train_in_a_plain_loop_and_in_the_stock_trainer(tmp_path):
     lay_out(tmp_path / "own", set().union(*(promised(COPIED[name]) for name in TRAINED)))
     assert attempted(tmp_path, {"own": (None, TRAINING)}) == {"own": ""}
+
+
+# What the brackets of a head promise: with those files too, this runs, without data/sources.toml.
+FURTHER = {
+    "methods/features.py": "model.save_pretrained(folder / 'm'); tokenizer.save_pretrained(folder / 'm')\n"
+    "assert extract_features(folder / 'm', ['a b']).shape == (1, 16)",
+    "engine/saving.py": "from mylib.methods.multitask import Head, MultiTaskModel\n"
+    "from mylib.methods.tuning import tune\n"
+    "m = MultiTaskModel(model.bert, {'a': Head()})\n"
+    "for strategy in ('full', 'lora'):\n"
+    "    tune(m, strategy); save(m, folder / 'm'); assert load(folder / 'm').tasks == m.tasks",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for every file")
+def test_the_files_in_brackets_are_enough_for_their_uses(tmp_path):
+    for name in FURTHER:
+        more = named(line(COPIED[name]), COPIED[name])
+        lay_out(
+            tmp_path / name[:-3].replace("/", "-"),
+            set().union(*(promised(p) for p in {COPIED[name], *more} if line(p))),
+        )
+    tried = {name[:-3].replace("/", "-"): (f"mylib.{name[:-3].replace('/', '.')}", FURTHER[name]) for name in FURTHER}
+    assert attempted(tmp_path, tried) == dict.fromkeys(tried, "")

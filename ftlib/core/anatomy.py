@@ -93,8 +93,8 @@ def normalizes(module: nn.Module) -> bool:
 
 
 _AFTER_PAD = tuple(  # model types whose position numbers start after the padding id
-    "camembert data2vec-text esm ibert lilt longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
-    "xlm-roberta-xl xmod".split()
+    "camembert data2vec-text esm ibert layoutlmv3 lilt longformer luke markuplm mpnet roberta roberta-prelayernorm "
+    "xlm-roberta xlm-roberta-xl xmod".split()
 )
 
 
@@ -105,12 +105,6 @@ def max_positions(config: Any) -> int | None:
     return limit - taken if isinstance(limit, int) and limit > 0 else None
 
 
-def pad_id(tokenizer: Any, config: Any) -> int:
-    """The id that fills rows up: the tokenizer's, else the model's, else 0; the attention mask hides it."""
-    known = getattr(tokenizer, "pad_token_id", None)
-    return (getattr(config, "pad_token_id", None) or 0) if known is None else known
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Dropout off and no gradients inside; afterwards every module is in the mode (train or eval) it was in."""
@@ -119,12 +113,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
             yield model.eval()
     finally:
-        restore_modes(modes)
-
-
-def restore_modes(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
+        for module, training in modes.items():
+            module.training = training
 
 
 def put_forward(module: nn.Module, function: Callable, *given: Any, signature: bool = False) -> None:

@@ -26,10 +26,10 @@ def collate(
 ) -> dict[str, Any]:  # fmt: skip
     """Pad rows to the longest among them, or to `width` tokens if that is more.
 
-    Returns `input_ids`, `attention_mask` (and `token_type_ids`): int64 (batch, tokens); `labels`: int64 (batch,) for
-    classes, (batch, tokens) for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is
-    {task: tensor (rows of the task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.
-    Other columns are inputs of the model: padded with 0 where each row has a value a token, else stacked.
+    Returns `input_ids`, `attention_mask`: int64 (batch, tokens); `labels`: int64 (batch,) for classes, (batch, tokens)
+    for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is {task: tensor (rows of the
+    task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.  Other columns are inputs
+    of the model: padded with 0 where each row has a value (or a list of them) a token, else stacked.
     stack: {task: (labels, lengths, padding side) -> tensor}; default: `stacked`, which goes by what the labels are.
     Raises ValueError for no rows, and for rows that do not go together.
 
@@ -48,23 +48,25 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
     lengths = [len(row["input_ids"]) for row in rows]
     sizes = [*lengths, width]
     batch: dict[str, Any] = {"input_ids": padded([row["input_ids"] for row in rows], sizes, side, fill)}
-    batch["attention_mask"] = padded([[1] * length for length in lengths], sizes, side, 0)
+    _, tokens = batch["input_ids"].shape
+    masks = [np.broadcast_to(row.get("attention_mask", 1), n) for row, n in zip(rows, lengths, strict=True)]
+    batch["attention_mask"] = padded(masks, sizes, side, 0)
     mixed = isinstance(rows[0].get("labels"), dict)
     for name in {name: 0 for row in rows for name in row} if mixed else rows[0]:
         if name not in batch and name not in NOT_INPUTS:
             having = [(row[name], n) for row, n in zip(rows, lengths, strict=True) if name in row or not mixed]
-            a_token = all(np.ndim(v) == 1 and len(v) == n for v, n in having)
+            a_token = all(np.ndim(v) and len(v) == n for v, n in having)
             none = np.zeros_like(having[0][0])  # for rows of another task, which don't have it
-            values = [row.get(name, [0] * n if a_token else none) for row, n in zip(rows, lengths, strict=True)]
+            values = [row.get(name, none[[0] * n] if a_token else none) for row, n in zip(rows, lengths, strict=True)]
             kind = np.float32 if np.result_type(*map(np.asarray, values)).kind == "f" else np.int64
             batch[name] = padded(values, sizes, side, 0, kind) if a_token else torch.from_numpy(np.array(values, kind))
             if side == "left" and name.endswith("_positions"):  # of tokens, which padding moves
-                batch[name] += torch.tensor([max(sizes) - n for n in lengths])[:, None]
+                batch[name] += torch.tensor([tokens - n for n in lengths])[:, None]
     if mixed:
         batch["labels"], batch["rows"] = {}, {}
         for task in sorted({task for row in rows for task in row["labels"]}):
             own = [i for i, row in enumerate(rows) if task in row["labels"]]
-            values, long = [rows[i]["labels"][task] for i in own], [*(lengths[i] for i in own), max(sizes)]
+            values, long = [rows[i]["labels"][task] for i in own], [*(lengths[i] for i in own), tokens]
             batch["labels"][task] = stack.get(task, stacked)(values, long, side)
             batch["rows"][task] = torch.tensor(own)
     elif rows[0].get("labels") is not None:
@@ -73,9 +75,9 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
 
 
 def padded(values: Sequence, sizes: Sequence, side: str = "right", fill: int = 0, kind: Any = np.int64) -> torch.Tensor:
-    """Rows of numbers under each other, (rows, the largest of sizes), filled up on one side."""
+    """Rows of numbers, or lists of them, under each other, (rows, the largest of sizes, …), filled up on one side."""
     width = max(sizes)
-    out = np.full((len(values), width), fill, dtype=kind)
+    out = np.full((len(values), width, *np.shape(values[0])[1:]), fill, dtype=kind)
     for row, value in zip(out, values, strict=True):
         row[slice(len(value)) if side == "right" else slice(width - len(value), width)] = value
     return torch.from_numpy(out)
@@ -102,11 +104,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def split_by_size(
-    indices: Iterable[int], lengths: Sequence[int], *, batch_size: int | None = None, max_tokens: int | None = None
-) -> list[list[int]]:
+    indices: Iterable[int], lengths: Sequence[int], *, batch_size: int | None = None, max_tokens: int | None = None,
+    alike: bool = False,
+) -> list[list[int]]:  # fmt: skip
     """Cut indices into batches of at most `batch_size` rows and at most `max_tokens` padded tokens, longest first.
 
-    Sorting by length keeps padding low, and longest first means that memory trouble shows in the first batch.
+    Sorted by length, so that padding is low, the longest first, so that memory trouble shows in the first batch.
+    alike: only rows of one length go together.
     Raises ValueError for a size that is no whole number of at least 1, and for a row longer than `max_tokens`.
 
     >>> split_by_size([0, 1, 2, 3], [5, 2, 4, 3], max_tokens=10)
@@ -120,7 +124,7 @@ def split_by_size(
     out: list[list[int]] = []
     width = 0  # tokens of the longest row in the batch being filled
     for i in ordered:
-        full = not out or (batch_size is not None and len(out[-1]) >= batch_size)
+        full = not out or (batch_size is not None and len(out[-1]) >= batch_size) or (alike and lengths[i] < width)
         if full or (max_tokens is not None and width * (len(out[-1]) + 1) > max_tokens):
             out.append([])
             width = lengths[i]

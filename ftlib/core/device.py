@@ -41,9 +41,9 @@ def choose_precision(device: torch.device, requested: str = "auto") -> tuple[str
         raise ValueError(why_not)
     if requested != "auto":
         return requested, "as asked"
+    if has_bf16:
+        return "bf16", "this GPU multiplies bfloat16 fast, and its range equals float32's, so no loss scaling"
     if device.type == "cuda":
-        if has_bf16:
-            return "bf16", "this GPU multiplies bfloat16 fast, and its range equals float32's, so no loss scaling"
         return "fp16", "this GPU has no bfloat16 units; float16 with loss scaling"
     return "fp32", "on this device half precision brings no gain we rely on"
 

@@ -81,19 +81,11 @@ def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: 
 
 
 def steps(
-    model: nn.Module,
-    batches: Iterable[Step],
-    optimizer: torch.optim.Optimizer,
-    *,
-    total: int,
-    first: int = 0,
-    gradient: Gradient | None = None,
-    schedule: Callable[[int, int], float] = schedule_factor,
-    max_grad_norm: float | None = 1.0,
-    scaler: torch.amp.GradScaler | None = None,
-    whole: Callable = nullcontext,
+    model: nn.Module, batches: Iterable[Step], optimizer: torch.optim.Optimizer, *, total: int, first: int = 0,
+    gradient: Gradient | None = None, schedule: Callable[[int, int], float] = schedule_factor,
+    max_grad_norm: float | None = 1.0, scaler: torch.amp.GradScaler | None = None, whole: Callable = nullcontext,
     done: Callable[[dict], Any] = lambda record: None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Steps `first` to `total` of a run; yields a record after each: step (from 1), loss, learning_rate, grad_norm.
 
     Args:

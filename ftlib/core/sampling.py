@@ -38,9 +38,8 @@ def _orders(count: int, config: Any, stream: int) -> Iterator[Any]:
 def stream_plan(rows: Iterable[Any], config: Any) -> Iterator[list[Place]]:
     """The rows of every step from a stream, [("", row)]; again from its start where it ends, if it has a new start."""
     generator = torch.Generator().manual_seed(config.seed % 2**63)
-    size = config.shuffle_buffer if config.shuffle else 1
     step: list[Place] = []
-    for row in _buffered(_repeated(rows), size, generator):
+    for row in _buffered(_repeated(rows), config.shuffle_buffer if config.shuffle else 1, generator):
         step.append(("", row))
         if len(step) == config.batch_size:
             yield step

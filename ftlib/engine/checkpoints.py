@@ -11,8 +11,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,42 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
         raise ValueError(f"{parent} holds {old[-1].name} of an earlier run; {remedy}")
 
 
+@contextmanager
+def held(folder: str | os.PathLike) -> Iterator[None]:
+    """A context in which no other process writes into a folder; ValueError naming the one that does.
+
+    The lock is the system's (flock on the file .lock), so it ends with the process, however that ends.  Process 0 has
+    it for all.  Where the file system, or Windows, knows no such lock, that is said.
+    """
+    path, file, new = Path(folder) / ".lock", None, not os.path.exists(folder)
+    try:
+        if distributed.rank() == 0:
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while file is None or not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                file = open(path, "a+")  # again where the one before has just taken it away
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+    except BlockingIOError:
+        file.seek(0)
+        remedy = "wait for it, end it, or choose another folder"
+        raise ValueError(f"{folder} is in use by {file.read() or 'another process'}; {remedy}") from None
+    except (ImportError, OSError) as error:
+        if file is None and isinstance(error, OSError):
+            raise OSError(f"{folder} can't be written to ({error.strerror or error}); choose another") from error
+        warnings.warn(f"no lock on {folder} ({error}): nothing keeps a second run away from it", stacklevel=3)
+    try:
+        yield
+    finally:
+        if file:
+            path.unlink(missing_ok=True)
+            file.close()
+            with suppress(OSError):  # something is in it
+                new and path.parent.rmdir()
+
+
 _SLOTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
@@ -82,7 +121,7 @@ class OptimizerState:
         """Every slot of every parameter that has one."""
         slots, begun = _SLOTS[type(self.optimizer)], {name.rpartition(".")[0] for name in found}
         return {
-            f"{name}.{key}": torch.Size() if key == "step" else p.shape
+            f"{name}.{key}": () if key == "step" else p.shape
             for name, p in self.moved.items() if name in begun for key in slots
         }  # fmt: skip
 
@@ -134,7 +173,7 @@ class Checkpoints:
                     save_file(tensors_of(tensors), temporary / "state.safetensors")
                     state = {"fingerprint": self.fingerprint, "step": step, **plain}
                     (temporary / "state.json").write_text(json.dumps(state))
-                    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in temporary.iterdir()}
+                    files = {file.name: _print(file) for file in temporary.iterdir()}
                     (temporary / "manifest.json").write_text(json.dumps(files, indent=1, sort_keys=True))
             except OSError as error:
                 last = ", ".join(path.name for path in _folders(self.folder)[-1:]) or "none"
@@ -182,19 +221,16 @@ class Checkpoints:
             if not isinstance(state.get(name), dict):
                 return f"state.json: {name} is {str(state.get(name, 'missing'))[:40]}"
         for name, part in self.parts.items():
-            own, found = states[name], _under(name, tensors)
-            for key, value in own.items():
-                if not isinstance(value, torch.Tensor) and not _alike(value, state[name].get(key, ...)):
-                    return f"state.json: {name}.{key} is {str(state[name].get(key, 'missing'))[:40]}"
-            shapes = {key: tensor.shape for key, tensor in found.items()}
-            own = {key: value.shape for key, value in own.items() if isinstance(value, torch.Tensor)}
-            wanted = part.wanted(shapes) if hasattr(part, "wanted") else own
-            for key in sorted(wanted.keys() | shapes.keys()):
-                if key not in wanted:
+            found = _under(name, tensors)
+            own = states[name]
+            if hasattr(part, "wanted"):
+                own = {k: v for k, v in own.items() if not isinstance(v, torch.Tensor)} | part.wanted(found)
+            own, here = _forms(own), state[name] | _forms(found)
+            for key in sorted(own.keys() | found.keys()):
+                if key not in own:
                     return f"state.safetensors: {name}.{key} is no part of this run"
-                if shapes.get(key) != wanted[key]:
-                    got = tuple(shapes[key]) if key in shapes else "missing"
-                    return f"state.safetensors: {name}.{key} is {got}, not {tuple(wanted[key])}"
+                if key not in here or not _alike(own[key], here[key]):
+                    return f"state: {name}.{key} is {str(here.get(key, 'missing'))[:40]}, not {str(own[key])[:40]}"
             if said := getattr(part, "unfit", lambda state: None)(state[name] | found):
                 return f"state: {name}.{said}"
         more = [name for name in tensors if name.partition(".")[0] not in self.parts]
@@ -205,11 +241,17 @@ def _under(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
+def _forms(values: dict[str, Any]) -> dict[str, Any]:
+    """Shapes in place of tensors."""
+    return {k: tuple(getattr(v, "shape", v)) if isinstance(v, (torch.Tensor, tuple)) else v for k, v in values.items()}
+
+
 def _alike(own: Any, found: Any) -> bool:
-    """Whether a value from a file can stand for one of ours: of its type; numbers and None for each other."""
+    """Whether a value from a file can stand for ours: a shape for the same, numbers and None for each other."""
+    if isinstance(own, tuple):
+        return own == found
     numbers = (int, float, type(None))
-    like = own is None or type(found) is type(own) or (isinstance(own, numbers) and isinstance(found, numbers))
-    return like and found is not ...
+    return own is None or type(found) is type(own) or (isinstance(own, numbers) and isinstance(found, numbers))
 
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
@@ -226,22 +268,13 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole: every file there, of its size and SHA-256."""
     try:
         manifest = read_json(folder / "manifest.json")
-    except (ValueError, OSError) as error:
-        return str(error)
-    if manifest.keys() != {"state.json", "state.safetensors"}:
-        return f"manifest.json lists {', '.join(manifest) or 'nothing'}, not state.json and state.safetensors"
-    for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        written = entry if isinstance(entry, dict) else {}
-        try:
-            if (size := path.stat().st_size) != written.get("bytes"):
-                return f"{name} has {size} bytes, {written.get('bytes')} were written"
-            if _sha256(path) != written.get("sha256"):
-                return f"{name}: its SHA-256 is not the one that was written"
-        except OSError as error:  # a dying disk
-            return f"{name} can't be read ({error})"
+        if manifest.keys() != {"state.json", "state.safetensors"}:
+            return f"manifest.json lists {', '.join(manifest) or 'nothing'}, not state.json and state.safetensors"
+        for name, written in manifest.items():
+            if (found := _print(folder / name)) != written:
+                return f"{name} has {found}, written were {written}"
+    except (ValueError, OSError) as error:  # a file that is not there, a dying disk
+        return f"a file can't be read ({error})"
     return None
 
 
@@ -256,6 +289,7 @@ def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
     raise ValueError(f"{folder} is from another run: {said}; {remedy}")
 
 
-def _sha256(path: Path) -> str:
+def _print(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

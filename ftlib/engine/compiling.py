@@ -3,13 +3,14 @@
 To copy: this file, methods/optimizing.py, methods/regularization.py, methods/speedups.py, core/anatomy.py and torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..core import anatomy
@@ -21,9 +22,8 @@ from ..methods.speedups import shortcuts
 @contextmanager
 def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
     """Switch on what a TrainConfig asks for; afterwards, errors included, model and torch are as they came."""
-    modes = {module: module.training for module in model.modules()}
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = {module: {name: vars(module)[name] for name in names if name in vars(module)} for module in modes}
+    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    before = {m: {name: vars(m)[name] for name in names if name in vars(m)} for m in model.modules()}
     matmul = torch.get_float32_matmul_precision()
     try:
         with ExitStack() as stack:
@@ -43,16 +43,14 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             for name in names:
                 vars(module).pop(name, None)
             vars(module).update(attributes)
-        anatomy.restore_modes(modes)
 
 
 @contextmanager
 def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] | None]:
     """Inside, weights of half precision that train are float32; afterwards all have the type they had, rounded.
 
-    In bfloat16 a step below 1/256 of a weight is lost.  Frozen bfloat16 weights stay, if they are most of the model
-    and `config` does not ask for another precision: then a module whose weights train takes and gives bfloat16, but
-    computes in float32, and what is yielded are precision and reason.  Else the frozen become float32 as well.
+    In bfloat16 a step below 1/256 of a weight is lost.  Frozen bfloat16 weights stay (yields precision and reason) if
+    they are most of the model and `config` asks for no other precision; modules that train compute in float32 there.
     """
     half = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
     moving = [p for p in half if p.requires_grad]
@@ -70,9 +68,9 @@ def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] |
             p.data = p.data.float()
         for module, own in owners.items():
             if own:
-                hooks.append(module.register_forward_pre_hook(partial(_given, own[0].dtype), with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(partial(_cast, own[0].dtype), with_kwargs=True))
             if module in mixed and module in inside:  # the head's logits stay float32
-                hooks.append(module.register_forward_hook(lambda module, given, out: _cast(out, torch.bfloat16)))
+                hooks.append(module.register_forward_hook(lambda module, _, out: _cast(torch.bfloat16, module, out)[0]))
         yield ("bf16", "the frozen weights are bfloat16; those that train are float32 meanwhile") if keep else None
     finally:
         for hook in hooks:
@@ -81,15 +79,9 @@ def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] |
             p.data = p.data.to(dtype)
 
 
-def _given(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Float tensors, also in a tuple, in another type."""
-    if type(value) is tuple:
-        return tuple(_cast(one, dtype) for one in value)
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _cast(dtype: torch.dtype, module: nn.Module, *given: Any) -> tuple:
+    """What a module takes or gives, its float tensors in another type."""
+    return tree_map_only(torch.Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, given)
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -114,17 +106,13 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the layers are compiled, one by one: all run the same code, so one compiled graph serves all of them.
 
     Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
-    dimension of exactly 1, for evaluation and for a batch without padding.  What decides by looking at the data, such
-    as dropping padding, happens between the embeddings and the first layer and stays as it is; so do hooks on layers.
-    Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of layers is
-    compiled whole.
+    dimension of exactly 1, for evaluation and for a batch without padding.  Dropping padding, and hooks on layers, stay
+    as they are.  Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of
+    layers is compiled whole.
     """
     layers = [layer for stack in anatomy.stacks(model) for layer in stack] or [model]
+    compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
+    answers = dict.fromkeys(layers, lambda layer, *args, **kwargs: compiled[layer](*args, **kwargs))
     # the graphs of all models in this process count as variants of one layer; 8, the default, are soon used up
-    with torch._dynamo.config.patch(recompile_limit=64), anatomy.forwards({one: _compiled(one) for one in layers}):
+    with torch._dynamo.config.patch(recompile_limit=64), anatomy.forwards(answers):
         yield
-
-
-def _compiled(layer: nn.Module) -> Callable[..., Any]:
-    compiled = torch.compile(layer.forward, dynamic=True)
-    return lambda layer, *args, **kwargs: compiled(*args, **kwargs)

@@ -1,8 +1,8 @@
 """Several processes, one run: who am I, are we all in step, and who holds which weights.  Start them with `torchrun`.
 
-Two ways to spread the work, both from PyTorch.  With "ddp" every process holds the whole model and they exchange
-gradients.  With "fsdp" (FSDP2, `fully_shard`) every process holds a share of the weights, gradients and optimizer
-state, and a layer's weights are put together only while that layer computes: less memory, more traffic.
+With "ddp" every process holds the whole model and they exchange gradients.  With "fsdp" (FSDP2, `fully_shard`) each
+holds a share of the weights, gradients and optimizer state, and a layer's weights are put together only while that
+layer computes: less memory, more traffic.
 
 To copy: this file and core/anatomy.py.
 Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277).
@@ -24,18 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import anatomy
 
-# How long to wait for the others before giving up: long enough for one of them to fetch a model or write a checkpoint.
-TIMEOUT = timedelta(minutes=30)
-
-
-# ----------------------------------------------------------------------------------------------- the processes
+TIMEOUT = timedelta(minutes=30)  # of waiting for the others, one of which may fetch a model or write a checkpoint
 
 
 def start() -> None:
     """Join the process group that torchrun announces in the environment; alone, do nothing.
 
-    With GPUs, the process takes the one of its number on this machine (LOCAL_RANK) and talks through NCCL; without,
-    through gloo.  Raises ValueError for more processes on a machine than GPUs.
+    Takes the GPU of its number on this machine (LOCAL_RANK) and NCCL, or, where there is none, gloo.
+    Raises ValueError for more processes on a machine than GPUs.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
@@ -58,8 +54,8 @@ def start() -> None:
 
 def stop() -> None:
     """Leave the process group, if in one, once all are here.  After an error just end: torchrun stops the others."""
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -88,9 +84,6 @@ def one_first() -> Iterator[None]:
     yield
     if first:
         barrier()
-
-
-# --------------------------------------------------------------------------------------------- numbers and rows
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,17 +119,13 @@ def from_first(value: float, device: torch.device) -> float:
 def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
     """This process's batches, [(batch, weight)], from the batches of every process: as many for all.
 
-    A spread model computes only when all processes run it together, so one with fewer batches than another gets
-    the first batch of all again, with weight 0.
+    A spread model computes only when all processes run it: those with fewer batches get the first again, of weight 0.
 
     >>> evened([[[0, 2], [4]]])
     [([0, 2], 1.0), ([4], 1.0)]
     """
     own = [(batch, 1.0) for batch in batches[rank()]]
     return own + [(batches[0][0], 0.0)] * (max(map(len, batches)) - len(own))
-
-
-# ------------------------------------------------------------------------------------------------- the weights
 
 
 @contextmanager
@@ -148,9 +137,11 @@ def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype 
     if how != "fsdp" or world_size() == 1:
         yield model
         return
-    shards = shard(model, device, dtype)
-    yield shards
-    collect(model.to(device), shards)
+    yield (shards := shard(model, device, dtype))
+    own = model.to(device).state_dict()
+    with torch.no_grad():
+        for name, tensor in shards.state_dict().items():
+            own[name].copy_(whole(tensor))
 
 
 def wrap(model: nn.Module) -> nn.Module:
@@ -170,13 +161,11 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
 
     Every layer is a unit of its own, the rest of the model is one more.  The model passed in stays whole, where it is:
     on the CPU, if the GPU has no room for it.  All processes start from the weights of process 0.
-    device: to compute on.  dtype: to compute and to send weights in, e.g. torch.bfloat16, None for the weights' own;
-    the weights themselves stay as they are, and gradients are summed up in float32.
+    dtype: to compute and to send weights in, None for their own; gradients are summed up in float32.
     Raises ValueError for a model with several heads.
     """
-    if hasattr(model, "tasks"):  # MultiTaskModel
-        why = "the heads in use differ between processes, and their weights would be summed up out of step"
-        raise ValueError(f"distributed='fsdp' trains models with one head: here {why}; use distributed='ddp'")
+    if hasattr(model, "tasks"):  # of which the processes may use other heads, and would sum them up out of step
+        raise ValueError("distributed='fsdp' trains models with one head; use distributed='ddp'")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -200,14 +189,6 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-@torch.no_grad()
-def collect(model: nn.Module, shards: nn.Module) -> None:
-    """Copy the weights of a sharded copy into the model, on every process."""
-    own = model.state_dict()
-    for name, tensor in shards.state_dict().items():
-        own[name].copy_(whole(tensor))
-
-
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor put together from all processes, which must all ask; a plain tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -226,12 +207,8 @@ def cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def to_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tensors, on the CPU of process 0; the others take part, one tensor at a time, and get none."""
-    out = {}
-    for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
-        if rank() == 0:
-            out[name] = tensor.cpu()
-    return out
+    each = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in each if rank() == 0}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from ..core.batches import Row, collate, split_by_size, to_device
 from ..core.sampling import Place, plan, stream_plan
+from ..inputs.agreement import Padding
 from ..inputs.rows import Rows, Stream, take
 from ..methods.multitask import TaskSampler
 from ..tasks.task import TASKS
@@ -27,7 +28,13 @@ class Step(list):
         super().__init__()
         self.feed, self.number, self.places = feed, number, places
         self.rows = take(feed.parts, places)
-        self.items, self.shares = counts(self.rows, feed.tasks)
+        self.items, self.shares = {}, {}
+        for task, (kind, _) in feed.tasks.items():
+            own = [
+                row["labels"][task] if task else row["labels"] for row in self.rows if not task or task in row["labels"]
+            ]
+            self.items[task] = sum(int(TASKS[kind].items(np.asarray(label))) for label in own)
+            self.shares[task] = len(own) / len(self.rows) if self.items[task] else 0.0
         self.cut()
 
     def cut(self) -> None:
@@ -36,15 +43,11 @@ class Step(list):
         world = distributed.world_size()
         parts = distributed.evened([self.feed.cut(self.rows[place::world]) for place in range(world)])
         self.weights = [weight for _, weight in parts]
-        options = {"pad_token_id": self.feed.pad, "stack": self.feed.stack}
+        options = {"pad_token_id": self.feed.pad.id, "padding_side": self.feed.pad.side, "stack": self.feed.stack}
         self[:] = [to_device(collate(part, **options), self.feed.device) for part, _ in parts]
 
     def halve(self) -> None:
-        """Make the run's micro-batches half as large, and warn.
-
-        Raises MemoryError where a micro-batch is one row, and for several processes, where one that computes in other
-        portions than its neighbours would wait for them for ever.
-        """
+        """Make the run's micro-batches half as large, and warn; MemoryError for one row, and for several processes."""
         run = self.feed.run
         count = max(len(batch["input_ids"]) for batch in self)
         tokens = max(batch["input_ids"].numel() for batch in self)
@@ -53,13 +56,13 @@ class Step(list):
             remedy = f"try gradient_checkpointing=True, precision='bf16', {less}"
             raise MemoryError(f"out of memory with one row of {tokens} tokens at a time; {remedy}")
         if distributed.world_size() > 1:
+            # one that computes in other portions than its neighbours would wait for them for ever
             who = f"process {distributed.rank()} is out of memory with {count} rows at a time; one can't cut them alone"
             raise MemoryError(f"{who}: begin with micro_batch_size={count // 2}, or gradient_checkpointing=True")
-        if run.max_tokens and tokens // 2 >= self.feed.longest:
-            old, run.max_tokens, name = run.max_tokens, tokens // 2, "max_tokens"
-        else:
-            old, run.micro_batch_size, name = count, count // 2, "micro_batch_size"
-        said = f"out of memory: the step is done again with {name} {getattr(run, name)} instead of {old}"
+        rows = not run.max_tokens or tokens // 2 < self.feed.longest
+        name, size = ("micro_batch_size", count) if rows else ("max_tokens", tokens)
+        setattr(run, name, size // 2)
+        said = f"out of memory: the step is done again with {name} {size // 2} instead of {size}"
         warnings.warn(f"{said}, and so are the steps after it", stacklevel=3)
 
     def row_numbers(self) -> list[int] | dict[str, list[int]]:
@@ -73,12 +76,11 @@ class Step(list):
 class Feed:
     """The steps of a run, one after the other, for `core.loop.steps`; `first`: how many of them an earlier run took.
 
-    A GPU works on what was launched; between the last launch and the first look at a result Python is idle, so `ahead`
-    makes the next step's batches there: no second thread, and the order of everything is as without it.  On a CPU the
-    same work is only done a little earlier.
+    While a GPU works on what was launched Python is idle, so `ahead` makes the next step's batches there: no second
+    thread, and the order of everything is as without it.
     """
 
-    def __init__(self, parts: dict[str, Rows | Stream], tasks: dict, run: Any, pad: int, device: torch.device):
+    def __init__(self, parts: dict[str, Rows | Stream], tasks: dict, run: Any, pad: Padding, device: torch.device):
         self.parts, self.tasks, self.run, self.pad, self.device = parts, tasks, run, pad, device
         self.stack = {task: TASKS[kind].stack for task, (kind, _) in tasks.items()}
         self.streams = isinstance(parts.get(""), Stream)
@@ -130,14 +132,13 @@ class Feed:
         for row in rows:
             tasks = () if self.run.config.task_gradients is None else tuple(sorted(row["labels"]))
             alike.setdefault(tasks, []).append(row)
-        batch_size, max_tokens = self.sizes()
-        if not batch_size and not max_tokens:
-            return list(alike.values())
-        out = []
+        (batch_size, max_tokens), out = self.sizes(), []
+        if not batch_size and not max_tokens and not self.pad.alike:
+            return list(alike.values())  # in the order they came
         for group in alike.values():
             lengths = [len(row["input_ids"]) for row in group]
-            cut = split_by_size(range(len(group)), lengths, batch_size=batch_size, max_tokens=max_tokens)
-            out += [[group[i] for i in indices] for indices in cut]
+            sizes = dict(batch_size=batch_size, max_tokens=max_tokens, alike=self.pad.alike)
+            out += [[group[i] for i in cut] for cut in split_by_size(range(len(group)), lengths, **sizes)]
         return out
 
     def digest(self, others: list[Rows]) -> str:
@@ -145,20 +146,9 @@ class Feed:
         found = hashlib.sha256()
         for name, part in [] if self.streams else [*self.parts.items(), *(("eval", rows) for rows in others)]:
             found.update(name.encode())
-            for start in range(0, len(part), 1_000):
-                for row in part[start : start + 1_000]:
-                    inputs = {k: v for k, v in row.items() if k not in ("labels", "word_starts") and np.any(v)}
-                    for key, value in sorted(inputs.items()):  # all zero is the same as none
-                        found.update(key.encode() + np.asarray(value, dtype=np.float64).tobytes())
-                    found.update(repr(row["labels"]).encode())
+            for row in part:
+                inputs = {k: v for k, v in row.items() if k not in ("labels", "word_starts") and np.any(v)}
+                for key, value in sorted(inputs.items()):  # all zero is the same as none
+                    found.update(key.encode() + np.asarray(value, dtype=np.float64).tobytes())
+                found.update(repr(row["labels"]).encode())
         return found.hexdigest()
-
-
-def counts(rows: list[Row], tasks: dict[str, tuple[str, int]]) -> tuple[dict[str, int], dict[str, float]]:
-    """{task: labelled items of the step}, and {task: its share of the rows}, 0 without labelled items."""
-    found, shares = {}, {}
-    for task, (kind, _) in tasks.items():
-        own = [row["labels"][task] if task else row["labels"] for row in rows if not task or task in row["labels"]]
-        found[task] = sum(int(TASKS[kind].items(np.asarray(label))) for label in own)
-        shares[task] = len(own) / len(rows) if found[task] else 0.0
-    return found, shares

@@ -1,8 +1,7 @@
 """`fit`: a `for` over `core.loop.steps`, on any model with a task head.
 
-What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`; the loss of
-a step is *summed* over labelled items and divided by those of the whole step (all micro-batches, all processes).
-The loop itself is what to take home: core/loop.py, alone.
+What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`.  The loop
+itself is what to take home: core/loop.py, alone.
 """
 
 import hashlib
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import anatomy
 from ..core.device import choose_device, choose_precision, computing
 from ..core.loop import schedule_factor, steps
+from ..inputs.agreement import agree, name_classes
 from ..inputs.rows import parts_for, rows_for
 from ..methods import optimizing
 from ..show.measuring import measure
@@ -40,9 +39,8 @@ def fit(
 
     Args:
         model: a Transformers model with a task head, or a MultiTaskModel.  Parameters with requires_grad move.
-        train_dataset: from `tokenize`; or {task: dataset}, mixed by a TaskSampler as `config.task_sampler` says; or,
-            with `config.max_steps`, a stream of rows: a datasets.IterableDataset or any other iterable without a
-            length, begun again where it ends if it can be.
+        train_dataset: from `tokenize`; or {task: dataset}, mixed as `config.task_sampler` says; or, with
+            `config.max_steps`, a stream: any iterable of rows without a length, begun again where it ends if it can.
         eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps); a stream is read whole.
         tokenizer: for the padding id; default: the model's config knows it.
         loss: (logits, labels) -> scalar, *summed* over the labelled items, in training and evaluation; default: the
@@ -51,12 +49,12 @@ def fit(
 
     Weights of half precision are float32 while they train, and rounded back at the end; where most are frozen
     bfloat16, those stay so (`Run.precision` says which).
-    Every module ends in the mode (train or eval) it came in.  An interrupt (Ctrl-C) ends the run early with its
-    history; under torchrun it is raised.  The global random state is as before afterwards.  A model on the CPU moves to
-    the GPU if there is one.  With distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
+    Modes (train or eval) and the global random state end as they were.  An interrupt (Ctrl-C) ends the run early with
+    its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With
+    distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
     When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
-    A step whose loss or gradient is not finite is skipped, with a warning and a record that name its rows; fp16
-    overflow is left to the loss scaler.
+    A step whose loss or gradient is not finite is skipped (fp16's overflow: by the loss scaler), with a warning and a
+    record that name its rows.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
     ValueError after `max_bad_steps` such steps in a row, MemoryError when a single row does not fit; both with the
     weights of the last good step, and the former with a checkpoint if checkpoints are on.
@@ -70,10 +68,13 @@ def fit(
         if not right:
             raise TypeError(f"{name} is {value!r}; pass {need}")
     distributed.start()
-    parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None)
+    names: dict[str, list[str]] = {}  # of the classes, for a model without, and for both datasets alike
+    parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None, names=names)
     if config.patience and eval_dataset is None:
         raise ValueError("patience needs eval_dataset")
-    held_out = [] if eval_dataset is None else rows_for(eval_dataset, model, name="eval_dataset")
+    held_out = [] if eval_dataset is None else rows_for(eval_dataset, model, name="eval_dataset", names=names)
+    name_classes(model, names)
+    padding = agree(model, tokenizer, bool(held_out) or (config.micro_batch_size or config.batch_size) > 1)
     model.zero_grad(set_to_none=True)  # gradients of an earlier backward() are no part of the first step
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(config.seed + distributed.rank())
@@ -83,7 +84,7 @@ def fit(
             spread = distributed.spread(model, config.distributed, device, dtype)
             modes, weights = compiling.training_modes(model, config), compiling.float32_weights(model, config)
             with modes, weights as kept, spread as trained, measure() as cost:
-                training = Training(trained, parts, held_out, tokenizer, config, loss, on_record)
+                training = Training(trained, parts, held_out, padding, config, loss, on_record)
                 if kept:
                     training.result.precision, training.result.reason = kept
                 training._run()
@@ -104,11 +105,10 @@ class Best:
         self.weights: dict[str, torch.Tensor] = {}
 
     def look(self, metrics: dict[str, float], step: int) -> None:
-        if self.metrics is not None and not self.score(metrics) > self.score(self.metrics):
-            self.since += 1
-            return
-        self.metrics, self.step, self.since = metrics, step, 0
-        self.weights = {name: p.detach().clone() for name, p in self.trainable.items()}
+        self.since += 1
+        if self.metrics is None or self.score(metrics) > self.score(self.metrics):
+            self.metrics, self.step, self.since = metrics, step, 0
+            self.weights = {name: p.detach().clone() for name, p in self.trainable.items()}
 
     def score(self, metrics: dict[str, float]) -> float:
         """Larger is better; a metric that is not a number is the worst."""
@@ -122,7 +122,6 @@ class Best:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give the model its best weights."""
         for name, weight in self.weights.items():
             self.trainable[name].copy_(weight)
 
@@ -146,9 +145,8 @@ class Training:
     """The parts of one call of `fit`, put together, and the `for`."""
 
     def __init__(
-        self, model: nn.Module, parts: dict, held_out: list, tokenizer: Any, config: TrainConfig, loss: Any,
-        on_record: Any,
-    ):  # fmt: skip
+        self, model: nn.Module, parts: dict, held_out: list, padding: Any, config: Any, loss: Any, on_record: Any
+    ):
         self.model, self.held_out, self.config, self.on_record = model, held_out, config, on_record
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
@@ -156,18 +154,16 @@ class Training:
             model.to(device)
         self.device = device
         precision, reason = choose_precision(device, config.precision)
-        self.result = Run(
-            config, precision=precision, reason=reason, micro_batch_size=config.micro_batch_size,
-            max_tokens=config.max_tokens,
-        )  # fmt: skip
+        sizes = dict(micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
+        self.result = Run(config, precision=precision, reason=reason, **sizes)
         self.autocast = computing(device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         tasks = tasks_of(model)
         _check(model, tasks, config, loss, held_out)
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
-        self.pad = anatomy.pad_id(tokenizer, model.config)
-        self.feed = Feed(parts, tasks, self.result, self.pad, device)
+        self.padding = padding
+        self.feed = Feed(parts, tasks, self.result, padding, device)
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
         self.joint = task_gradients.begin(model, config, parts, precision, self.epoch)  # None for a single task
@@ -299,7 +295,7 @@ class Training:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.result, self.config
         rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
-        options = dict(pad_token_id=self.pad, loss=self.loss, autocast=self.autocast, shared=True, batch_size=rows)
+        options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, shared=True, batch_size=rows)
         metrics = scores(self.model, self.held_out, **options)
         if config.patience:
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)

@@ -4,7 +4,8 @@ Rows are sorted by length, so that padding stays low, and results come back in t
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, collate, one_of, split_by_size, to_device
-from ..inputs.rows import Door as _Door
-from ..inputs.rows import Rows, checked, is_stream, rows_for, take, token_limit
+from ..inputs.agreement import Padding, agree
+from ..inputs.reading import SUFFIXES, as_dataset
+from ..inputs.rows import Door, Rows, checked, is_stream, listed, rows_for, take, token_limit
 from ..inputs.tokenizing import encode_texts
 from ..methods.speedups import shortcuts
 from ..tasks.task import TASKS, given_names, names_of, tasks_of
@@ -25,19 +27,19 @@ OUTPUTS = ("labels", "names", "probabilities", "logits")
 
 
 def batches_of(
-    model: nn.Module, parts: list[Rows], *, task: str = "", batch_size: int = 64, pad_token_id: int | None = None,
+    model: nn.Module, parts: list[Rows], *, task: str = "", batch_size: int = 64, padding: Padding | None = None,
     autocast: Callable | None = None, progress: bool = False, shared: bool = False,
 ) -> Iterator[tuple[list[int], list[dict], Any]]:  # fmt: skip
     """(numbers of the rows, the rows, their logits: a tensor, or {task: tensor}), a batch each, longest rows first.
 
-    shared: several processes were all given these rows; each computes a part of the batches; what another computes
-    comes too where there are too few, without numbers.  Every module's train or eval mode is as before afterwards.
+    shared: each of several processes computes a part of the batches; where there are too few, another's, with no
+    numbers.  Every module's train or eval mode is as before afterwards.
     """
-    pad = anatomy.pad_id(None, model.config) if pad_token_id is None else pad_token_id
+    pad = padding or agree(model)
     places = [(part, i) for part, rows in enumerate(parts) for i in range(len(rows))]
     lengths = np.concatenate([rows.lengths for rows in parts]) if places else []
     device = next(model.parameters()).device
-    batches = split_by_size(range(len(places)), lengths, batch_size=batch_size)
+    batches = split_by_size(range(len(places)), lengths, batch_size=batch_size, alike=pad.alike)
     world = distributed.world_size() if shared and places else 1
     plan: Any = [(batch, 1.0) for batch in batches]
     if world > 1:
@@ -53,7 +55,7 @@ def batches_of(
         for indices, counts in plan:
             rows = take(numbered, [places[i] for i in indices])
             plain = rows if several else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-            batch = collate(plain, pad_token_id=pad, stack=stack)
+            batch = collate(plain, pad_token_id=pad.id, padding_side=pad.side, stack=stack)
             batch.pop("labels", None)
             with (autocast or nullcontext)():
                 output = model(**to_device(batch, device), **named)
@@ -67,7 +69,7 @@ def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options:
     """
     if not len(rows):
         return []
-    rows = rows if isinstance(rows, Rows) else checked(rows, _Door.of(model, "rows", labels_needed=False))
+    rows = rows if isinstance(rows, Rows) else checked(rows, Door.of(model, "rows", labels_needed=False))
     a_token = TASKS[tasks_of(model)[task][0]].a_token
     out: dict[int, np.ndarray] = {}
     for indices, own, logits in batches_of(model, [rows], task=task, **options):
@@ -87,14 +89,14 @@ def evaluate(
 
     For a MultiTaskModel `dataset` is {task: dataset} (or rows with a dict of labels) and the names are "task/metric".
     `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
-    several numbers a row (regression) have only `mse`.  Under torchrun every process evaluates what it is given; with
-    shared=True, where all are given the same, they share the work, and each gets the metrics over all rows.
-    autocast: a context manager for the forward passes.
+    several numbers a row (regression) have only `mse`.  With shared=True processes that are all given the same share
+    the work, and each gets the metrics over all rows.  autocast: a context manager for the forward passes.
     Raises ValueError or TypeError naming the row for labels that do not fit the model.
     """
     parts = rows_for(dataset, model, name="dataset")
+    padding = agree(model, tokenizer, batch_size != 1 and sum(map(len, parts)) > 1)
     options = dict(batch_size=batch_size, progress=progress, shared=shared, autocast=autocast and (lambda: autocast))
-    return scores(model, parts, pad_token_id=getattr(tokenizer, "pad_token_id", None), **options)
+    return scores(model, parts, padding=padding, **options)
 
 
 def scores(
@@ -130,11 +132,8 @@ def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int],
     """A batch's summed loss and its items; and the decisions, one a row, trimmed to its tokens."""
     stacked = record.stack(labels, [*lengths, logits.shape[1] if record.a_token else 0])
     values = logits.float().cpu()
-    if loss is None:
-        exact = stacked.double() if stacked.is_floating_point() else stacked
-        summed = record.loss(values.double(), exact)
-    else:
-        summed = loss(logits, stacked.to(logits.device))
+    exact = stacked.double() if stacked.is_floating_point() else stacked
+    summed = loss(logits, stacked.to(logits.device)) if loss else record.loss(values.double(), exact)
     decided = list(record.decide(values).numpy())
     if record.a_token:
         decided = [d[:n].astype(np.int32) for d, n in zip(decided, lengths, strict=True)]
@@ -153,10 +152,7 @@ def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict
 
 
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
-    """What `scores` will name, without a forward pass: every class is scored against itself once.
-
-    Raises ValueError where no row has a label to score, and for names of labels that can't be scored.
-    """
+    """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
     found = []
     for task, (kind, count) in tasks_of(model).items():
         record = TASKS[kind]
@@ -178,18 +174,17 @@ def predict(
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
     Args:
-        data: strings, (text, text_pair) tuples, lists of words; or a tokenized dataset.
+        data: strings, (text, text_pair) tuples, lists of words; a table with a column `text` (and `text_pair`) or
+            `tokens`, of any kind that `tokenize` takes; or a tokenized dataset.
         tokenizer: needed for texts; default: found by the model's name.
         task: which one, for a MultiTaskModel.
         output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
             names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
             there both give the logits.
-        shared: under torchrun every process predicts what it is given; with True, where all are given the same, they
-            share the work, and each gets all predictions.
+        shared: processes that are all given the same share the work, and each gets all predictions.
 
-    For tags the result is a list with an entry a text, each with one prediction a word: a string is split at white
-    space.  Words cut off by `max_length` get -100, the name None, or probabilities and logits of NaN.  A tokenized
-    dataset gives one prediction a token.
+    For tags the result is a list with an entry a text, each with one prediction a word (a string is split at white
+    space), of a tokenized dataset one a token.  Words cut off by `max_length` get -100, the name None, or NaN.
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -200,59 +195,76 @@ def predict(
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
     record, names = TASKS[kind], names_of(model, task)
-    rows = _rows_to_predict(model, data, record, tokenizer, max_length)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    options = dict(batch_size=batch_size, pad_token_id=pad, progress=progress, shared=shared)
+    data = _listed(data, record)
+    if tokenizer is None and _are_texts(data):
+        tokenizer = _tokenizer_of(model)
+    rows = _rows_to_predict(model, data, kind, tokenizer, max_length)
+    padding = agree(model, tokenizer, batch_size != 1 and len(rows) > 1) if len(rows) else None
+    options = dict(batch_size=batch_size, padding=padding, progress=progress, shared=shared)
     logits = logits_of(model, rows, task=task, **options)
-    if record.a_token:
-        return [_of_tokens(values, rows[i], output, record, names) for i, values in enumerate(logits)]
-    stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
+    if not record.a_token:
+        stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
+        return _formed(stacked, output, record, names)
+    for i, (values, row) in enumerate(zip(logits, rows, strict=True)):
+        if "word_starts" in row:  # texts: one prediction a word
+            absent = np.full_like(values[0], np.nan)
+            logits[i] = np.stack([absent if k is None else values[k] for k in row["word_starts"]])  # (words, classes)
+    return [_formed(values, output, record, names) for values in logits]
+
+
+def _listed(data: Any, record: Any) -> Any:
+    """A list of texts or of rows, or a Dataset of rows, out of whatever holds them."""
+    table = isinstance(data, (os.PathLike, Mapping)) or hasattr(data, "column_names") or hasattr(data, "columns")
+    table = table or (isinstance(data, str) and data.endswith(SUFFIXES))
+    if is_stream(data) or not table:
+        data = listed(data)
+        if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+            remedy = "pass a list of texts, even for one: [text], or what ftlib.tokenize takes or gives"
+            raise TypeError(f"data is a {type(data).__name__}; {remedy}")
+        data = list(data)
+        table = bool(data and isinstance(data[0], Mapping) and data[0] and "input_ids" not in data[0])
+    data = as_dataset(data) if table else data
+    names = data.column_names if table else {}  # of a DatasetDict a dict
+    columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
+    if "input_ids" in names or isinstance(names, dict) or not columns:
+        return data
+    pairs = columns[0] == "text" and "text_pair" in names
+    return list(zip(data["text"], data["text_pair"], strict=True)) if pairs else list(data[columns[0]])
+
+
+def _are_texts(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and not isinstance(data[0], Mapping)
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    from ..inputs.pretrained import load_tokenizer
+
+    if not (name := getattr(model.config, "_name_or_path", None)):
+        raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
+    return load_tokenizer(name)
+
+
+def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max_length: int | None) -> Any:
+    """The checked rows of what `_listed` gives."""
+    record = TASKS[kind]
+    if _are_texts(data):
+        if record.columns:
+            need = f"a dataset from tokenize(..., task=...), which reads {', '.join(record.columns)} beside the text"
+            raise TypeError(f"data holds texts alone; pass {need}")
+        if record.a_token:  # an empty string stays one, for encode_texts to refuse
+            data = [text.split() or text if isinstance(text, str) else text for text in data]
+        data = encode_texts(data, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))
+    return checked(data, Door.of(model, "data", labels_needed=False)) if len(data) else []
+
+
+def _formed(values: np.ndarray, output: str, record: Any, names: dict[int, str]) -> Any:
+    """Logits, (texts, classes) or a text's (tokens, classes), in the form asked for."""
     if output == "logits" or (record.probabilities is None and output != "labels"):
-        return stacked
-    if output == "probabilities":
-        return record.probabilities(torch.from_numpy(stacked)).numpy()
-    decided = record.decide(torch.from_numpy(stacked)).numpy()  # (n,) or (n, labels)
-    return decided if output == "labels" else record.named(decided, names)
-
-
-def _rows_to_predict(model: nn.Module, data: Any, record: Any, tokenizer: Any, max_length: int | None) -> Any:
-    if hasattr(data, "column_names") and not is_stream(data):
-        data = data.remove_columns([name for name in data.column_names if name == "labels"])
-    elif isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
-        remedy = "pass a list of texts, even for one: [text], or a tokenized dataset"
-        raise TypeError(f"data is a {type(data).__name__}; {remedy}")
-    else:
-        if not (data := list(data)):
-            return []
-        if not isinstance(data[0], dict):
-            data = _encoded(model, data, record, tokenizer, max_length)
-        data = [{k: v for k, v in row.items() if k != "labels"} if isinstance(row, dict) else row for row in data]
-    return checked(data, _Door.of(model, "data", labels_needed=False))
-
-
-def _encoded(model: nn.Module, texts: list, record: Any, tokenizer: Any, max_length: int | None) -> list[dict]:
-    if tokenizer is None:
-        from ..inputs.pretrained import load_tokenizer
-
-        if not (name := getattr(model.config, "_name_or_path", None)):
-            raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
-        tokenizer = load_tokenizer(name)
-    if record.columns:
-        need = f"a dataset from tokenize(..., task=...), which reads {', '.join(record.columns)} beside the text"
-        raise TypeError(f"data holds texts alone; pass {need}")
-    if record.a_token:  # an empty string stays one, for encode_texts to refuse
-        texts = [text.split() or text if isinstance(text, str) else text for text in texts]
-    return encode_texts(texts, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))
-
-
-def _of_tokens(values: np.ndarray, row: dict, output: str, record: Any, names: dict[int, str]) -> Any:
-    if "word_starts" in row:  # texts: one prediction a word
-        absent = np.full_like(values[0], np.nan)
-        values = np.stack([absent if i is None else values[i] for i in row["word_starts"]])  # (words, classes)
-    if output == "logits":
         return values
     scored = torch.from_numpy(values)
     if output == "probabilities":
         return record.probabilities(scored).numpy()
-    ids = np.where(np.isnan(values).all(-1), IGNORE, record.decide(scored).numpy())  # (words,) or (tokens,)
-    return ids if output == "labels" else record.named(ids, names)
+    decided = record.decide(scored).numpy()  # (texts,), (texts, labels) or (tokens,)
+    if record.a_token:
+        decided = np.where(np.isnan(values).all(-1), IGNORE, decided)
+    return decided if output == "labels" else record.named(decided, names)

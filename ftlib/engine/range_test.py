@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -41,8 +42,7 @@ def find_learning_rate(
 ) -> RangeTest:  # fmt: skip
     """A learning-rate range test: a short run on a copy of the model, the rate rising 100,000-fold to `highest`.
 
-    While the rate is too small the loss stays, then it falls, and when the rate is too large it rises again.  A tenth
-    of the rate at the lowest point is a good first guess for a run with warm-up and decay; it is no substitute for
+    A tenth of the rate at which the loss is lowest is a first guess for a run with warm-up and decay, no substitute for
     trying a few.  Batches, clipping and optimizer are those of `config`, its schedule and length are not.
     Raises ValueError for fewer than 10 steps, and as `fit` does.
     Source: Smith 2017 (arXiv:1506.01186), section 3.3; smoothing as in fastai's lr_find.
@@ -54,11 +54,8 @@ def find_learning_rate(
         resume=None,
     )  # fmt: skip
     run = fit(copy.deepcopy(model), train_dataset, tokenizer=tokenizer, config=config)
-    rates = [record["learning_rate"] for record in run.history]
-    losses = [record["loss"] for record in run.history]
-    smoothed, mean = [], 0.0
-    for count, loss in enumerate(losses, start=1):
-        mean = 0.9 * mean + 0.1 * loss
-        smoothed.append(mean / (1 - 0.9**count))  # as if the mean had not begun at 0
+    rates, losses = ([record[key] for record in run.history] for key in ("learning_rate", "loss"))
+    means = accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss, initial=0.0)
+    smoothed = [mean / (1 - 0.9**count) for count, mean in enumerate(means) if count]  # as if it had not begun at 0
     lowest = min(range(len(rates)), key=smoothed.__getitem__)
     return RangeTest(rates, losses, smoothed, suggestion=rates[lowest] / 10)

@@ -1,7 +1,5 @@
 """What keeps a run whole: interrupts held back, memory that runs out, steps that are not finite, random state.
 
-Each is a wrapper around a step or a function of records; the loop itself knows none of them.
-
 To copy: this file, engine/distributed.py, core/anatomy.py, core/loop.py and torch.
 """
 
@@ -22,10 +20,8 @@ from . import distributed
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """What dropout will draw from, as of now."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -70,12 +66,9 @@ class RandomState:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold an interrupt (Ctrl-C) back until the block, a short one, is done: so that it is done as a whole.
-
-    Only the main thread is ever interrupted; elsewhere, and where SIGINT does something else, this does nothing.
-    """
+    """Hold an interrupt (Ctrl-C) back until the block, a short one, is done as a whole."""
     before, held = signal.getsignal(signal.SIGINT), []
-    elsewhere = threading.current_thread() is not threading.main_thread()
+    elsewhere = threading.current_thread() is not threading.main_thread()  # which alone is ever interrupted
     if elsewhere or before is not signal.default_int_handler:  # also inside another such block
         yield
         return

@@ -30,13 +30,13 @@ class TrainConfig:
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch_size: int | None = None  # examples a forward pass; None: the whole step, halved if memory runs out
     max_tokens: int | None = None  # padded tokens a forward pass, instead of a number of examples
-    learning_rate: float = 5e-5
+    learning_rate: float = 5e-5  # the largest one of the schedule
     schedule: str = "linear"  # constant, linear, cosine, exponential, or range (rising: `find_learning_rate`)
     warmup_fraction: float = 0.1  # share of the steps over which the learning rate rises from 0
     optimizer: str = "adamw"  # adamw or sgd (momentum 0.9)
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # share of a weight, times the learning rate, that a step takes away
     decay_groups: bool = True  # spare biases and normalization from weight decay
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of the label given to all classes
     l1: float = 0.0  # every step moves weights (not biases or norms) by learning rate * l1 towards zero
     r_drop: float = 0.0  # weight of R-Drop, how far two passes with other dropout disagree; twice the time a step
     dropout: float | None = None  # all dropout rates of the model while it trains; None: its own
@@ -52,7 +52,7 @@ class TrainConfig:
     eval_every: int | None = None  # steps between evaluations; None: after every epoch
     patience: int | None = None  # stop after so many evaluations without a better `metric`, keep the best weights
     metric: str = "loss"  # what "better" means; any name that evaluate returns
-    checkpoint_dir: str | None = None
+    checkpoint_dir: str | None = None  # folder of the checkpoints; None: none are written
     checkpoint_every: int | None = None  # steps between checkpoints; None: after every epoch
     keep_last: int = 2  # checkpoints to keep, and with `patience` the best one
     resume: str | None = None  # "auto": from the newest whole checkpoint in checkpoint_dir, if there is one
@@ -62,7 +62,7 @@ class TrainConfig:
     task_gradients: str | Combine | None = None  # pcgrad, cagrad, mgda, or a function: jacobian -> gradient
     task_cosines: int | None = None  # steps between records of the cosines between the tasks' gradients
     seed: int = 0  # of the order, of dropout and of the task sampler
-    progress: bool = True
+    progress: bool = True  # a bar while it runs
 
     def __post_init__(self) -> None:
         for name, kind, value in ((one.name, one.type, getattr(self, one.name)) for one in fields(self)):

@@ -2,12 +2,9 @@
 
 The step's loss is Σ over tasks: Head.weight × the task's weight × its share of the rows × its mean loss over labelled
 items.  With a `task_weighting` or `task_gradients` every task of the step has the same share, as in the papers, however
-many of its rows were drawn (draw them alike: task_sampler="uniform").
-
-What it costs: one forward and one backward pass, as for one task, except
+many of its rows were drawn (draw them alike: task_sampler="uniform").  It costs one forward and one backward pass, and
 - `task_gradients`: a row of the Jacobian (4 bytes a shared parameter) for each task, and a backward pass for each task
-  a row has.  Only rows of the same tasks go through the encoder together, each once: where every row has one task, the
-  work is that of a plain step, in smaller batches.
+  a row has.  Only rows of the same tasks go through the encoder together, each once.
 - `task_cosines`: the same in the steps that record them, over all rows at once.
 - "gradnorm": a backward pass through the last layer for each task.
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
@@ -16,7 +13,7 @@ What it costs: one forward and one backward pass, as for one task, except
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -33,10 +30,7 @@ from .recovery import random_state, set_random_state
 
 
 def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int) -> "Joint | None":
-    """What keeps the tasks of a run, None for a model of one task; `epoch`: steps an epoch.
-
-    Raises ValueError for settings of tasks that have no meaning here, and for what `Joint` refuses.
-    """
+    """What keeps the tasks of a run, None for a model of one task; `epoch`: steps an epoch.  ValueError as `Joint`."""
     if "" in parts and (config.task_sampler, config.temperature) != ("temperature", 1):
         what = f"task_sampler={config.task_sampler!r}, temperature={config.temperature}"
         raise ValueError(f"{what}: need several datasets, {{task: dataset}}")
@@ -73,10 +67,7 @@ def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.Gra
 
 
 def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool = False) -> Any:
-    """A caller's own loss, ready for `fit`: of one of torch.nn's a copy that sums, with label smoothing if asked for.
-
-    Raises ValueError for label smoothing where the loss does not take it.
-    """
+    """A caller's own loss, ready for `fit`: of one of torch.nn's a copy that sums, smoothing labels if it can."""
     own = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) and hasattr(loss, "reduction") else loss
     if (said := getattr(own, "reduction", "sum")) != "sum":
         own.reduction = "sum"
@@ -96,10 +87,7 @@ class Losses:
     check: look on the first batch whether a function takes a mean.
     """
 
-    def __init__(
-        self, functions: dict[str, Callable], tasks: dict[str, tuple[str, int]], r_drop: float, autocast: Callable,
-        check: bool = False,
-    ):  # fmt: skip
+    def __init__(self, functions: dict, tasks: dict, r_drop: float, autocast: Callable, check: bool = False):
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
         self.unseen = set(functions) if check else set()
 
@@ -130,10 +118,8 @@ class Losses:
         if not torch.isfinite(value) or value == 0:  # says nothing; the next batch may
             return
         self.unseen.discard(task)
-        state = random_state(logits.device)
-        with torch.no_grad():
+        with torch.no_grad(), _random_state_kept(logits):
             twice = self.functions[task](torch.cat([logits, logits]), torch.cat([labels, labels]))
-        set_random_state(state, logits.device)
         if abs(twice - value) < 1e-3 * abs(value):
             what = f"{float(value):.4g} for {len(labels)} rows and {float(twice):.4g} for the same rows twice"
             raise ValueError(f"the loss gives {what}: a mean; fit needs the sum over items, reduction='sum'")
@@ -162,8 +148,8 @@ class Joint:
         self.place = {task: place for place, task in enumerate(model.tasks)}
         factors = [TASKS[kind].likelihood for kind, _ in model.tasks.values()]
         self.weights = TaskWeights(weighting, factors, seed=config.seed)
-        combine = config.task_gradients
-        self.combine = GRADIENTS[combine] if isinstance(combine, str) else combine
+        how = config.task_gradients
+        self.combine = GRADIENTS[how] if isinstance(how, str) else how
 
     def begin(self, step: Step, losses: Losses) -> None:
         """Start a step; its shares are 0 for a task without labelled items."""
@@ -172,18 +158,18 @@ class Joint:
         shared = [p for p in self.model.encoder.parameters() if p.requires_grad]
         self.parameters = shared + [p for p in self.model.heads.parameters() if p.requires_grad]
         self.shared = sum(p.numel() for p in shared)
-        self.there = torch.tensor([step.shares[task] > 0 for task in self.place])
-        alike = sum(step.shares.values()) / max(int(self.there.sum()), 1)
+        self.there = {task: place for task, place in self.place.items() if step.shares[task] > 0}  # tasks of this step
+        alike = sum(step.shares.values()) / max(len(self.there), 1)
         even = self.how != "fixed" or self.combine is not None
         base = [self.model.specs[task].weight * (alike if even else step.shares[task]) for task in self.place]
         self.base = torch.tensor(base, dtype=torch.float64)
+        self.means, self.layer = torch.zeros(len(self.place), device=step.feed.device), []
         self.weight: torch.Tensor | None = None  # of the tasks' mean losses, known before these except with "famo"
         if self.how != "famo" or len(step) > 1:
             self.weight = self.weights.weights(step.number, self._look() if self.how == "famo" else None)
         self.due = self.config.task_cosines is not None and step.number % self.config.task_cosines == 0
         self.apart = self.combine is not None or self.due
         self.cosines: dict[str, float] = {}
-        self.means, self.layer = torch.zeros(len(self.place), device=step.feed.device), []
         if self.how == "gradnorm":  # gradients of the mean losses on the last layer
             last = {id(p) for stack in anatomy.stacks(self.model)[-1:] for p in stack[-1].parameters()}
             self.layer = [p for p in shared if id(p) in last] or shared
@@ -217,16 +203,16 @@ class Joint:
         """When all micro-batches are in: join the tasks' gradients and give them to the parameters."""
         distributed.all_sum(self.jacobian)
         distributed.all_sum(self.used)
-        rows, there = self.jacobian[:, : self.shared], self._there()
-        if len(there) < len(self.place):
-            rows = rows[list(there.values())]  # (tasks of this step, shared parameters)
+        rows = self.jacobian[:, : self.shared]
+        if len(self.there) < len(self.place):
+            rows = rows[list(self.there.values())]  # (tasks of this step, shared parameters)
         if self.due:
             found = cosines(rows)
-            for (i, first), (j, second) in combinations(enumerate(there), 2):
+            for (i, first), (j, second) in combinations(enumerate(self.there), 2):
                 if found[j, i].isfinite():
                     self.cosines[f"cosine/{first}/{second}"] = float(found[j, i])
         finite = distributed.all_sum(self.means.clone()).isfinite().all()
-        joined = self._joined(rows) if self.combine and there and self.shared and finite else rows.sum(0)
+        joined = self._joined(rows) if self.combine and self.there and self.shared and finite else rows.sum(0)
         flat = torch.cat([joined, self.jacobian[:, self.shared :].sum(0)])
         parts = flat.split([p.numel() for p in self.parameters])
         for parameter, gradient, used in zip(self.parameters, parts, self.used.tolist(), strict=True):
@@ -235,43 +221,36 @@ class Joint:
 
     def _joined(self, rows: torch.Tensor) -> torch.Tensor:
         """What the method makes of the rows; where it draws numbers, the same on every process and in every run."""
-        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        with _random_state_kept(rows):
             torch.manual_seed((self.config.seed * 1_000_003 + self.step.number) % 2**63)
             joined = self.combine(rows)
-        wanted = tuple(rows.shape[1:])
-        if (got := _what(joined)) != f"shape {wanted}":
+        if (got := _what(joined)) != (wanted := f"shape {tuple(rows.shape[1:])}"):
             must = f"it must give one gradient, {wanted}"
             raise ValueError(f"task_gradients gives {got} for a jacobian {tuple(rows.shape)}; {must}")
         return joined.detach().to(rows)
 
     def end(self) -> dict[str, float]:
         """Learn from the step, once it is done; returns its records: mean losses, weights, cosines."""
-        losses, there = self._known(self.means), self._there()
+        losses = self._known(self.means)
         lengths = distributed.all_sum(self.last).norm(dim=1).cpu().double() if self.layer else None
         after = self._look() if self.how == "famo" else None
         if self.how != "gradnorm" or self.layer:  # not so while the whole encoder is frozen
             self.weights.learn(losses, lengths=lengths, after=after)
         if (self.step.number + 1) % self.epoch == 0:
             self.weights.end_epoch()
-        record = {f"{task}/loss": float(losses[place]) for task, place in there.items()}
+        record = {f"{task}/loss": float(losses[place]) for task, place in self.there.items()}
         if self.how != "fixed":
-            record |= {f"{task}/weight": float(self.weight[place]) for task, place in there.items()}
+            record |= {f"{task}/weight": float(self.weight[place]) for task, place in self.there.items()}
         return record | self.cosines
 
     @torch.no_grad()
     def _look(self) -> torch.Tensor:
         """The tasks' mean losses on the step as the weights are now, with its dropout; nothing moves."""
-        step, device = self.step, self.step.feed.device
-        now = random_state(device)
-        set_random_state(self.begun, device)
-        each = zip(step, step.weights, strict=True)
-        means = sum(self._row(self.losses.parts(self.model, batch, step.items, weight)) for batch, weight in each)
-        set_random_state(now, device)
+        step, each = self.step, zip(self.step, self.step.weights, strict=True)
+        with _random_state_kept(self.means):
+            set_random_state(self.begun, step.feed.device)
+            means = sum(self._row(self.losses.parts(self.model, batch, step.items, weight)) for batch, weight in each)
         return self._known(means)
-
-    def _there(self) -> dict[str, int]:
-        """{task of this step: its place}."""
-        return {task: place for task, place in self.place.items() if self.there[place]}
 
     def _row(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """The numbers alone, float (tasks,), 0 for a task that is not among them."""
@@ -280,7 +259,12 @@ class Joint:
 
     def _known(self, means: torch.Tensor) -> torch.Tensor:
         """Mean losses from this process's share of them, nan for a task without labelled items."""
-        return torch.where(self.there, distributed.all_sum(means).cpu().double(), torch.nan)
+        there = torch.tensor([task in self.there for task in self.place])
+        return torch.where(there, distributed.all_sum(means).cpu().double(), torch.nan)
+
+
+def _random_state_kept(like: torch.Tensor) -> AbstractContextManager:
+    return torch.random.fork_rng([like.device] if like.is_cuda else [])
 
 
 def _what(value: Any) -> str:

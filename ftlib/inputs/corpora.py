@@ -4,7 +4,8 @@
     data["train"][0]                            # {"text": "...", "label": 1}
     data["train"].features["label"].names       # ["neg", "pos"]
 
-To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets.
+To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets (for own files inputs/reading.py and what
+that names).
 
 What every corpus goes through, in this order, and what data/README.md counts for each of them:
 1. white space is collapsed, empty texts and rows that cannot be read without guessing are dropped;
@@ -20,6 +21,7 @@ import functools
 import io
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -49,11 +51,7 @@ _PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}
 
 
 def corpus_names() -> list[str]:
-    """Names that `load_corpus` knows without a hub.
-
-    >>> "rotten-tomatoes" in corpus_names()
-    True
-    """
+    """Names that `load_corpus` knows without a hub."""
     return [name for name, entry in assets.manifest().items() if entry["kind"] == "corpus"]
 
 
@@ -65,7 +63,8 @@ def load_corpus(name: str, *, source: str = "auto"):
 
     source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files,
     and so other splits and numbers), "auto" is "wheel" for the names of `corpus_names`. A folder written by
-    `save_to_disk` or holding csv, json or parquet files, or a hub id with a slash, is loaded as it is.
+    `save_to_disk` or holding csv, json or parquet files, such a file, or a hub id with a slash, is loaded as it is:
+    `reading.load_folder`. A name of ours wins over a folder of that name, and a folder over a hub id.
 
     Raises ValueError for an unknown name or source, RuntimeError when nothing can be fetched.
 
@@ -75,37 +74,26 @@ def load_corpus(name: str, *, source: str = "auto"):
     ValueError: no asset is called 'rotten-tomatos'; did you mean rotten-tomatoes? ...
     """
     from ..core.batches import one_of  # here, where datasets is loaded next: a list of the corpora needs no torch
+    from . import reading
 
     one_of("source", source, ("auto", "wheel", "hub"))
-    if name in corpus_names():
+    name, known = os.path.expanduser(name), corpus_names()
+    if name in known:
+        if source == "auto" and os.path.exists(name):
+            warnings.warn(f"{name!r} is a corpus of ftlib; the {name} of this folder is './{name}'", stacklevel=2)
         return _to_datasets(name, *_prepare(name, source))
     if name in assets.manifest():
         raise ValueError(f"'{name}' is a model; load it with load_model('{name}')")
-    if source != "wheel" and os.path.isdir(name):
-        return _load_folder(name)
+    if source != "wheel" and os.path.exists(name):
+        return reading.load_folder(name)
+    if name.startswith((".", os.sep)) or name.lower().endswith(reading.SUFFIXES):
+        raise ValueError(f"there is no file or folder {name!r} in {os.getcwd()}")
     if source == "hub" or (source == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         import datasets
 
         return datasets.load_dataset(name)
     hint = "for a data set on the hub give its full id, owner/name"
-    raise ValueError(f"{assets.unknown_name(name, corpus_names())} ({hint})")
-
-
-def corpus_summary(name: str) -> dict:
-    """What a card says: rows dropped by reason, rows a split, rows a label, words (5, 50, 95 %, longest).
-
-    The words are those of `text` and `text_pair` together, split at white space.
-    """
-    splits, dropped = _prepare(name, "wheel")
-    rows = [row for split in SPLITS for row in splits[split]]
-    words = [len(row["text"].split()) + len(row.get("text_pair", "").split()) for row in rows]
-    labels = Counter(map(_label, rows))
-    return {
-        "dropped": dict(dropped),
-        "rows": {split: len(splits[split]) for split in SPLITS},
-        "labels": dict(labels.most_common()) if name != "stsb" else {},
-        "words": [*(int(q) for q in np.percentile(words, [5, 50, 95], method="nearest")), max(words)],
-    }
+    raise ValueError(f"{assets.unknown_name(name, known)} ({hint})")
 
 
 # ---- reading: rows by split; a row is a dict of the columns, labels still by name ----
@@ -118,20 +106,19 @@ def _read(name: str, source: str) -> dict[str, list[dict]]:
     if hub:
         import datasets
 
-        place = entry["hub"]
+        place, mend = entry["hub"], f"it has changed; use source='wheel' for '{name}'"
         loaded = datasets.load_dataset(*(entry[key] for key in ("hub", "hub_config") if key in entry))
-        mend = f"it has changed; use source='wheel' for '{name}'"
     else:
-        place = assets.path(name)
-        mend = "either sources.toml pins another file, or remove the folder, and run:"
+        place, mend = assets.path(name), "either sources.toml pins another file, or remove the folder, and run:"
         mend += f" python -m ftlib data fetch {name}"
     try:
         splits = _rows_on_hub(name, entry, loaded) if hub else _rows_of(name, place)
         splits = {split: [_clean(row) for row in rows] for split, rows in splits.items()}
         found = {_label(row) for rows in splits.values() for row in rows}
-        wrong = [label for label in found if label not in ((not hub and _LABELS.get(name)) or found - {None})]
-        if wrong or not splits["train"]:
-            raise ValueError(f"label {wrong[0]!r}" if wrong else "no rows")
+        if wrong := [label for label in found if label not in ((not hub and _LABELS.get(name)) or found - {None})]:
+            raise ValueError(f"label {wrong[0]!r}")
+        if not splits["train"]:
+            raise ValueError("no rows")
         return splits
     except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -205,38 +192,23 @@ def _read_glue(name: str, path: Path) -> list[dict]:
 
 
 def _rows_on_hub(name: str, entry: dict, loaded) -> dict[str, list[dict]]:
-    wanted = ["text", "tags", "intent"] if name == "atis" else ["text", "label"]
-    wanted += ["text_pair"] if name in _PAIRS else []
+    wanted = ["text", *(["tags", "intent"] if name == "atis" else ["label"]), *["text_pair"] * (name in _PAIRS)]
     theirs = {column: entry.get("hub_columns", {}).get(column, column) for column in wanted}
     result = {}
     for split, their_split in entry.get("hub_splits", dict(zip(SPLITS, SPLITS, strict=True))).items():
-        data, result[split] = loaded[their_split].select_columns(list(theirs.values())), []
-        names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name)
-        values_of = data[:]
-        for values in zip(*(values_of[column] for column in theirs.values()), strict=True):
-            row = dict(zip(theirs, values, strict=True))
+        data = loaded[their_split].select_columns(list(theirs.values()))
+        names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name) or []
+        result[split] = [{column: row[their] for column, their in theirs.items()} for row in data]
+        for row in result[split]:
             if name == "atis":
                 row |= {"tokens": row["text"].split(), "tags": row["tags"].split()}
             elif name == "stsb":
                 row["label"] = float(row["label"])
             elif isinstance(row["label"], int):
-                if names is None or not 0 <= row["label"] < len(names):
+                if not 0 <= row["label"] < len(names):
                     raise ValueError(f"'{their_split}': label {row['label']} has no name")
                 row["label"] = names[row["label"]]
-            result[split].append(row)
     return result
-
-
-def _load_folder(name: str):
-    import datasets
-
-    saved = os.path.isfile(os.path.join(name, "dataset_dict.json"))
-    try:
-        return datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except Exception as error:  # datasets, pyarrow and pandas have many types for files they can't read
-        kind = OSError if isinstance(error, OSError) else ValueError
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        raise kind(f"{name} holds no data set that can be read ({reason}); csv, json or parquet files can") from error
 
 
 # ---- cleaning and splitting: plain lists, no libraries but NumPy ----
@@ -340,17 +312,14 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
 def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-    rows = [row for split in SPLITS for row in splits[split]]
+    rows, label = [row for split in SPLITS for row in splits[split]], "intent" if name == "atis" else "label"
     features = {"text": Value("string")}
     if name == "atis":
-        features["tokens"] = List(Value("string"))
         tags = sorted({tag for row in rows for tag in row["tags"]} - {"O"})
-        features["tags"] = List(ClassLabel(names=["O", *tags]))
+        features |= {"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", *tags]))}
     elif name in _PAIRS:
         features["text_pair"] = Value("string")
-    label = "intent" if name == "atis" else "label"
     names = _LABELS.get(name) or sorted({_label(row) for row in rows})
     features[label] = Value("float32") if name == "stsb" else ClassLabel(names=names)
     columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
-    features = Features(features)
-    return DatasetDict({split: Dataset.from_dict(rows, features=features) for split, rows in columns.items()})
+    return DatasetDict({s: Dataset.from_dict(rows, features=Features(features)) for s, rows in columns.items()})

@@ -16,26 +16,21 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from ..core.batches import one_of, whole
 from ..tasks.task import TASKS, auto_class
 from . import assets, files
 
-# Parts that a task may start new although they lie inside the encoder: the pooler is a head in all but name.
-_MAY_BE_NEW = re.compile(r"(^|\.)(pooler|pooling_layer)(\.|$)")
+_POOLER = r"(^|\.)(pooler|pooling_layer)(\.|$)"  # may start new although it lies inside the encoder: a head in effect
 
 
 def load_tokenizer(name, **kwargs):
     """The fast tokenizer of a model named as in `load_model`; `kwargs` go to AutoTokenizer.from_pretrained.
 
-    Truncation and padding happen only where the caller asks for them: settings baked into tokenizer.json
-    are removed (minilm's file would cut and pad every text to 128 tokens). `model_max_length` is the length
-    of the model's position table: 512 for minilm, which was trained on 128 tokens and which
-    sentence-transformers cuts at 256. A folder without tokenizer files raises ValueError.
-
-    >>> load_tokenizer("mini-lm")
-    Traceback (most recent call last):
-        ...
-    ValueError: no asset is called 'mini-lm'; did you mean minilm? ...
+    Truncation and padding happen only where the caller asks for them: settings baked into tokenizer.json are removed.
+    `model_max_length` is the length of the model's position table: 512 for minilm, which was trained on 128 tokens
+    and which sentence-transformers cuts at 256. A folder without tokenizer files raises ValueError.
     """
     from transformers import AutoTokenizer
 
@@ -58,14 +53,13 @@ def load_model(
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
     name: a short name ("minilm"), an existing folder, or a hub id. task: "sequence-classification",
-    "multi-label-classification", "regression", "token-classification". num_labels may come from `label_names`
-    (which fill config.id2label); regression defaults to 1; a folder saved with a head for this task keeps
-    its own. New head weights are drawn from `seed`, so two calls give equal models, and the global random
-    state is left alone. Weights are float32 and the model is in eval mode. `kwargs` go to from_pretrained:
-    dtype, attn_implementation, values of the config.
+    "multi-label-classification", "regression", "token-classification". num_labels may come from `label_names` (which
+    fill config.id2label); regression defaults to 1; a folder saved with a head for this task keeps its own. New head
+    weights are drawn from `seed`; the global random state is left alone. `kwargs` go to from_pretrained: dtype,
+    attn_implementation, values of the config.
 
-    Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that
-    do not fit, or a checkpoint that lacks weights of the encoder itself.
+    Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
+    fit, or a checkpoint that lacks weights of the encoder itself.
 
     >>> load_model("minilm", task="classify")
     Traceback (most recent call last):
@@ -75,14 +69,18 @@ def load_model(
     kind = TASKS.get(one_of("task", task or "encoder", ("encoder", *TASKS)))
     num_labels, label_names = _check_labels(kind, num_labels, label_names)
 
-    import torch
     import transformers
 
     place = _locate(name, kwargs)
     if kind is not None:
-        num_labels = num_labels or _labels_of_checkpoint(place, kind.architecture, kwargs)
-        if num_labels is None:
-            raise ValueError(f"task '{task}' needs num_labels=… or label_names=[…]")
+        if num_labels is None:  # a checkpoint with this kind of head knows
+            places = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
+            where = {key: kwargs[key] for key in places if key in kwargs} | {"trust_remote_code": False}
+            with _explain(name, place):
+                config = transformers.AutoConfig.from_pretrained(place, **where)
+            if not any(name.endswith(kind.architecture) for name in config.architectures or []):
+                raise ValueError(f"task '{task}' needs num_labels=… or label_names=[…]")
+            num_labels = config.num_labels
         kwargs |= {"num_labels": num_labels, "problem_type": kind.problem_type}
     if label_names is not None:
         kwargs["id2label"] = dict(enumerate(label_names))
@@ -91,7 +89,8 @@ def load_model(
     auto = auto_class(task) if kind else transformers.AutoModel
     # shapes that differ come back in `info`, whose table would go to the log instead of the error
     options = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True, "trust_remote_code": False}
-    with _explain(name, place), _seeded(seed, kwargs), _quiet_loading():
+    with _explain(name, place), quiet(), torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: CUDA is not started, nor its state touched
         model, info = auto.from_pretrained(place, **options)
     _check_weights(name, model, info, kind is not None, kwargs.get("ignore_mismatched_sizes", False))
     return model
@@ -99,20 +98,21 @@ def load_model(
 
 def _check_labels(kind, num_labels, label_names):
     """Number and names of the labels, made consistent; (None, None) when the checkpoint has to tell."""
-    if label_names is not None:
-        label_names = [str(label) for label in label_names]
-        if repeated := [label for label, times in Counter(label_names).items() if times > 1]:
-            raise ValueError(f"label_names has {repeated[0]!r} more than once; each label needs its own name")
-        if num_labels not in (None, len(label_names)):
-            raise ValueError(f"num_labels={num_labels} but label_names has {len(label_names)} names")
-        num_labels = len(label_names)
-    if num_labels is None:
+    names = None if label_names is None else [str(label) for label in label_names]
+    count = num_labels if names is None else len(names)
+    if count is None:
         return (1 if kind and kind.probabilities is None else None), None
-    if kind is None:
-        raise ValueError("num_labels and label_names belong to a head; give a task as well")
-    if whole("num_labels", num_labels) == 1 and kind.problem_type == "single_label_classification":
-        raise ValueError("one label leaves nothing to classify; use num_labels=2, or task='regression'")
-    return num_labels, label_names
+    one = whole("num_labels", count) == 1 and kind and kind.problem_type == "single_label_classification"
+    repeated = [label for label, times in Counter(names).items() if times > 1]
+    for wrong, why in (
+        (repeated, f"label_names has {str(repeated[:1])[1:-1]} more than once; each label needs its own name"),
+        (num_labels not in (None, count), f"num_labels={num_labels} but label_names has {count} names"),
+        (kind is None, "num_labels and label_names belong to a head; give a task as well"),
+        (one, "one label leaves nothing to classify; use num_labels=2, or task='regression'"),
+    ):
+        if wrong:
+            raise ValueError(why)
+    return count, names
 
 
 def _locate(name, kwargs) -> str:
@@ -120,22 +120,41 @@ def _locate(name, kwargs) -> str:
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code is refused: ftlib runs no code from a model's folder or hub page")
     name = os.fspath(name)
-    if name in _models():
-        return str(assets.path(name))
-    if name in assets.manifest():
-        raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
-    if os.path.isdir(name):
+    if os.path.isdir(name) and (os.path.basename(name) != name or name not in _listed()):
         if (config := Path(name, "config.json")).is_file():
             files.refuse_kernels(files.read_json(config), str(config))
         return name
+    if (kind := _listed().get(name, {}).get("kind")) == "model":
+        return str(assets.path(name))
+    if kind:
+        raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
     local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
     if local or ("/" not in name and assets.near_names(name, _models())):
         raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, _models()))
     return name
 
 
-def _models() -> list[str]:
-    return [name for name, entry in assets.manifest().items() if entry["kind"] == "model"]
+def _listed() -> dict[str, dict]:
+    """The assets; none where a copy of this file came without their list: folders and hub ids need none."""
+    with contextlib.suppress(FileNotFoundError):
+        return assets.manifest()
+    return {}
+
+
+def _models() -> dict[str, str]:
+    """{model among the assets: its hub id}."""
+    return {name: entry.get("hub") for name, entry in _listed().items() if entry["kind"] == "model"}
+
+
+def public_name(place: str) -> str | None:
+    """What the place a model came from is called elsewhere: an asset's hub id, a folder's full path, a hub id."""
+    hubs = {str(assets.cache_dir() / name): hub for name, hub in _models().items()}
+    return hubs.get(place) or (os.path.abspath(place) if os.path.isdir(place) else place) or None
+
+
+def local_name(name: str) -> str:
+    """The asset with this hub id, if it is one."""
+    return {hub: asset for asset, hub in _models().items()}.get(name, name)
 
 
 @contextlib.contextmanager
@@ -143,48 +162,21 @@ def _explain(name, place):
     """Transformers says the same for a misspelt name and a missing network; add what was looked for where."""
     try:
         yield
-    except OSError as error:
-        if os.path.isdir(place):
-            raise
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        looked = f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which failed"
-        raise OSError(f"{looked}: {reason} Without the hub, use one of: {', '.join(_models())}") from error
     except (ValueError, TypeError, RuntimeError, MemoryError):
         raise
     except Exception as error:  # Transformers has many types for settings that make no sense
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"'{name}': Transformers can't use its files ({reason}); mend config.json") from error
-
-
-def _labels_of_checkpoint(place: str, ending: str, kwargs) -> int | None:
-    """num_labels of a checkpoint that already has this kind of head, else None."""
-    from transformers import AutoConfig
-
-    places = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-    where = {key: kwargs[key] for key in places if key in kwargs}
-    with _explain(place, place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
-    return config.num_labels if any(name.endswith(ending) for name in config.architectures or []) else None
+        if isinstance(error, OSError) and os.path.isdir(place):
+            raise
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        if not isinstance(error, OSError):
+            raise ValueError(f"'{name}': Transformers can't use its files ({reason}); mend config.json") from error
+        looked = f"'{name}' is no asset of ours and no folder here, so it was looked for on the hub, which failed"
+        raise OSError(f"{looked}: {reason} Without the hub, use one of: {', '.join(_models())}") from error
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, kwargs):
-    """Draw new weights from `seed` and put the global random state back."""
-    import torch
-
-    # Seeding CUDA would start it, or change its global state, for a head that is drawn on the CPU.
-    wanted = kwargs.get("device_map") is not None or torch.cuda.is_initialized()
-    devices = list(range(torch.cuda.device_count())) if wanted and torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _quiet_loading():
-    """Without Transformers' bar over local tensors and its table of new weights, at which `_check_weights` looks."""
+def quiet():
+    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs."""
     from transformers.utils import logging as theirs
 
     def wanted(record: logging.LogRecord) -> bool:
@@ -192,13 +184,11 @@ def _quiet_loading():
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(wanted)
-    # The hook touches Transformers' own bars alone; downloads from the hub keep theirs.
-    set_hook = getattr(theirs, "set_tqdm_hook", lambda hook: None)
-    before = set_hook(lambda factory, args, options: factory(*args, **options | {"disable": True}))
+    before = theirs.set_tqdm_hook(lambda factory, args, options: factory(*args, **options | {"disable": True}))
     try:
         yield
     finally:
-        set_hook(before)
+        theirs.set_tqdm_hook(before)
         logger.removeFilter(wanted)
 
 
@@ -211,7 +201,7 @@ def _check_weights(name, model, info: dict, headed: bool, may_differ: bool) -> N
         raise ValueError(f"the weights of '{name}' do not fit ({'; '.join(sorted(other)[:3])}): {remedy}")
     prefix = f"{model.base_model_prefix}." if headed else ""
     fresh = {*info["missing_keys"], *(key[0] for key in different)}
-    holes = sorted(key for key in fresh if key.startswith(prefix) and not _MAY_BE_NEW.search(key))
+    holes = sorted(key for key in fresh if key.startswith(prefix) and not re.search(_POOLER, key))
     if holes:
         lost = f"{len(holes)} weights of the encoder itself ({', '.join(holes[:3])}, …), which would start random"
         raise ValueError(f"the checkpoint '{name}' lacks {lost}; is it one of {type(model).__name__}?")

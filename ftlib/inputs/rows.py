@@ -1,30 +1,30 @@
 """The door for data: texts, and rows of token ids and labels, checked against a model once, in one pass.
 
-A label outside the model's classes is an index error inside a GPU kernel, a float label trains the wrong loss, and a
-row padded by hand feeds padding to the model as if it were text.  All of it is found here, before any training, and
-said with row, column, value and remedy; behind the door rows are trusted.  A Dataset's rows stay in Arrow and are read
-when a step needs them; a stream's are checked as they come.
+A label outside the model's classes, a float label, a row padded by hand: all of it is found here, before any training,
+and said with row, column, value and remedy; behind the door rows are trusted.  A Dataset's rows stay in Arrow and are
+read when a step needs them; a stream's are checked as they come.
 
-To copy: this file, core/anatomy.py, core/batches.py and tasks/.
+To copy: this file, inputs/agreement.py, core/anatomy.py, core/batches.py and tasks/.
 """
 
-import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..core import anatomy
 from ..core.anatomy import max_positions
 from ..core.batches import Row, short
 from ..tasks.classification import plain
-from ..tasks.task import TASKS, tasks_of
+from ..tasks.task import TASKS, names_of, tasks_of
+from . import agreement
+from .agreement import inputs_of
 
-CHUNK = 1_000  # rows of a Dataset read at a time for the check
+FIRST = "of text, a table or a file, make rows first: data = ftlib.tokenize(data, tokenizer)"
+CHUNK = 1_000  # rows of a Dataset read at a time, one after the other
 
 
 @dataclass(frozen=True)
@@ -35,131 +35,85 @@ class Door:
     name: str = "dataset"
     vocab_size: int | None = None
     max_positions: int | None = None
-    type_vocab_size: int | None = None
-    labels_needed: bool = True
+    labels_needed: bool = True  # False: they are not read
     inputs: frozenset[str] = frozenset({"token_type_ids"})  # further columns that the model's forward takes
     under: str = ""  # the task whose labels plain ones are
-    first: list = field(default_factory=list)  # the columns of the first row
+    sizes: dict[str, int] = field(default_factory=dict)  # of further inputs: numbers below which values must be
+    end: int | None = None  # the end token that the head reads a row at
+    names: dict[str, list[str]] = field(default_factory=dict)  # of classes: the model's, else the first data's
+    first: dict = field(default_factory=dict)  # what all rows must have alike: columns, their forms, end tokens
+    known: dict = field(default_factory=dict)  # {task: which of `names` each of the data's classes is}
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, labels_needed: bool = True, under: str = "") -> "Door":
-        config = model.config
-        limits = {
-            "vocab_size": getattr(config, "vocab_size", None), "max_positions": max_positions(config),
-            "type_vocab_size": getattr(config, "type_vocab_size", None) or None,
-        }  # fmt: skip
-        return cls(tasks_of(model), name, **limits, labels_needed=labels_needed, inputs=inputs_of(model), under=under)
+    def of(
+        cls, model: nn.Module, name: str, labels_needed: bool = True, under: str = "", names: dict | None = None
+    ) -> "Door":
+        """names: {task: names of its classes} that stand for those of a model without; further ones are added."""
+        tasks, names = tasks_of(model), {} if names is None else names
+        own = {task: [name for _, name in sorted(names_of(model, task).items())] for task in tasks}
+        names |= {task: given for task, given in own.items() if not agreement.numbered(given)}
+        return cls(
+            tasks, name, agreement.vocabulary(model), max_positions(model.config), labels_needed,
+            inputs_of(model), under, agreement.sizes_of(model), agreement.end_id(model), names,
+        )  # fmt: skip
 
     def row(self, row: Any, i: int) -> Row:
-        """The row as a dict of its own: ids, further inputs and labels as plain numbers, without what a mask hides."""
+        """The row as a dict of its own, without padding at its ends; an `attention_mask` with zeros between stays."""
         where = f"{self.name} row {i}"
-        if not isinstance(row, dict) or "input_ids" not in row:
-            raise ValueError(f"{where}: expected a dict with 'input_ids', got {short(row)}; use ftlib.tokenize")
-        out: Row = {"input_ids": _numbers(row, "input_ids", self.vocab_size, where)}
-        length = len(out["input_ids"])
-        for name in sorted(self.inputs & row.keys()):
-            if (value := row[name]) is not None and name == "token_type_ids":
-                out[name] = _numbers(row, name, self.type_vocab_size, where, length)
-            elif value is not None:
-                out[name] = _input(name, value, length, where)
-        columns = [name for name in out if name != "input_ids"]
-        self.first or self.first.append(columns)
-        if self.first[0] != columns:
-            odd = min({*self.first[0]} ^ {*columns}, default="inputs")
-            raise ValueError(f"{where}: {odd} in some rows and not in others; tokenize all rows alike")
-        mask = None
-        if row.get("attention_mask") is not None:
-            mask = _numbers(row, "attention_mask", 2, where, length)
-            mask = None if all(mask) else list(mask)
-        if mask:
-            moved = {name: [sum(mask[:place]) for place in out[name]] for name in out if name.endswith("_positions")}
-            out |= {key: _kept(value, mask) for key, value in out.items() if np.ndim(value) and len(value) == length}
-            out |= moved
-        real = len(out["input_ids"])
-        if real == 0:
-            raise ValueError(f"{where}, column 'input_ids': no tokens; drop the row")
-        if self.max_positions is not None and real > self.max_positions:
-            most = f"the model takes {self.max_positions}; tokenize with max_length={self.max_positions}"
-            raise ValueError(f"{where}, column 'input_ids': {real} tokens, {most}")
-        labels = plain(row.get("labels"))
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            raise ValueError(f"{where}: expected a dict with 'input_ids', got {short(row)}; {FIRST}")
+        where_ids = f"{where}, column 'input_ids'"
+        ids = agreement.token_ids(row["input_ids"], self.vocab_size, where_ids)
+        further = {name: row[name] for name in sorted(self.inputs & row.keys()) if row[name] is not None}
+        out, kept = agreement.trimmed({"input_ids": ids, **further}, row.get("attention_mask"), where)
+        real, most = kept.stop - kept.start, self.max_positions
+        if real == 0 or (most is not None and real > most):
+            why = f"{real} tokens, the model takes {most}; tokenize with max_length={most}"
+            raise ValueError(f"{where_ids}: {why if real else 'no tokens; drop the row'}")
+        forms = {n: agreement.checked_input(n, out[n], real, self.sizes.get(n), where) for n in further}
+        if not self.first:
+            agreement.warn_of_unread(row, self.inputs, self.name)
+        agreement.check_alike(self.first, out["input_ids"], forms, self.end, where)
+        labels = plain(row.get("labels")) if self.labels_needed else None
         if isinstance(labels, dict):  # Arrow fills tasks that a row does not have with None
             labels = {task: label for task, label in labels.items() if label is not None}
         if labels is not None and labels != {}:
-            out["labels"] = self._labels(labels, length, mask, f"{where}, column 'labels'")
+            out["labels"] = self._labels(labels, len(ids), kept, f"{where}, column 'labels'")
         elif self.labels_needed:
-            raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...")
+            hint = "; rename the column 'label' to 'labels'" if "label" in row else ""
+            raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...{hint}")
         if "word_starts" in row:
             out["word_starts"] = row["word_starts"]
         return out
 
-    def _labels(self, labels: Any, length: int, mask: list[int] | None, where: str) -> Any:
-        if not isinstance(labels, dict) and self.under:
-            labels = {self.under: labels}
-        if not isinstance(labels, dict) and "" not in self.tasks:
-            has = ", ".join(self.tasks)
-            raise ValueError(f"{where}: a plain label, but the model has the tasks {has}: {{task: label}}")
+    def learn(self, dataset: Any) -> "Door":
+        """Compare the names of a Dataset's classes with the model's; where that has none, they are the names."""
+        for task, names in agreement.class_names(getattr(dataset, "features", None), self.under).items():
+            if self.labels_needed and task in self.tasks and TASKS[self.tasks[task][0]].probabilities:  # not numbers
+                own = self.names.setdefault(task, names)
+                places = agreement.matched(own, names, self.name)
+                if places != list(range(len(names))):
+                    self.known[task] = places
+                    said = f"labels are matched by name: the data has {', '.join(names)}, the model {', '.join(own)}"
+                    warnings.warn(f"{self.name}: {said}", stacklevel=5)
+        return self
+
+    def _labels(self, labels: Any, length: int, kept: slice, where: str) -> Any:
         clean = {}
-        for task, label in labels.items() if isinstance(labels, dict) else [("", labels)]:
+        for task, label in (labels if isinstance(labels, dict) else {self.under: labels}).items():
             if task not in self.tasks:
                 has = "one task" if "" in self.tasks else ", ".join(map(repr, self.tasks))
-                raise ValueError(f"{where}: labels for a task {task!r}; the model has {has}")
-            kind, num_labels = self.tasks[task]
-            record = TASKS[kind]
-            clean[task] = record.check(plain(label), num_labels, length, where + (f" ({task})" if task else ""))
-            if mask and record.a_token:
-                clean[task] = _kept(clean[task], mask)
+                why = f"a plain label, but the model has the tasks {', '.join(self.tasks)}: {{task: label}}"
+                raise ValueError(f"{where}: {f'labels for a task {task!r}; the model has {has}' if task else why}")
+            (kind, num_labels), at, label = self.tasks[task], where + (f" ({task})" if task else ""), plain(label)
+            label, places = TASKS[kind].check(label, num_labels, length, at), self.known.get(task)
+            if places and TASKS[kind].multi_hot:
+                label = [value for _, value in sorted(zip(places, label, strict=True))]
+            elif places:
+                number = dict(enumerate(places))  # what is ignored stays
+                label = [number.get(i, i) for i in label] if TASKS[kind].a_token else number.get(label, label)
+            clean[task] = label[kept] if TASKS[kind].a_token else label
         return clean[""] if "" in self.tasks else clean
-
-
-_NO_INPUTS = frozenset(  # what a batch has anyway, and switches
-    "attention_mask cache_position input_ids inputs_embeds kwargs labels logits_to_keep output_attentions "
-    "output_hidden_states past_key_values return_dict self use_cache".split()
-)
-
-
-def inputs_of(model: nn.Module) -> frozenset[str]:
-    """The names of what a model's forward takes beside token ids, mask and labels."""
-    parameters = inspect.signature(anatomy.unwrapped(model).forward).parameters
-    named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    return frozenset(getattr(model, "input_names", named)) - _NO_INPUTS  # a MultiTaskModel knows them
-
-
-def _input(name: str, value: Any, length: int, where: str) -> Any:
-    """A further input of the model: numbers; positions are those of tokens of the row."""
-    try:
-        right = np.asarray(value).dtype.kind in "biuf"
-    except ValueError:  # lists of different lengths
-        right = False
-    what = "positions of the row's tokens" if right and name.endswith("_positions") else "numbers"
-    if not right or (what != "numbers" and not 0 <= np.min(value) <= np.max(value) < length):
-        raise ValueError(f"{where}, column {name!r}: expected {what}, got {short(value)}; drop the column or mend it")
-    return value
-
-
-def _numbers(row: Row, name: str, size: int | None, where: str, length: int | None = None) -> Sequence[int]:
-    """A column's whole numbers, each below `size`, as many as `length`; arrays from Arrow stay where they are."""
-    values, where = row[name], f"{where}, column {name!r}"
-    if length is not None and np.ndim(values) and len(values) != length:
-        raise ValueError(f"{where}: {len(values)} {name} values for {length} input_ids; must be equal")
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1 and len(values):
-        if size is None or 0 <= values.min() <= values.max() < size:
-            return values
-    values = plain(values)
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{where}: expected a list of whole numbers, got {short(values)}")
-    if not set(map(type, values)) <= {int}:
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{where}: {short(value)} is no whole number")
-        values = [int(value) for value in values]
-    if size is not None and values and not 0 <= min(values) <= max(values) < size:
-        bad = max(values) if max(values) >= size else min(values)
-        raise ValueError(f"{where}: id {bad} is outside 0..{size - 1}; tokenizer and model differ")
-    return list(values)
-
-
-def _kept(values: Sequence, mask: list[int]) -> list:
-    return [value for value, keep in zip(values, mask, strict=True) if keep]
 
 
 class Rows(Sequence):
@@ -171,21 +125,23 @@ class Rows(Sequence):
     def __init__(self, source: Any, door: Door):
         self.door, self.table, self.kept = door, None, []
         if hasattr(source, "column_names"):
-            columns = source.column_names
-            wanted = {"input_ids", "attention_mask", "labels", *door.inputs}
-            self.table = source.select_columns([c for c in columns if c in wanted]).with_format("arrow")
-            self.lengths = np.empty(len(source), dtype=np.int32)
-            for start in range(0, len(source), CHUNK):
-                rows = self.take(range(start, min(start + CHUNK, len(source))))
-                self.lengths[start : start + len(rows)] = [len(row["input_ids"]) for row in rows]
+            lists = [name for name, kind in source.features.items() if hasattr(kind, "feature")]  # no pictures, say
+            for row in source.select_columns(lists).take(1) if len(source) else ():
+                agreement.warn_of_unread(row, door.inputs, door.name)
+            wanted = {"input_ids", "attention_mask", "label", "labels", *door.inputs}
+            self.table = source.select_columns([c for c in source.column_names if c in wanted]).with_format("arrow")
         else:
             self.kept = [door.row(row, i) for i, row in enumerate(source)]
-            self.lengths = np.array([len(row["input_ids"]) for row in self.kept], dtype=np.int32)
+        self.lengths = np.fromiter((len(row["input_ids"]) for row in self), dtype=np.int32)
         if not len(self):
             raise ValueError(f"{door.name} has zero examples")
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.kept if self.table is None else self.table)
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), CHUNK):
+            yield from self[start : start + CHUNK]
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -207,20 +163,19 @@ def _values(column: Any) -> list:
     import pyarrow
 
     column = column.combine_chunks()
-    inner = getattr(column.type, "value_type", None)
-    if inner is None or not pyarrow.types.is_integer(inner) or not hasattr(column, "offsets"):
+    lists = hasattr(column, "offsets") and pyarrow.types.is_integer(column.type.value_type)
+    if not lists or column.null_count or column.values.null_count:
         return column.to_pylist()
-    if column.null_count or column.values.null_count:
-        return column.to_pylist()
-    flat, ends = column.values.to_numpy(), column.offsets.to_numpy()
-    return [flat[begin:end] for begin, end in pairwise(ends)]
+    flat = column.values.to_numpy()
+    return [flat[begin:end] for begin, end in pairwise(column.offsets.to_numpy())]
 
 
+@dataclass
 class Stream:
     """Rows that come one after the other, checked as they come; read again from the start for every epoch."""
 
-    def __init__(self, source: Iterable, door: Door):
-        self.source, self.door = source, door
+    source: Iterable
+    door: Door
 
     def __iter__(self) -> Iterator[Row]:
         return (self.door.row(row, i) for i, row in enumerate(self.source))
@@ -228,12 +183,11 @@ class Stream:
 
 def take(parts: Mapping[str, Rows | Stream], places: Sequence[tuple[Any, Any]]) -> list[Row]:
     """The rows at [(part, number)], in this order, read part by part; a stream's place is the row itself."""
-    wanted: dict[Any, list[int]] = {}
+    wanted: dict[Any, list] = {}
     for name, number in places:
         wanted.setdefault(name, []).append(number)
-    read = {}
-    for name, own in wanted.items():
-        read[name] = iter(own if isinstance(parts[name], Stream) else parts[name].take(own))
+    streams = {name for name in wanted if isinstance(parts[name], Stream)}
+    read = {name: iter(own if name in streams else parts[name].take(own)) for name, own in wanted.items()}
     return [next(read[name]) for name, _ in places]
 
 
@@ -242,49 +196,50 @@ def is_stream(data: Any) -> bool:
     return isinstance(data, Iterable) and not hasattr(data, "__len__")
 
 
+def listed(data: Any) -> Any:
+    """The rows of PyTorch's datasets, which have a length and numbers but nothing else, as a list; else as it is."""
+    of_torch = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "__iter__")
+    return [data[i] for i in range(len(data))] if of_torch else data
+
+
 def checked(dataset: Any, door: Door) -> Rows:
     """The rows of a Dataset, or of any collection of dicts; TypeError or ValueError for what is none."""
-    columns = getattr(dataset, "column_names", None)
-    if isinstance(columns, dict):
-        raise TypeError(f"{door.name} is a DatasetDict; pass one split, e.g. {door.name}['train']")
-    if columns is not None and "input_ids" not in columns and not is_stream(dataset):
-        has = ", ".join(columns) or "none"
-        raise ValueError(f"{door.name} has no column 'input_ids' (it has {has}); call ftlib.tokenize first")
-    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, bytes, dict)):
-        raise TypeError(f"{door.name} must be a Dataset or a list of rows, got {type(dataset).__name__}")
-    return Rows(list(dataset) if is_stream(dataset) else dataset, door)
+    if hasattr(dataset, "to_dict") and "input_ids" in getattr(dataset, "columns", ()):  # a DataFrame of rows
+        dataset = dataset.to_dict("records")
+    columns, got = getattr(dataset, "column_names", None), type(dataset).__name__
+    dataset = listed(dataset)
+    rows = isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, dict))
+    rows = rows and (columns is not None or not hasattr(dataset, "columns"))
+    for wrong, kind, why in (
+        (isinstance(columns, dict), TypeError, f" is a DatasetDict; pass one split, e.g. {door.name}['train']"),
+        (columns is not None and "input_ids" not in columns and not is_stream(dataset), ValueError,
+         f" has no column 'input_ids' (it has {', '.join(columns or ()) or 'none'}); call ftlib.tokenize first"),
+        (not rows, TypeError, f" must be a Dataset or a list of rows, got {got}; {FIRST}"),
+    ):  # fmt: skip
+        if wrong:
+            raise kind(door.name + why)
+    return Rows(list(dataset) if is_stream(dataset) else dataset, door.learn(dataset))
 
 
-def checked_rows(rows: Any, tasks: dict[str, tuple[str, int]], **limits: Any) -> Rows:
-    """Rows that fit `tasks`, {task name ("" for a model with one task): (kind, number of labels)}.
-
-    limits: name, vocab_size, max_positions, type_vocab_size, labels_needed of a `Door`.
-
-    >>> checked_rows([{"input_ids": [1], "labels": 7}], {"": ("sequence-classification", 2)})
-    Traceback (most recent call last):
-    ...
-    ValueError: dataset row 0, column 'labels': label 7 is outside 0..1; give the model num_labels=8 or mend the label
-    """
-    return checked(rows, Door(tasks, **limits))
-
-
-def rows_for(dataset: Any, model: nn.Module, *, name: str, labels_needed: bool = True) -> list[Rows]:
+def rows_for(dataset: Any, model: nn.Module, *, name: str, names: dict | None = None) -> list[Rows]:
     """Checked rows from a dataset, or from {task or mixture name: dataset} for a MultiTaskModel: a part each."""
-    if isinstance(dataset, dict) and not hasattr(dataset, "column_names"):
-        return list(parts_for(dataset, model, name=name).values())
-    return [checked(dataset, Door.of(model, name, labels_needed))]
+    return list(parts_for(dataset, model, name=name, names=names, whole=True).values())
 
 
-def parts_for(dataset: Any, model: nn.Module, *, name: str, stream: bool = False) -> dict[str, Rows | Stream]:
+def parts_for(
+    dataset: Any, model: nn.Module, *, name: str, stream: bool = False, names: dict | None = None, whole: bool = False
+) -> dict[str, Rows | Stream]:
     """{name: checked rows} from {name: dataset}; plain labels under a task's name become {task: label}.
 
-    stream: what has no length stays a `Stream`; else it is read to its end.
+    stream: what has no length stays a `Stream`; else it is read to its end, a datasets.IterableDataset if `whole`.
+    names: as in `Door.of`.
     """
+    names = {} if names is None else names
     if not isinstance(dataset, dict) or hasattr(dataset, "column_names"):
-        door = Door.of(model, name)
-        if is_stream(dataset) and hasattr(dataset, "take") and not stream:  # it may have no end
+        door = Door.of(model, name, names=names)
+        if is_stream(dataset) and hasattr(dataset, "take") and not stream and not whole:  # it may have no end
             raise ValueError(f"{name} is a {type(dataset).__name__}, of unknown length; say how far: max_steps")
-        return {"": Stream(dataset, door) if stream and is_stream(dataset) else checked(dataset, door)}
+        return {"": Stream(dataset, door.learn(dataset)) if stream and is_stream(dataset) else checked(dataset, door)}
     tasks = tasks_of(model)
     if not dataset:
         raise ValueError(f"{name} is empty; pass {{task name: dataset}}")
@@ -294,7 +249,7 @@ def parts_for(dataset: Any, model: nn.Module, *, name: str, stream: bool = False
     for key, part in dataset.items():
         if is_stream(part) and hasattr(part, "take"):
             raise ValueError(f"{name}[{key!r}] is a stream; several datasets are mixed by size, so load it whole")
-        parts[key] = checked(part, Door.of(model, f"{name}[{key!r}]", under=key))
+        parts[key] = checked(part, Door.of(model, f"{name}[{key!r}]", under=key, names=names))
     return parts
 
 

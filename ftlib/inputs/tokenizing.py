@@ -1,126 +1,180 @@
 """From text to token rows, once, for any task: padding comes as late as possible, in core/batches.py.
 
-To copy: this file, inputs/rows.py, core/anatomy.py, core/batches.py and tasks/ (datasets to tokenize a Dataset).
+To copy: this file, inputs/rows.py, inputs/agreement.py, core/anatomy.py, core/batches.py and tasks/ (inputs/reading.py
+and datasets for `tokenize`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from ..core.batches import Row, one_of, short, whole
 from ..tasks.tagging import align, word_ids
-from ..tasks.task import TASKS, encode_plain
+from ..tasks.task import TASKS, encode_plain, keep_label
 from .rows import checked_column, checked_texts, is_stream, text_iterator
+
+INPUTS = frozenset(  # columns that models take beside texts: made of tokens, so that they do not survive tokenizing
+    "attention_mask bbox decoder_input_ids global_attention_mask input_ids langs pixel_values position_ids "
+    "token_type_ids".split()
+)
 
 
 def tokenize(
-    dataset: Any,
-    tokenizer: Any,
-    *,
-    max_length: int | None = None,
-    truncation: bool = True,
-    text: str | None = None,
-    text_pair: str | None = None,
-    label: str | dict[str, str] | None = None,
-    task: str | None = None,
-) -> Any:
-    """Turn a Dataset (or DatasetDict, or IterableDataset) of text into one of token ids, for any task.
+    dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, text: str | None = None,
+    text_pair: str | None = None, label: str | dict[str, str] | None = None, task: str | None = None,
+) -> Any:  # fmt: skip
+    """Turn a table of texts into a Dataset of token ids, for any task; a DatasetDict where there are several splits.
 
     Args:
-        dataset: `datasets.Dataset`, `DatasetDict` or `IterableDataset`, which is tokenized as it is read.
+        dataset: what `reading.as_dataset` takes: a Dataset, DatasetDict or IterableDataset (tokenized as it is read), a
+            DataFrame, a list of dicts, {column: list}, a file's path, {split: any of these}.  Rows of a Dataset that
+            lies on disk go into a temporary file, until Python ends; nothing is written beside the data.
         tokenizer: a fast Transformers tokenizer.
         max_length: longest row in tokens, special tokens included; default: what the tokenizer's model takes.
         truncation: cut longer texts; with False a longer text is an error that names its row.
         text, text_pair: columns to read; default: `text` (or `tokens`, a list of words), and `text_pair` if there.
-        label: column with the labels, default `label` if there; or {task name: column} for multi-task rows, where
-            `labels` becomes a dict.  A list of whole numbers beside a list of words is tags, one a word: each is
-            put on the first piece of its word, -100 elsewhere.  Any other list is kept: multi-label.
-        task: the kind of task, for those that read further columns: "relation-classification" reads `spans`.
+            Words become the pieces that they are in the text, joined by spaces.
+        label: column with the labels, default `label` or `labels` if there; or {task name: column} for multi-task rows,
+            where `labels` becomes a dict.  A list of whole numbers or names beside a list of words is tags, one a word:
+            each is put on the first piece of its word, -100 elsewhere.  Any other list is kept: multi-label.
+        task: the kind of task, for those that read further columns: "relation-classification" reads `spans`;
+            with "multi-label-classification" lists of class names become a 0 or 1 for each class.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and
-    `labels` if there were any.
+    `labels` if there were any.  Labels that are text are numbered, over all splits together, in the order of their
+    names (the tag O first, whole numbers by size), with a warning that states it.  The names, or those of a ClassLabel,
+    stay in the features, `ClassLabel`, `List(ClassLabel)` for tags, of fixed length for several labels:
 
-    Raises ValueError or TypeError naming row, column and value for None, empty text, text with no valid Unicode
-    form, labels that are None or text, and tags that are not as many as the words; and, with truncation=False,
-    for text that is too long.
+        data = ftlib.tokenize("reviews.csv", tokenizer)
+        model = ftlib.load_model("minilm", "sequence-classification", label_names=data.features["labels"].names)
+
+    Raises ValueError or TypeError naming row, column and value for None, empty text or none in Unicode, labels that are
+    None or a stream's text, tags not as many as the words, and, with truncation=False, for text that is too long.
     """
-    columns = getattr(dataset, "column_names", None)
-    options = dict(max_length=max_length, truncation=truncation, text=text, text_pair=text_pair, label=label, task=task)
-    if isinstance(columns, dict):  # DatasetDict
-        done = type(dataset)()
-        for split, part in dataset.items():
-            try:
-                done[split] = tokenize(part, tokenizer, **options)
-            except (ValueError, TypeError) as error:
-                kind = ValueError if isinstance(error, ValueError) else TypeError
-                raise kind(f"split {split!r}: {error}") from error
-        return done
-    if not hasattr(dataset, "map"):
-        got = f"got {type(dataset).__name__}; build one with Dataset.from_dict({{...}})"
-        raise TypeError(f"tokenize takes a datasets.Dataset or DatasetDict, {got}")
-    streams = is_stream(dataset)
-    if columns is None:  # a stream that does not know them
-        columns = list(next(iter(dataset.take(1)), {}))
-    if not streams and len(dataset) == 0:
-        raise ValueError("the dataset has zero examples; nothing to tokenize")
-    record = TASKS[one_of("task", task, TASKS)] if task is not None else None
+    from .reading import as_dataset
 
-    text, text_pair, sources = _columns(columns, text, text_pair, label, record.columns if record else ())
+    data = as_dataset(dataset)
+    parts = data if isinstance(data, dict) else {"": data}
+    record = TASKS[one_of("task", task, TASKS)] if task is not None else None
+    found, done, split = {}, {}, ""
+    try:
+        for split, part in parts.items():
+            found[split] = _columns(part, text, text_pair, label, record.columns if record else ())
+        names = _class_names(parts, found)
+        for split, part in parts.items():
+            encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, truncation=truncation, record=record)
+            done[split] = _tokenized(part, encode, record, names[split], found[split])
+    except (ValueError, TypeError) as error:
+        if not split:
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"split {split!r}: {error}") from error
+    return type(data)(done) if isinstance(data, dict) else done[""]
+
+
+def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[str, int]], found: tuple) -> Any:
+    """One split.  names: {label column: {name: number}}; found: what `_columns` gives."""
+    import datasets
+
+    text, text_pair, sources, columns = found
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         first = checked_column(batch[text], indices, text)
         second = checked_column(batch[text_pair], indices, text_pair) if text_pair else None
-        beside = {name: batch[name] for name in record.columns} if record else None
-        encoded, inputs = _encode(first, second, tokenizer, max_length, truncation, indices, record, beside)
-        labels = {
-            task: [
-                _label(value, first[i], encoded, i, f"row {row}, column {column!r}", record)
-                for i, (value, row) in enumerate(zip(batch[column], indices, strict=True))
+        encoded, inputs = encode(first, second, indices=indices, beside=batch)
+        labels = {}
+        for task, column in sources.items():
+            labels[task] = [
+                _label(value, first[i], encoded, i, f"row {indices[i]}, column {column!r}", record, names[column])
+                for i, value in enumerate(batch[column])
             ]
-            for task, column in sources.items()
-        }
-        if not labels:
-            return {**encoded, **inputs}
-        mixed = [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
-        return {**encoded, **inputs, "labels": labels.get(None, mixed)}  # one task: a plain column
+        if labels:  # one task: a plain column
+            mixed = [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
+            inputs = {**inputs, "labels": labels.get(None, mixed)}
+        return {**encoded, **inputs}
 
-    how = dict(batched=True, with_indices=True, remove_columns=columns)
-    if streams:
-        return dataset.map(work, **how)
-    plain = dataset.with_format(None)
-    with _bar_if(len(plain) > 20_000):
-        return plain.map(work, **how, load_from_cache_file=False)
-
-
-def _columns(columns: list[str], text: Any, text_pair: Any, label: Any, more: Sequence[str]) -> tuple[str, Any, dict]:
-    """The columns of the texts, and {task: column} of the labels, where they are not named and so looked for."""
-    if text is None:
-        wants_words = "tokens" in columns and ("text" not in columns or label not in (None, "label"))
-        text = "tokens" if wants_words else "text"
-    if text_pair is None and "text_pair" in columns and text == "text":
-        text_pair = "text_pair"
-    if label is None:
-        label = "label" if "label" in columns else {}
-    sources = {None: label} if isinstance(label, str) else dict(label)
-    for column in [text, *([text_pair] if text_pair else []), *sources.values(), *more]:
-        if column not in columns:
-            raise ValueError(f"no column {column!r}: the dataset has {', '.join(columns)}; name it: text=, label=")
-    return text, text_pair, sources
+    how, stream = dict(batched=True, with_indices=True, remove_columns=columns), is_stream(part)
+    part = part if stream else part.with_format(None)
+    if any(names.values()) and (first := next(iter(part), None)):  # labels with the names of their classes
+        features = datasets.Dataset.from_dict(work({name: [value] for name, value in first.items()}, [0])).features
+        for task, column in sources.items():
+            where, key = (features, "labels") if task is None else (features["labels"], task)
+            if names[column]:
+                kind, several = datasets.ClassLabel(names=list(names[column])), isinstance(where[key], datasets.List)
+                size = len(names[column]) if record and record.multi_hot else -1
+                where[key] = datasets.List(kind, length=size) if several else kind
+        how["features"] = features
+    if stream:
+        return part.map(work, **how)
+    with ExitStack() as after:
+        if datasets.is_caching_enabled():  # its file would lie beside the data; else it is a temporary one
+            datasets.disable_caching()
+            after.callback(datasets.enable_caching)
+        if len(part) <= 20_000 and not datasets.are_progress_bars_disabled():  # a second of work needs no bar
+            datasets.disable_progress_bars()
+            after.callback(datasets.enable_progress_bars)
+        return part.map(work, **how, load_from_cache_file=False)
 
 
-@contextmanager
-def _bar_if(wanted: bool) -> Iterator[None]:
-    """The datasets library shows a bar for every map; for a second of work that only litters a notebook."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _columns(part: Any, text: Any, text_pair: Any, label: Any, more: Sequence[str]) -> tuple[str, Any, dict, list[str]]:
+    """The columns of the texts, {task: column} of the labels, where they are not named looked for; and all columns."""
+    columns = part.column_names or list(next(iter(part.take(1)), {}))  # a stream may not know them
+    usual = [column for column in ("label", "labels") if column in columns]
+    wants_words = "tokens" in columns and ("text" not in columns or label not in (None, *usual))
+    text = text or ("tokens" if wants_words else "text")
+    text_pair = text_pair or ("text_pair" if text == "text" and "text_pair" in columns else None)
+    chosen = (usual or [{}])[0] if label is None else label
+    sources = {None: chosen} if isinstance(chosen, str) else dict(chosen)
+    read = [text, *([text_pair] if text_pair else []), *sources.values(), *more]
+    has = f"the dataset has {', '.join(columns)}; name it: text=, label= (a file's first line names its columns)"
+    for wrong, why in (
+        (not is_stream(part) and len(part) == 0, "the dataset has zero examples; nothing to tokenize"),
+        (label is None and len(usual) > 1, "columns 'label' and 'labels': say which is meant, label="),
+        (text not in columns and "input_ids" in columns, "already tokenized: it has 'input_ids'; pass it to fit"),
+        *((column not in columns, f"no column {column!r}: {has}") for column in read),
+    ):
+        if wrong:
+            raise ValueError(why)
+    if lost := sorted(INPUTS.intersection(columns).difference(read)):
+        warnings.warn(f"columns left out: {', '.join(lost)}: they go with tokens; add them to the result", stacklevel=3)
+    return text, text_pair, sources, columns
 
-    hide = not wanted and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
+
+def _class_names(parts: dict, found: dict) -> dict[str, dict[str, dict[str, int]]]:
+    """{split: {label column: {name: number}}} of a ClassLabel's names, or, for text, of names made here; {} else."""
+    names: dict[str, dict[str, dict]] = {split: {} for split in parts}
+    texts: dict[str, dict[str, set]] = {}  # {column: {split: the names that occur}}
+    for split, (_, _, sources, _) in found.items():
+        for column in sources.values():
+            feature = (parts[split].features or {}).get(column)
+            while hasattr(feature, "feature"):
+                feature = feature.feature
+            if "string" in str(getattr(feature, "dtype", None)) and not is_stream(parts[split]):
+                values = parts[split].select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+                while hasattr(values, "flatten"):
+                    values = values.flatten()
+                texts.setdefault(column, {})[split] = {v for v in values.unique().to_pylist() if v and v.strip()}
+            else:
+                names[split][column] = {name: number for number, name in enumerate(getattr(feature, "names", ()))}
+    for column, held in texts.items():
+        known = [own[column] for own in names.values() if column in own]
+        if {} in known:
+            raise ValueError(f"column {column!r} holds text in {', '.join(held)}, numbers elsewhere; make them alike")
+        every = set().union(*held.values())
+        whole = all(name.removeprefix("-").isdecimal() for name in every)
+        every = sorted(every, key=lambda name, whole=whole: (name != "O", int(name) if whole else 0, name))
+        made = known[0] if known else {name: number for number, name in enumerate(every)}
+        for split in held:
+            names[split][column] = made
+        order = ", ".join(f"{number} {name!r}" for name, number in list(made.items())[:20]) + ", ..." * (len(made) > 20)
+        warnings.warn(
+            f"column {column!r}: labels that are text are numbered {order}; tokenize all splits together, "
+            "{split: data}, and give the model these label_names (in dataset.features['labels'])",
+            stacklevel=3,
+        )
+    return names
 
 
 def encode_texts(
@@ -145,13 +199,9 @@ def encode_texts(
     encoded, _ = _encode(first, second, tokenizer, max_length, truncation, indices, mask=False)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     rows: list[Row] = [{key: encoded[key][i] for key in keys} for i in range(len(first))]
-    if not isinstance(first[0], str):
-        for i, row in enumerate(rows):
-            starts: dict[int, int] = {}
-            for place, word in enumerate(word_ids(encoded, i)):
-                if word is not None:
-                    starts.setdefault(word, place)
-            row["word_starts"] = [starts.get(word) for word in range(len(first[i]))]
+    for i, row in enumerate(rows if not isinstance(first[0], str) else ()):
+        starts = {word: place for place, word in reversed([*enumerate(word_ids(encoded, i))])}
+        row["word_starts"] = [starts.get(word) for word in range(len(first[i]))]
     return rows
 
 
@@ -166,37 +216,56 @@ def _encode(
     for row, *texts in zip(indices, first, *([second] if second else []), strict=True):
         if any(isinstance(text, str) == words for text in texts):
             raise TypeError(f"row {row}: {short(texts[-1])}; either all texts are strings, or all are lists of words")
-    specials = tokenizer.num_special_tokens_to_add(pair=second is not None)
-    if max_length is not None:
-        whole("max_length", max_length, specials + 1)  # the special tokens, and one more
-    limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
-    if limit is not None and limit > 1_000_000:  # the library's "no limit known"
-        limit = None
-
-    def tokenized(first: list, second: list | None) -> Any:
-        return tokenizer(
-            first, second, truncation=bool(truncation and limit), max_length=limit if truncation else None,
-            padding=False, is_split_into_words=words, return_attention_mask=mask, verbose=False,
-        )  # fmt: skip
-
+    if max_length is not None:  # the special tokens, and one more
+        whole("max_length", max_length, tokenizer.num_special_tokens_to_add(pair=second is not None) + 1)
+    limit = max_length or getattr(tokenizer, "model_max_length", None) or float("inf")
+    cut = truncation and limit <= 1_000_000  # more is the library's "no limit known"
+    if words:
+        first, second = _spaced(first, tokenizer), second and _spaced(second, tokenizer)
+    tokenized = partial(
+        tokenizer, truncation=cut, max_length=limit if cut else None, padding=False, is_split_into_words=words,
+        return_attention_mask=mask, verbose=False,
+    )  # fmt: skip
     encode = record.encode if record else encode_plain
     encoded, inputs = encode(tokenized, first, second, beside, [f"row {row}" for row in indices])
-    for row, ids in zip(indices, encoded["input_ids"], strict=True) if limit is not None and not truncation else ():
+    for row, ids in zip(indices, encoded["input_ids"], strict=True):
         if len(ids) > limit:
             raise ValueError(f"row {row}: {len(ids)} tokens, the limit is {limit}; cut it or set truncation=True")
     return encoded, inputs
 
 
-def _label(value: Any, text: Any, encoded: Any, i: int, where: str, record: Any) -> Any:
-    """A label, ready for a row: tags on the first pieces of their words, anything else as it is."""
-    if value is None:
-        raise ValueError(f"{where}: the label is None; drop the row or label it")
-    if isinstance(value, str):
-        raise TypeError(f"{where}: the label {value!r} is text; number it: dataset.class_encode_column(column)")
-    for item in value if isinstance(value, (list, tuple)) else ():
-        if isinstance(item, bool) or not isinstance(item, (int, float)):
-            raise TypeError(f"{where}: {short(item)} among the labels; number them, e.g. with datasets.ClassLabel")
-    if record is not None:
-        return record.align(value, text, encoded, i, where)
-    whole = isinstance(value, (list, tuple)) and not any(isinstance(item, float) for item in value)
-    return align(value, text, encoded, i, where) if whole and not isinstance(text, str) else value
+def _spaced(rows: list[list[str]], tokenizer: Any) -> list[list[str]]:
+    """Words with a space before each but the first, where the pieces of a text hold it: byte-level BPE."""
+    words = [word for row in rows[:32] for word in row[:8]]
+    pairs = list(pairwise([*words, words[0]]))
+    right, plain, spaced = (
+        tokenizer(form, is_split_into_words=i > 0, add_special_tokens=False, verbose=False)["input_ids"]
+        for i, form in enumerate(([" ".join(p) for p in pairs], pairs, [(a, f" {b}") for a, b in pairs]))
+    )
+    same = [sum(map(list.__eq__, right, own)) for own in (plain, spaced)]
+    if not any(same) and any(tokenizer.unk_token_id not in ids for ids in right):
+        raise ValueError(
+            f"words: {short(pairs[0])} have other pieces than the text, unknown to the model; load the tokenizer with "
+            "add_prefix_space=True, or join the words"
+        )
+    return rows if same[0] >= same[1] else [[row[0], *(f" {word}" for word in row[1:])] for row in rows]
+
+
+def _label(value: Any, text: Any, encoded: Any, i: int, where: str, record: Any, names: dict[str, int]) -> Any:
+    """A label, ready for a row: names as numbers, tags on the first pieces of their words, anything else as it is."""
+    listed = isinstance(value, (list, tuple))
+    items = [names.get(item, item) if isinstance(item, str) else item for item in (value if listed else [value])]
+    items = [int(item) if isinstance(item, bool) else item for item in items]
+    for item in items:
+        if not isinstance(item, (int, float) if listed else (int, float, dict)):
+            said = f"{short(item)} among the labels" if listed else f"the label is {short(item)}"
+            remedy = "drop the row or label it, with a number" + " or a name of a class that is known" * (item != "")
+            raise (ValueError if not listed and item in (None, "") else TypeError)(f"{where}: {said}; {remedy}")
+    if names and listed and (record.multi_hot if record else isinstance(text, str)):
+        if record is None:
+            hot = next(kind for kind, task in TASKS.items() if task.multi_hot)
+            raise ValueError(f"{where}: a list of classes for one text; say that it has several: task={hot!r}")
+        return [int(number in items) for number in range(len(names))]
+    tags = listed and not isinstance(text, str) and not any(isinstance(item, float) for item in items)
+    arrange = record.align if record else align if tags else keep_label
+    return arrange(items if listed else items[0], text, encoded, i, where)

@@ -9,6 +9,7 @@ Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arX
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..core.batches import number, one_of, whole
 
 _QUERY_VALUE = (
     "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj", "q", "v", "Wqkv", "qkv_proj",
-    "c_attn", "query_key_value",
+    "c_attn", "query_key_value", "in_proj", "q_head", "v_head",
 )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ class LoRA(_Adapter):
     def merged(self) -> nn.Module:
         """One linear layer that computes the same (without dropout)."""
         linear = self.base_layer.whole() if isinstance(self.base_layer, Int8Linear) else self.base_layer
-        if type(linear) is not nn.Linear and not turned(linear):
+        if not linear.weight.is_floating_point():  # any float one, FalconLinear too
             raise ValueError(f"can't merge into a {type(linear).__name__}; load the base unquantized, and the adapter")
         with torch.no_grad():
             update = self.scale * self.lora_B.weight @ self.lora_A.weight  # (out, in)
@@ -130,7 +131,8 @@ class Int8Linear(nn.Module):
     def whole(self) -> nn.Module:
         """A layer of the kind it was made of, with the rounded weights."""
         sizes = (self.in_features, self.out_features, self.bias is not None)
-        linear = nn.Linear(*sizes) if self.kind is nn.Linear else self.kind(self.out_features, self.in_features)
+        turned_too = not issubclass(self.kind, nn.Linear)  # Conv1D names its sizes the other way round
+        linear = self.kind(self.out_features, self.in_features) if turned_too else self.kind(*sizes)
         linear.weight.data = self.weight.T.contiguous() if turned(linear) else self.weight
         if self.bias is not None:
             linear.bias.data = self.bias.data
@@ -158,6 +160,11 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if m in inside and (isinstance(m, nn.Linear) or turned(m))}
 
 
+def experts(model: nn.Module) -> list[str]:
+    """The names of parameters that hold all experts of a layer, (experts, out, in), where linear layers could be."""
+    return [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+
+
 def add_lora(
     base: nn.Module, *, rank: int = 8, alpha: float = 16, targets: Any = None, dropout: float = 0.0,
     rslora: bool = False, base_bits: int | None = None,
@@ -168,6 +175,9 @@ def add_lora(
     number("dropout", dropout, 0, 1, below=True)
     one_of("base_bits", base_bits, (None, 8, 4))
     found = linears(base)
+    if targets == "all-linear" and (fused := experts(base)):
+        whole_way = "name targets, or pass peft.LoraConfig(target_modules='all-linear')"
+        raise ValueError(f"{fused[0]} holds experts in one parameter, which is no linear layer; {whole_way}")
     chosen = matching(found, targets)
     if base_bits:
         replace(base, {n: Int8Linear(m) if base_bits == 8 else _four_bits(m) for n, m in found.items()})
@@ -185,22 +195,27 @@ def matching(found: dict[str, nn.Module], targets: Any) -> list[str]:
     idle = [] if targets is None and chosen else [t for t, names in hits.items() if not names]
     if idle or not chosen:
         what = "the default targets (query and value)" if targets is None else f"targets={idle!r}"
-        raise ValueError(f"{what} match no linear layer; the layers have {', '.join(endings)}; or use 'all-linear'")
+        here = f"{', '.join(endings)}; or use 'all-linear'" if found else "none: choose another strategy"
+        raise ValueError(f"{what} match no linear layer; the layers have {here}")
     return [name for name in found if name in chosen]
 
 
 def add_bottlenecks(base: nn.Module, *, reduction: float = 16, attention: bool = True) -> None:
-    """Put a bottleneck of width out / reduction after every feed-forward block, and (Houlsby) after attention."""
+    """Put a bottleneck of width out / reduction after every feed-forward block, and (Houlsby) after each attention."""
     number("reduction", reduction, 1)
-    last: dict[tuple[nn.Module, bool], str] = {}  # (layer, in attention?) -> the linear layer that ends the block
+    last: dict[tuple[nn.Module, str], str] = {}  # (layer, its attention or "") -> the linear layer that ends the block
     hidden, names = base.config.hidden_size, {module: name for name, module in linears(base).items()}
     for layer in (layer for stack in anatomy.stacks(base) for layer in stack):
-        for inner, linear in layer.named_modules():
+        for linear in layer.modules():
             if linear in names and _sizes(linear)[1] == hidden:
-                last[layer, "att" in inner.lower()] = names[linear]
-    if all(in_attention for _, in_attention in last):
-        what = f"no feed-forward block that ends in a linear layer of width {hidden}"
-        raise ValueError(f"{what} found in {anatomy.kind_of(base)}")
+                block = re.match(r".*?att[^.]*", names[linear].lower())  # a decoder's layer may have two attentions
+                last[layer, block[0] if block else ""] = names[linear]
+    fused = experts(base)
+    has = {"feed-forward": any(not att for _, att in last) and not fused, "attention": any(att for _, att in last)}
+    if lacking := [block for block in has if not has[block] and (attention or block != "attention")]:
+        what = f"no {lacking[0]} block that ends in a linear layer of width {hidden}"
+        why = f"; its experts are one parameter, {fused[0]}" if fused else ""
+        raise ValueError(f"{what} found in {anatomy.kind_of(base)}{why}; use 'lora' or another strategy")
     size, places = max(1, round(hidden / reduction)), [last[key] for key in last if attention or not key[1]]
     replace(base, {name: Bottleneck(base.get_submodule(name), size) for name in places})
 

@@ -22,11 +22,9 @@ def scaled_dot_product_attention(
     query: float (…, queries, head_dim), key: (…, keys, head_dim), value: (…, keys, value_dim); mostly … is batch,
     heads. mask: bool, True = may attend, (queries, keys) or as many dimensions as the scores (…, queries, keys) with 1
     where shared. `causal` lets query i see keys 0 … i and combines with `mask`. `dropout`, the chance that a weight is
-    zeroed, acts whenever it is above 0 (as in F.scaled_dot_product_attention), drawn from `generator`.
-    Returns (…, queries, value_dim), and with `return_weights` also the weights (…, queries, keys).
-
-    A query that may attend to nothing gets zeros and zero gradients, as in F.scaled_dot_product_attention; in its place
-    nn.MultiheadAttention returns NaN when it makes weights, and Transformers' eager attention an even mean.
+    zeroed, acts whenever it is above 0, as in F.scaled_dot_product_attention, drawn from `generator`.
+    Returns (…, queries, value_dim), and with `return_weights` also the weights (…, queries, keys). A query that may
+    attend to nothing gets zeros and zero gradients, as in F.scaled_dot_product_attention.
     Raises TypeError for a mask that is not bool, ValueError for shapes that don't fit.
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
 
@@ -57,7 +55,6 @@ class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each on its own slice of the features, then a linear layer mixes them.
 
     hidden_size: features per token, a multiple of num_heads. `dropout` zeroes weights in training mode only.
-    Raises ValueError when hidden_size is not a multiple of num_heads.
     Source: Vaswani et al. 2017, section 3.2.2.
 
     >>> layer = MultiHeadAttention(hidden_size=8, num_heads=2)
@@ -80,8 +77,7 @@ class MultiHeadAttention(nn.Module):
         """Self-attention with `query` alone; cross-attention with `key` (and `value`, by default `key`).
 
         query: float (batch, queries, hidden), key and value: (batch, keys, hidden). mask: bool, True = may attend,
-        (queries, keys) or (batch or 1, heads or 1, queries or 1, keys). Beware: a (batch, keys) mask is read as
-        (queries, keys); `padding_mask` gives it the right shape.
+        (queries, keys) or (batch or 1, heads or 1, queries or 1, keys): `padding_mask` makes it of (batch, keys).
         Returns (batch, queries, hidden), and with `return_weights` also (batch, heads, queries, keys).
         """
         key = query if key is None else key
@@ -110,33 +106,18 @@ class MultiHeadAttention(nn.Module):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> "MultiHeadAttention":
-        """A copy of an `nn.MultiheadAttention`, which stacks query, key and value weights in one matrix.
-
-        The copy is always batch first and reads masks as True = may attend.
-
-        >>> twin = MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, batch_first=True))
-        >>> twin.num_heads
-        2
-        """
+        """A copy of an `nn.MultiheadAttention`; always batch first, and True in its masks is "may attend"."""
         if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
             raise ValueError("kdim, vdim, add_bias_kv, add_zero_attn have no counterpart here; build it without")
         bias = module.in_proj_bias is not None
         ours = cls(module.embed_dim, module.num_heads, dropout=module.dropout, bias=bias)
-        weights = [*module.in_proj_weight.chunk(3), module.out_proj.weight]  # four of (hidden, hidden)
+        weights = [*module.in_proj_weight.chunk(3), module.out_proj.weight]  # in one matrix; four of (hidden, hidden)
         biases = [*module.in_proj_bias.chunk(3), module.out_proj.bias] if bias else [None] * 4  # (hidden,)
         return ours._copy(weights, biases, module.training)
 
     @classmethod
     def from_bert(cls, attention: nn.Module) -> "MultiHeadAttention":
-        """A copy of a Transformers `BertAttention` (or RobertaAttention …): `.self` and `.output.dense`.
-
-        BertAttention goes on to output.dropout, adds its input and normalises: output.LayerNorm(x + ours(x)).
-
-        >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> MultiHeadAttention.from_bert(BertModel(config).encoder.layer[0].attention).hidden_size
-        8
-        """
+        """A copy of a Transformers `BertAttention` (RobertaAttention …), which gives output.LayerNorm(x + ours(x))."""
         if not hasattr(attention, "self") or not hasattr(getattr(attention, "output", None), "dense"):
             raise TypeError(f"{type(attention).__name__} has no .self and .output.dense; pass layer[0].attention")
         inner = attention.self
@@ -159,32 +140,25 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
     """All attention weights of a Transformers encoder for a batch: who looked at whom, per layer and head.
 
     inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt", padding=True)`.
-    Returns float32 (layers, batch, heads, queries, keys). Each row of keys sums to 1. Rows of padded queries are filled
-    too but mean nothing; drop them before averaging. Meanwhile the model runs in eval mode, without gradients, and with
-    "eager" attention, as fused kernels store no weights; all comes back afterwards, also when the model raises.
+    Returns float32 (layers, batch, heads, queries, keys); each row of keys sums to 1, and those of padded queries mean
+    nothing. Meanwhile the model is in eval mode, without gradients, with "eager" attention (fused kernels store no
+    weights); all comes back afterwards, also when the model raises.
     Raises TypeError for a model that is not from Transformers, ValueError when it gives no full maps.
-
-    >>> from transformers import BertConfig, BertModel
-    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
-    >>> attention_maps(BertModel(config), input_ids=torch.tensor([[1, 2, 3, 4]])).shape
-    torch.Size([3, 1, 2, 4, 4])
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"{type(model).__name__} has no set_attn_implementation; pass the Transformers model inside it")
+    kept = [(module, "training", module.training) for module in model.modules()]
     # Outer modules come first, so inner configs, restored last, keep their own setting.
-    found = [getattr(module, "config", None) for module in model.modules()]
-    choices = [(config, config._attn_implementation) for config in found if hasattr(config, "_attn_implementation")]
-    modes = [(module, module.training) for module in model.modules()]
+    configs, name = [getattr(module, "config", None) for module in model.modules()], "_attn_implementation"
+    kept += [(config, name, getattr(config, name)) for config in configs if hasattr(config, name)]
     try:
         model.set_attn_implementation("eager")
         model.eval()
         with torch.no_grad():
             layers = model(**inputs, output_attentions=True, return_dict=True).get("attentions")
     finally:
-        for config, implementation in choices:
-            config._attn_implementation = implementation
-        for module, training in modes:
-            module.training = training
+        for before in kept:
+            setattr(*before)
     if not layers or any(layer is None for layer in layers):
         raise ValueError(f"{type(model).__name__} returned no attention weights; has it an eager attention?")
     ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

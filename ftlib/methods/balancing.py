@@ -1,9 +1,9 @@
 """When tasks pull one encoder in several directions: what each task's loss weighs, and how their gradients are joined.
 
 Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss with respect to the
-shared parameters, and returns one gradient (parameters,); TorchJD's aggregators do as well.  The three methods here
-are weighted sums of the rows, with weights that follow from the rows' inner products, the Gramian (tasks, tasks).
-Loss weighting, `Weighting` and `TaskWeights`, is one number a task: one backward pass serves all tasks.
+shared parameters, and returns one gradient (parameters,), as TorchJD's aggregators do: here a weighted sum of the rows,
+by weights that follow from their inner products, the Gramian (tasks, tasks).  Loss weighting, `Weighting` and
+`TaskWeights`, is one number a task: one backward pass serves all tasks.
 
 To copy: this file alone.
 Source, named as in TrainConfig: pcgrad: Yu et al. 2020 (arXiv:2001.06782), algorithm 1; cagrad: Liu et al. 2021
@@ -18,18 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-Combine = Callable[[torch.Tensor], torch.Tensor]  # (tasks, parameters) -> (parameters,)
-
-# ------------------------------------------------------------------------------------------- joining gradients
+Combine = Callable[[Tensor], Tensor]  # (tasks, parameters) -> (parameters,)
 
 
-def pcgrad(jacobian: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def pcgrad(jacobian: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """PCGrad: from each task's gradient take away what points against another task's; add up what is left.
 
     Row i meets the other rows in random order: where its rest has a negative inner product with row j, it is projected
-    onto the plane at right angles to row j.  Where no two rows conflict the result is the plain sum.
-    generator: of the order (on the CPU; default: the global one); two tasks need none.
+    onto the plane at right angles to row j.  generator: of the order (on the CPU; default: the global one).
 
     >>> pcgrad(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
     tensor([0.5000, 1.5000])
@@ -44,10 +42,8 @@ def pcgrad(jacobian: torch.Tensor, generator: torch.Generator | None = None) -> 
     return _weighted(parts.sum(0), jacobian)
 
 
-def mgda(jacobian: torch.Tensor) -> torch.Tensor:
-    """MGDA: the shortest vector among all weighted means of the rows.
-
-    Going against it lowers every task's loss at the same rate (at first order), or it is zero: no direction helps all.
+def mgda(jacobian: Tensor) -> Tensor:
+    """MGDA: the shortest weighted mean of the rows; against it all losses fall alike, and it is 0 where none can.
 
     >>> mgda(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     tensor([0.4000, 0.8000])
@@ -56,12 +52,11 @@ def mgda(jacobian: torch.Tensor) -> torch.Tensor:
     return _weighted(_least(gramian, np.zeros(len(gramian)), 1.0), jacobian)
 
 
-def cagrad(jacobian: torch.Tensor, c: float = 0.5) -> torch.Tensor:
+def cagrad(jacobian: Tensor, c: float = 0.5) -> Tensor:
     """CAGrad: near the mean gradient, the direction that does most for the task it does least for.
 
-    The d with the largest min_i <row i, d> among those no farther than c * |mean| from the mean row; 0 <= c < 1 keeps
-    the mean loss falling.  c=0 is the mean row; the larger c, the nearer to mgda's direction.  (LibMTL divides the
-    result by 1 + c**2; the paper and TorchJD do not.)
+    The d with the largest min_i <row i, d> among those no farther than c * |mean| from the mean row, which is c=0; the
+    larger c, the nearer to mgda's direction; c < 1 keeps the mean loss falling.
 
     >>> cagrad(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), c=0.0)
     tensor([1.0000, 0.5000])
@@ -76,7 +71,7 @@ def cagrad(jacobian: torch.Tensor, c: float = 0.5) -> torch.Tensor:
     return _weighted(mean + radius / max(length, 1e-300) * worst, jacobian)
 
 
-def cosines(jacobian: torch.Tensor) -> torch.Tensor:
+def cosines(jacobian: Tensor) -> Tensor:
     """The cosine between every two rows, float64 (tasks, tasks); nan for a row of zeros.
 
     >>> cosines(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))[0, 1].item()
@@ -88,9 +83,9 @@ def cosines(jacobian: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(gramian / np.outer(lengths, lengths))
 
 
-def _gramian(jacobian: torch.Tensor) -> np.ndarray:
+def _gramian(jacobian: Tensor) -> np.ndarray:
     """The rows' inner products, float64 (tasks, tasks)."""
-    known = isinstance(jacobian, torch.Tensor)
+    known = isinstance(jacobian, Tensor)
     if not known or jacobian.dim() != 2 or not len(jacobian) or not jacobian.is_floating_point():
         got = f"{jacobian.dtype} {tuple(jacobian.shape)}" if known else type(jacobian)
         raise ValueError(f"the jacobian is {got}; pass a float tensor (tasks, parameters), at least a row")
@@ -100,7 +95,7 @@ def _gramian(jacobian: torch.Tensor) -> np.ndarray:
     return sum(part @ part.T for part in parts).cpu().numpy()
 
 
-def _weighted(weights: np.ndarray, jacobian: torch.Tensor) -> torch.Tensor:
+def _weighted(weights: np.ndarray, jacobian: Tensor) -> Tensor:
     return torch.from_numpy(weights).to(jacobian) @ jacobian
 
 
@@ -110,8 +105,8 @@ _SMALL = 1e-12  # of the squared lengths, under the root: where the weighted row
 def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
     """The weights w >= 0 of sum 1 with the least linear·w + c |Σ w_i row_i|, float64 (tasks,).
 
-    Moves weight from the task where the function rises most to the one where it falls most, as far as it falls, until
-    no exchange helps: sequential minimal optimization (Platt 1998).  The best step has a closed form.
+    Sequential minimal optimization (Platt 1998): moves weight from the task where the function rises most to the one
+    where it falls most, by a closed form, until no exchange helps.
     """
     w, trace = np.full(len(gramian), 1 / len(gramian)), np.trace(gramian)
     for _ in range(20_000):
@@ -140,8 +135,6 @@ def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
 
 GRADIENTS: dict[str, Combine] = {"pcgrad": pcgrad, "cagrad": cagrad, "mgda": mgda}
 
-# -------------------------------------------------------------------------------------------- weighting losses
-
 WEIGHTINGS = ("fixed", "uncertainty", "gradnorm", "dwa", "random", "famo")
 
 
@@ -150,8 +143,8 @@ class Weighting:
     """How the tasks' losses are weighted.  Except for "uncertainty" a weight of 1 is the average one.
 
     - "fixed": as `Head.weight` says.
-    - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² learnt for each task by the
-      likelihood: the weighted loss plus s / 2 falls.  So a task weighs the less, the larger its loss.
+    - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² of each task learnt by the
+      likelihood: the weighted loss plus s / 2 falls.
     - "gradnorm": learnt, so that the gradients of the weighted losses on the last shared layer are equally long, longer
       for a task whose loss has fallen less than the others', by the power `alpha`.
     - "dwa": the softmax of (mean loss of the last epoch / of the one before) / `temperature`; 1 in the first two.
@@ -179,17 +172,16 @@ class Weighting:
 class TaskWeights:
     """The weights of a `Weighting` while they change; `state` is all they go by, to save and put back.
 
-    factors: 1 for a task of classes, 1/2 for one of numbers, whose likelihood is Gaussian.
-    All tensors here are float64 on the CPU, (tasks,) unless said otherwise.
-    Ask for `weights` before a step, and tell `learn` after it what came of it; a loss of nan is a task that was not
-    in the step.
+    factors: 1 for a task of classes, 1/2 for one of numbers, whose likelihood is Gaussian.  All tensors are float64
+    (tasks,) on the CPU.  Ask for `weights` before a step, and tell `learn` after it what came of it; a loss of nan is a
+    task that was not in the step.
     """
 
     def __init__(self, weighting: Weighting, factors: Sequence[float], *, seed: int = 0):
         self.weighting, self.seed = weighting, seed
         self.half = torch.tensor(factors, dtype=torch.float64)
         zero, unknown = torch.zeros_like(self.half), torch.full_like(self.half, math.nan)
-        self.state: dict[str, torch.Tensor] = {}  # replaced, never changed in place
+        self.state: dict[str, Tensor] = {}  # replaced, never changed in place
         if weighting.how in ("uncertainty", "gradnorm", "famo"):  # learnt
             self.state = {"value": zero, "mean": zero, "square": zero, "steps": zero[:1]}
         if weighting.how == "gradnorm":
@@ -197,7 +189,7 @@ class TaskWeights:
         if weighting.how == "dwa":
             self.state = {"sum": zero, "count": zero, "before": unknown, "last": unknown}
 
-    def weights(self, step: int, losses: torch.Tensor | None = None) -> torch.Tensor:
+    def weights(self, step: int, losses: Tensor | None = None) -> Tensor:
         """The weights in step `step` (0-based); "famo" needs the `losses` of the step."""
         how, count, state = self.weighting.how, len(self.half), self.state
         if how == "uncertainty":
@@ -217,9 +209,7 @@ class TaskWeights:
             return (share * (~share.isnan()).sum() / share.nansum()).nan_to_num(0.0)
         return torch.ones_like(self.half)
 
-    def learn(
-        self, losses: torch.Tensor, *, lengths: torch.Tensor | None = None, after: torch.Tensor | None = None
-    ) -> None:
+    def learn(self, losses: Tensor, *, lengths: Tensor | None = None, after: Tensor | None = None) -> None:
         """Go on from a step's mean losses.
 
         lengths: of the gradients of the losses (without weights) on the last shared layer, for "gradnorm".
@@ -243,11 +233,11 @@ class TaskWeights:
             share = torch.where(there, state["value"], -math.inf).softmax(0)
             self._adam(share * (fall - share @ fall) + weighting.decay * state["value"])
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return dict(self.state)
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.state = {name: state[name] for name in self.state}
 
     def end_epoch(self) -> None:
@@ -256,7 +246,7 @@ class TaskWeights:
             last, zero = self.state["sum"] / self.state["count"], torch.zeros_like(self.half)  # nan: it never came
             self.state = {"sum": zero, "count": zero, "before": self.state["last"], "last": last}
 
-    def _adam(self, slope: torch.Tensor) -> None:
+    def _adam(self, slope: Tensor) -> None:
         """A step of Adam (Kingma & Ba 2015) on what is learnt."""
         state = self.state
         state["steps"] = state["steps"] + 1

@@ -1,17 +1,23 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-To copy: this file, methods/speedups.py, inputs/rows.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py,
-core/device.py, tasks/, torch and transformers (inputs/pretrained.py and what it names to load by name).
+A folder of sentence-transformers says in modules.json what its vectors are: those come out, or a refusal.
+
+To copy: this file, methods/speedups.py, inputs/agreement.py, inputs/files.py, inputs/rows.py,
+inputs/sentence_folders.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py, core/device.py, tasks/, torch and
+transformers (inputs/pretrained.py and what it names to load by name).
 """
 
 import copy
 import errno
+import inspect
 import os
 import shutil
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,21 +29,24 @@ from torch import nn
 from ..core import anatomy
 from ..core.batches import collate, one_of, split_by_size, to_device
 from ..core.device import DTYPES, choose_precision
+from ..inputs.agreement import Padding, agree, token_ids, vocabulary
 from ..inputs.rows import checked_texts, text_iterator, token_limit
+from ..inputs.sentence_folders import Recipe, recipe_of
 from ..inputs.tokenizing import encode_texts
 from .speedups import shortcuts
 
-POOLINGS = ("mean", "cls", "max")
+POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 CHUNK = 16_384  # texts read, sorted and written at a time: what bounds the memory
-SLICE = 2_048  # texts tokenized at a time
-AHEAD = 8  # batches made ready before they are needed
+SLICE, CHARACTERS = 2_048, 2**22  # most texts, and about as many characters, tokenized at a time
+AHEAD = 2  # slices tokenized before they are needed
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mean") -> torch.Tensor:
     """One vector per text from (batch, tokens, hidden) and a 0/1 mask (batch, tokens): returns (batch, hidden).
 
-    "mean" averages the real tokens, "max" takes the largest value of each dimension over them, "cls" takes the first
-    real token.  The mask matters: without it padding is averaged in, and a text's vector depends on its neighbours.
+    Over the real tokens: "mean", "max" of each dimension, the first ("cls"), the last ("lasttoken"), which is a
+    decoder's only one to have seen the text; "weightedmean" weighs the n-th token n times, "mean_sqrt_len_tokens"
+    divides the sum by the root of the count: sentence-transformers' names.
     Source: Reimers & Gurevych 2019 (Sentence-BERT, arXiv:1908.10084), section 3.
 
     >>> hidden = torch.tensor([[[2.0], [4.0], [99.0]]])
@@ -46,77 +55,118 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mea
     """
     one_of("pooling", pooling, POOLINGS)
     mask = attention_mask.bool().unsqueeze(-1)  # (batch, tokens, 1)
-    if pooling == "cls":
-        first = attention_mask.to(torch.int64).argmax(dim=1)  # (batch,), not 0 where padding is on the left
-        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    if pooling in ("cls", "lasttoken"):
+        seen = attention_mask.to(torch.int64) if pooling == "cls" else attention_mask.to(torch.int64).cumsum(dim=1)
+        place = seen.argmax(dim=1)  # (batch,), the first of the largest: not 0 where padding is on the left
+        return hidden[torch.arange(len(hidden), device=hidden.device), place]
     if pooling == "max":
         return hidden.masked_fill(~mask, torch.finfo(hidden.dtype).min).amax(dim=1)
-    return hidden.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    weights = mask.to(hidden.dtype) if pooling != "weightedmean" else mask.cumsum(dim=1).to(hidden.dtype) * mask
+    count = weights.sum(dim=1).clamp(min=1)  # (batch, 1)
+    total = (hidden.masked_fill(~mask, 0.0) * weights).sum(dim=1)
+    return total / (count.sqrt() if pooling == "mean_sqrt_len_tokens" else count)
 
 
 def extract_features(
-    model: nn.Module | str | os.PathLike, texts: Iterable[Any], *, tokenizer: Any = None, pooling: str = "mean",
+    model: nn.Module | str | os.PathLike, texts: Iterable[Any], *, tokenizer: Any = None, pooling: str | None = None,
     layer: int | Sequence[int] = -1, batch_size: int | None = None, max_tokens: int | None = None,
-    max_length: int | None = None, truncation: bool = True, normalize: bool = False, precision: str | None = None,
+    max_length: int | None = None, truncation: bool = True, normalize: bool | None = None, precision: str | None = None,
     out: str | os.PathLike | np.ndarray | None = None, progress: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Vectors of texts: float32 (texts, hidden), in the order given; (texts, layers, hidden) for a list of layers.
 
     Args:
-        model: a Transformers model (its encoder is used, without a task head), or a name for `load_model`.
-        texts: strings, (text, text_pair) tuples, or lists of words: any iterable, a generator or a column of a
-            Dataset too.  It is read in a background thread, 16,384 texts at a time, and never held as a whole.
+        model: a Transformers model (its encoder is used, without a task head or decoder), or a name for `load_model`.
+            The name of a sentence-transformers folder gives the vectors that its `encode` gives: with its pooling,
+            Dense and Normalize, its max_seq_length and its default prompt; minilm is one.
+        texts: strings, (text, text_pair) tuples, or lists of words: any iterable, a generator too.  It is read in the
+            caller's thread, 16,384 texts at a time, the longest of them computed first, and never held as a whole.
         tokenizer: default: found by the model's name.
-        pooling: "mean", "cls" or "max" over real tokens; see `pool`.
+        pooling: one of POOLINGS over real tokens; see `pool`.  Default: what the folder named says, else "mean".
         layer: which layer's output, counted like hidden_states: 0 the embeddings, 1 the first layer, -1 the last.
-            A list of layers costs one pass.
-        batch_size: most texts a batch; default: no limit but `max_tokens`.
-        max_tokens: most tokens a batch, padding counted; a text longer than that is a batch of its own.  Default:
-            4,096 on a CPU, where more was no faster, and 32,768 on a GPU.
-        max_length: cut longer texts, in tokens; default: what the model takes.
+            A list of layers costs one pass.  With a pooling or layer of your own a folder's Dense and Normalize,
+            which were made for its own, are left out.
+        batch_size, max_tokens: most texts, and most tokens with padding, a batch; a longer text is a batch of its own.
+            Default: any number of texts; 4,096 tokens on a CPU, where more was no faster, and 32,768 on a GPU.
+        max_length: cut longer texts, in tokens; default: what the folder says, else what the model takes.
         truncation: False refuses longer texts instead of cutting them.
-        normalize: divide each vector by its length, so that a dot product is a cosine.
+        normalize: divide each vector by its length, so that a dot product is a cosine.  Default: as the folder says.
         precision: compute with a copy of the weights in "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has
             it, fp16 on an older one, else fp32.  Default: no copy, the weights as they are.
         out: where the vectors go if not into new memory: a float32 array of the right shape, or the path of a new
             .npy file, which is written aside, renamed when complete, and returned memory-mapped, read-only.
 
-    Of 16,384 texts the longest come first, so that padding is low and memory trouble shows early.  Dropout is off here;
-    the model's train or eval mode is as before afterwards.
+    Dropout is off here; the model's train or eval mode is as before afterwards.
     Raises ValueError or TypeError naming the row for empty texts, None, and vectors that are not finite (fp16
-    overflows); for a layer that does not exist; for an `out` that does not fit; FileExistsError and other OSErrors
-    naming the file.
+    overflows); for a layer that does not exist; for an `out` that does not fit; for what a folder asks and is not done
+    here; for a model with prompts, which are not in its encoder; FileExistsError and other OSErrors naming the file.
     """
-    one_of("pooling", pooling, POOLINGS)
+    one_of("pooling", POOLINGS[0] if pooling is None else pooling, POOLINGS)
     iterator = text_iterator(texts)
     split_by_size([], [], batch_size=batch_size, max_tokens=max_tokens)
-    name = model if isinstance(model, (str, os.PathLike)) else None
-    if name is not None or tokenizer is None:
-        from ..inputs.pretrained import load_model, load_tokenizer
-    base = anatomy.base_of(model if name is None else load_model(name))
-    if not hasattr(base, "config"):
-        raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
-    if tokenizer is None:
-        if not (name := name or base.config._name_or_path):
-            raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
-        tokenizer = load_tokenizer(name)
+    base, tokenizer, recipe = _opened(model, tokenizer, pooling)
     count = base.config.num_hidden_layers
     layers = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
     if wrong := [one for one in layers or [layer] if type(one) is not int or not -count - 1 <= one <= count]:
         raise ValueError(f"layer={wrong[0]!r}: choose 0 (embeddings) to {count}, or from the end, -1 to {-count - 1}")
-    size = len(texts) if hasattr(texts, "__len__") else None
-    shape = (base.config.hidden_size,) if layers == [layer] else (len(layers), base.config.hidden_size)
-    _check_out(out, size, shape)
     device = next(base.parameters()).device
-    base = _in_precision(base, precision, device)
-    max_tokens = max_tokens or (4_096 if device.type == "cpu" else 32_768)
-    limit = token_limit(max_length, tokenizer, base.config)
-    work = _batches(iterator, tokenizer, batch_size, max_tokens, base, max_length=limit, truncation=truncation)
-    with anatomy.evaluating(base), shortcuts(base), closing(_ahead(work)) as batches:
-        chunks = _vectors(base, batches, layers, shape, pooling, normalize, size, progress)
-        if isinstance(out, (str, os.PathLike)):
-            return _written(chunks, os.fspath(out), shape)
-        return _filled(chunks, out, size, shape)
+    own = pooling is None and layer == -1
+    dense, unit = nn.Sequential(*recipe.dense if own else ()).to(device), own and recipe.normalize
+    unit = unit if normalize is None else normalize
+    width = dense(torch.zeros(1, base.config.hidden_size, device=device)).shape[-1]
+    size = len(texts) if hasattr(texts, "__len__") else None
+    shape = (width,) if layers == [layer] else (len(layers), width)
+    _check_out(out, size, shape)
+    work = partial(
+        _batches, tokenizer=tokenizer, padding=agree(base, tokenizer), known=vocabulary(base), batch_size=batch_size,
+        max_tokens=max_tokens or (4_096 if device.type == "cpu" else 32_768), truncation=truncation,
+        max_length=token_limit(recipe.max_length if max_length is None else max_length, tokenizer, base.config),
+    )  # fmt: skip
+    if precision is not None:
+        one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
+        dtype = DTYPES[choose_precision(device, precision)[0]]
+        if {p.dtype for p in base.parameters() if p.is_floating_point()} != {dtype}:
+            base = copy.deepcopy(base).to(dtype)
+    with anatomy.evaluating(base), shortcuts(base), closing(_ahead(iterator, recipe, work)) as batches:
+        chunks = _vectors(base, batches, layers, shape, pooling or recipe.pooling, dense, unit, size, progress)
+        to_file = isinstance(out, (str, os.PathLike))
+        return _written(chunks, os.fspath(out), shape) if to_file else _filled(chunks, out, shape)
+
+
+def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module, Any, Recipe]:
+    """The encoder, its tokenizer, and how vectors are made of what it computes."""
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if name is not None or tokenizer is None:
+        from ..inputs.pretrained import _locate, load_model, load_tokenizer
+    recipe = recipe_of(_locate(name, {})) if name is not None else Recipe()
+    if name is not None:
+        model = load_model(name := recipe.place or name)
+    base = anatomy.base_of(model)
+    both = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    base = base.get_encoder() if both else base
+    if not all(hasattr(getattr(base, "config", None), key) for key in ("num_hidden_layers", "hidden_size")):
+        raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
+    known = name or base.config._name_or_path
+    for wrong, why in (
+        (both and recipe.folder and "t5" not in anatomy.kind_of(model), f"{recipe.folder}: sentence-transformers takes "
+         "this model's decoder, which is not done here; pass the model for its encoder's vectors"),
+        (getattr(model, "prompt_encoder", None) is not None, "the prompts live around the encoder, whose features "
+         "would be those without; take the hidden states of model(..., output_hidden_states=True)"),
+        (tokenizer is None and not known, "the model was not loaded by name, so its tokenizer is unknown; pass "
+         "tokenizer=..."),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(why)
+    said = recipe_of(known) if name is None and pooling is None and os.path.isdir(known) else Recipe()
+    for odd, what in (
+        (said.pooling != "mean" or said.dense, f"{known}/modules.json says pooling {said.pooling}, Dense "
+         f"{len(said.dense)} times; a model passed as an object gives the mean: pass the folder, or pooling="),
+        (pooling == "cls" and any(getattr(module, "is_causal", False) for module in base.modules()), "a decoder's "
+         "first token sees no other; pooling='lasttoken' has seen the text"),
+    ):  # fmt: skip
+        if odd:
+            warnings.warn(what, stacklevel=3)
+    return base, load_tokenizer(known) if tokenizer is None else tokenizer, recipe
 
 
 def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
@@ -145,79 +195,73 @@ def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
         raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
 
 
-def _in_precision(base: nn.Module, precision: str | None, device: torch.device) -> nn.Module:
-    """The model itself, or a copy with its weights in another precision."""
-    if precision is None:
-        return base
-    one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
-    dtype = DTYPES[choose_precision(device, precision)[0]]
-    has_it = {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}
-    return base if has_it else copy.deepcopy(base).to(dtype)
-
-
 def _batches(
-    texts: Iterator[Any], tokenizer: Any, batch_size: int | None, max_tokens: int, base: nn.Module, **options: Any
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """(texts in this chunk, batch) with `places`, int64 (batch,): where in the chunk each of the batch's texts is.
+    part: tuple, *, tokenizer: Any, padding: Padding, known: int | None, batch_size: int | None, max_tokens: int,
+    **options: Any,
+) -> list[tuple[int, dict[str, torch.Tensor]]]:  # fmt: skip
+    """(texts in the chunk, batch) with `places`, int64 (batch,): where in the chunk each of the batch's texts is.
 
-    A chunk is checked as a whole, then tokenized in slices, the longest texts (in characters) first, so that
-    computing begins after the first slice.
+    part: texts in the chunk, and of a slice the places in it, the rows, and the texts.
     """
-    start, pad = 0, anatomy.pad_id(tokenizer, base.config)
-    while chunk := list(islice(texts, CHUNK)):
-        checked_texts(chunk, range(start, start + len(chunk)))
-        order = sorted(range(len(chunk)), key=lambda i: -len(str(chunk[i])))
-        for first in range(0, len(order), SLICE):
-            part = order[first : first + SLICE]
-            rows = encode_texts([chunk[i] for i in part], tokenizer, indices=[start + i for i in part], **options)
-            sizes = [min(len(row["input_ids"]), max_tokens) for row in rows]  # what is longer is alone in its batch
-            for indices in split_by_size(range(len(rows)), sizes, batch_size=batch_size, max_tokens=max_tokens):
-                batch = collate([rows[i] for i in indices], pad_token_id=pad)
-                batch["places"] = torch.tensor([part[i] for i in indices])
-                yield len(chunk), batch
-        start += len(chunk)
+    count, places, indices, texts = part
+    rows = encode_texts(texts, tokenizer, indices=indices, **options)
+    for row, i, place in zip(rows, indices, places, strict=True):
+        token_ids(row["input_ids"], known, f"row {i}")
+        row["places"] = place
+    sizes = [min(len(row["input_ids"]), max_tokens) for row in rows]  # what is longer is alone in its batch
+    cuts = split_by_size(range(len(rows)), sizes, batch_size=batch_size, max_tokens=max_tokens, alike=padding.alike)
+    how = dict(pad_token_id=padding.id, padding_side=padding.side)
+    return [(count, collate([rows[i] for i in own], **how)) for own in cuts]
 
 
-def _ahead(work: Iterator[Any]) -> Iterator[Any]:
-    """What `work` yields, made in a background thread before it is asked for; its errors are raised here.
+def _ahead(texts: Iterator[Any], recipe: Recipe, work: Callable) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Batches, tokenized in a background thread before they are asked for, of texts that are read in this one.
 
-    Closing this iterator ends the thread, after the item it is at.
+    So a database's cursor can be read, a text that does not come can be interrupted, and errors are raised where they
+    are made.  Closing this iterator ends the thread, after the slice it is at, and closes a generator of texts.
+    A chunk is read and checked as a whole; then it is cut into slices, the longest texts (in characters) first.
     """
-    end = object()
-    pool = ThreadPoolExecutor(1, "ftlib-features")
+    start, pool, ready = 0, ThreadPoolExecutor(1, "ftlib-features"), deque()
     try:
-        ready = deque(pool.submit(next, work, end) for _ in range(AHEAD))
-        while (item := ready.popleft().result()) is not end:
-            ready.append(pool.submit(next, work, end))
-            yield item
+        while chunk := list(islice(texts, CHUNK)):
+            checked_texts(chunk, range(start, start + len(chunk)))
+            lengths = [min(len(str(text)), CHARACTERS) for text in chunk]  # what is longer is a slice of its own
+            for part in split_by_size(range(len(chunk)), lengths, batch_size=SLICE, max_tokens=CHARACTERS):
+                own = len(chunk), part, [start + i for i in part], [recipe.text(chunk[i]) for i in part]
+                ready.append(pool.submit(work, own))
+                if len(ready) > AHEAD:
+                    yield from ready.popleft().result()
+            start += len(chunk)
+        while ready:
+            yield from ready.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        work.close()
+        if inspect.isgenerator(texts):
+            texts.close()
 
 
 def _vectors(
-    base: nn.Module, batches: Iterator, layers: list[int], shape: tuple[int, ...], pooling: str, normalize: bool,
-    size: int | None, progress: bool,
+    base: nn.Module, batches: Iterator, layers: list[int], shape: tuple[int, ...], pooling: str,
+    dense: nn.Module, unit: bool, size: int | None, progress: bool,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Chunks of vectors in the order of the texts: float32 (texts in the chunk, *shape); one copy from the GPU each."""
     from tqdm.auto import tqdm
 
-    count = base.config.num_hidden_layers
-    device = next(base.parameters()).device
+    last, device = (-1, base.config.num_hidden_layers), next(base.parameters()).device
+    typed = "token_type_ids" in inspect.signature(type(base).forward).parameters
     start = done = 0
     with tqdm(desc="features", unit="text", total=size, leave=False, disable=not progress) as bar:
         for rows, batch in batches:
             if done == 0:
                 chunk = torch.empty(rows, *shape, device=device)
-            batch = to_device(batch, device)
+            batch = to_device({key: value for key, value in batch.items() if typed or key != "token_type_ids"}, device)
             places = batch.pop("places")
-            output = base(**batch, output_hidden_states=any(i not in (-1, count) for i in layers))
-            states = [output.last_hidden_state if i in (-1, count) else output.hidden_states[i] for i in layers]
-            pooled = [pool(hidden.float(), batch["attention_mask"], pooling) for hidden in states]  # (batch, hidden)
-            vectors = torch.stack(pooled, dim=1)  # (batch, layers, hidden)
-            if normalize:
-                vectors = nn.functional.normalize(vectors, dim=-1)
-            chunk[places] = vectors.view(-1, *shape)
+            output = base(**batch, output_hidden_states=any(i not in last for i in layers))
+            states = [output.last_hidden_state if i in last else output.hidden_states[i] for i in layers]
+            mask = batch["attention_mask"]  # the last layer's output may be on another device
+            pooled = dense(torch.stack([pool(hidden.float().to(device), mask, pooling) for hidden in states], dim=1))
+            pooled = nn.functional.normalize(pooled, dim=-1) if unit else pooled  # (batch, layers, width)
+            chunk[places] = pooled.view(-1, *shape)
             done += len(places)
             bar.update(len(places))
             if done == rows:
@@ -230,22 +274,20 @@ def _vectors(
                 start, done = start + rows, 0
 
 
-def _filled(
-    chunks: Iterator[np.ndarray], out: np.ndarray | None, size: int | None, shape: tuple[int, ...]
-) -> np.ndarray:
-    """The chunks one after the other in `out`, or in a new array, which grows where the number is not known."""
-    vectors = np.empty((size or 0, *shape), dtype=np.float32) if out is None else out
-    stop = 0
+def _filled(chunks: Iterator[np.ndarray], out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The chunks one after the other in `out`, or in new memory that grows."""
+    stop, memory = 0, bytearray()
     for chunk in chunks:
         start, stop = stop, stop + len(chunk)
-        if stop > len(vectors):
-            if out is not None:
-                raise ValueError(f"out has {len(out)} rows, but there are more texts; it holds the first {start}")
-            vectors.resize((stop, *shape), refcheck=False)
-        vectors[start:stop] = chunk
-    if stop < len(vectors):
-        raise ValueError(f"only {stop} texts came for {len(vectors)} rows")
-    return vectors
+        if out is None:
+            memory += chunk.data
+        elif stop <= len(out):
+            out[start:stop] = chunk
+        else:
+            raise ValueError(f"out has {len(out)} rows, but there are more texts; it holds the first {start}")
+    if out is not None and stop < len(out):
+        raise ValueError(f"only {stop} texts came for {len(out)} rows")
+    return np.frombuffer(memory, np.float32).reshape(-1, *shape) if out is None else out
 
 
 def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -255,11 +297,11 @@ def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) ->
     and pages written do not count as this process's memory.  NumPy's header leaves room for the number of texts.
     """
     aside, count = Path(f"{path}.part"), 0
-    about = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
+    about = {"descr": "<f4", "fortran_order": False}
     file = open(aside, "xb")
     try:
         with file:
-            np.lib.format.write_array_header_1_0(file, about)
+            np.lib.format.write_array_header_1_0(file, about | {"shape": (0, *shape)})
             for chunk in chunks:
                 file.write(chunk.astype("<f4", copy=False).data)
                 file.flush()

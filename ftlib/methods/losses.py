@@ -6,8 +6,7 @@ For reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`)
 - a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
 - the loss of float16 and bfloat16 logits is float32 (F.cross_entropy stays in half: infinite above 65504);
 - a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label;
-- shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for the device at each
-  step.  There an impossible label trips PyTorch's device assert, and a NaN target shows as a NaN loss.
+- shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for it at each step.
 """
 
 import torch
@@ -24,10 +23,10 @@ def cross_entropy(
 
     logits: float (…, classes); labels: int (…) in 0 … classes-1 or ignore_index; weight: float (classes,).
     label_smoothing ε in [0, 1] moves ε of the target from the label to all classes evenly.
-    Returns float (…) for reduction "none", else a scalar. "mean" divides by the summed weights of the labels that count
-    (without `weight`: by their number), as F.cross_entropy does, and by 1 where that is 0.
+    Returns float (…) for reduction "none", else a scalar. "mean" divides by the summed weights of the labels that
+    count, as F.cross_entropy does, and by 1 where that is 0.
     Raises TypeError for float labels, ValueError for shapes, labels or options that don't fit.
-    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7 (label smoothing).
+    Source of smoothing: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     >>> cross_entropy(logits, torch.tensor([0, 1]), reduction="none")  # ln(1 + e⁻²), ln 2
@@ -39,7 +38,7 @@ def cross_entropy(
     loss = -label_weight * log_p  # (…)
     if label_smoothing > 0.0:
         evenly = -(weight * log_probs).mean(dim=-1) * counts  # (…)
-        loss = (1 - label_smoothing) * loss + label_smoothing * evenly  # (…)
+        loss = (1 - label_smoothing) * loss + label_smoothing * evenly
     return _reduce(loss, label_weight, counts, reduction)
 
 
@@ -98,12 +97,9 @@ def binary_cross_entropy(
 def mean_squared_error(predictions: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """(prediction - target)², in the square of the target's unit.
 
-    predictions: float, any shape; targets: numbers of the same shape. (n, 1) against (n,) is refused: it
-    would broadcast to n × n pairs, a famous silent bug. Returns that shape for "none", else a scalar.
+    predictions: float, any shape; targets: numbers of the same shape: (n, 1) against (n,) would broadcast to n × n
+    pairs, a famous silent bug. Returns that shape for "none", else a scalar.
     Raises ValueError for a shape that differs or for a target that is NaN or infinite, naming the row.
-
-    >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
-    tensor(2.)
     """
     predictions = _checked_logits(predictions, "predictions", classes=False)
     _check_same_shape("targets", targets, "predictions", predictions)
@@ -116,9 +112,8 @@ def mean_squared_error(predictions: Tensor, targets: Tensor, *, reduction: str =
 def class_weights(labels, num_classes: int) -> Tensor:
     """Weights that make all classes count equally: n / (num_classes · count), for `weight=` of the losses.
 
-    labels: int tensor or list, any shape; IGNORE is left out. Returns float32 (num_classes,); the mean over
-    the n labels is 1. The same as scikit-learn's class_weight="balanced".
-    Raises ValueError naming a class that never occurs (its weight would be infinite).
+    labels: int tensor or list, any shape; IGNORE is left out. Returns float32 (num_classes,), mean 1 over the labels,
+    as scikit-learn's class_weight="balanced". Raises ValueError naming a class that never occurs.
 
     >>> class_weights([0, 0, 0, 1], num_classes=2)
     tensor([0.6667, 2.0000])
@@ -136,8 +131,8 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     """Checks, then log softmax: log p_k = (z_k - m) - log Σⱼ exp(z_j - m).
 
     exp(1e4) is infinite; taking m = max z off every logit changes no probability and leaves exponents of at most 0.
-    Returns log p of all classes, (…, classes), and of the label, (…), the weights, (classes,), that of the label, (…),
-    0 where ignored, and where there is a label, bool (…).
+    Returns log p (…, classes), that of the label (…), the weights (classes,), that of the label (…), 0 where ignored,
+    and where there is a label, bool (…).
     """
     logits = _checked_logits(logits)
     _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
@@ -146,22 +141,19 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     labels = labels.masked_fill(~counts, 0)  # (…), any valid class
     shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
     log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)
-    weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
-    weight = _checked_weight("weight", weight, logits)
+    weight = _checked_weight("weight", logits.new_ones(()) if weight is None else weight, logits)
     return log_probs, log_probs.gather(-1, labels[..., None])[..., 0], weight, weight[labels] * counts, counts
 
 
 def _reduce(loss: Tensor, weights: Tensor, counts: Tensor, reduction: str) -> Tensor:
     """loss, weights, counts: one shape; entries with counts False are dropped even if infinite or NaN."""
     loss = torch.where(counts, loss, 0.0)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "mean":
-        total = weights.sum(dtype=loss.dtype)
-        return loss.sum() / torch.where(total == 0, 1.0, total)  # not `if`: no wait for the device
-    raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none"')
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none"')
+    if reduction != "mean":
+        return loss.sum() if reduction == "sum" else loss
+    total = weights.sum(dtype=loss.dtype)
+    return loss.sum() / torch.where(total == 0, 1.0, total)  # not `if`: no wait for the device
 
 
 def _checked_logits(logits: Tensor, name: str = "logits", classes: bool = True) -> Tensor:

@@ -14,8 +14,8 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     """The tokenizer's attention mask, made ready for attention scores: nobody looks at padding.
 
     attention_mask: int or bool (batch, keys), 1 for a real token. Returns bool (batch, 1, 1, keys).
-    Raises TypeError for a float mask (an additive one holds 0 for "may attend", the opposite), ValueError for a wrong
-    shape, or (read on CPU only) for entries other than 0 and 1.
+    Raises TypeError for a float mask (in an additive one 0 is "may attend"), ValueError for a wrong shape, or (read on
+    CPU only) for entries other than 0 and 1.
 
     >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
     torch.Size([1, 1, 1, 3])
@@ -29,9 +29,7 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
 
 
 def causal_mask(length: int, *, device=None) -> Tensor:
-    """Token i may look at tokens 0 … i: the mask of a decoder, which must not see what it has to predict.
-
-    Returns bool (length, length), rows are queries and columns keys.
+    """Token i may look at tokens 0 … i, as in a decoder: bool (length, length), rows are queries and columns keys.
 
     >>> causal_mask(3).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
@@ -57,16 +55,13 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def combine_masks(*masks: Tensor | None) -> Tensor | None:
     """A key is seen only where every mask allows it: logical and, with broadcasting; None means "no limit".
 
-    masks: bool, shapes that broadcast together. Returns bool, or None when every mask is None.
     Raises TypeError for a mask that is not bool, ValueError when shapes don't broadcast.
 
     >>> combine_masks(padding_mask(torch.tensor([[1, 1, 0]])), causal_mask(3))[0, 0].int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
     """
     combined = None
-    for number, mask in enumerate(masks):
-        if mask is None:
-            continue
+    for number, mask in ((number, mask) for number, mask in enumerate(masks) if mask is not None):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask {number} is {mask.dtype}; torch.bool is needed: padding_mask makes it of 0 and 1")
         try:

@@ -2,8 +2,9 @@
 
 For each task we build the stock model (`AutoModelFor...`) and give it, instead of an encoder of its own, a stand-in
 that hands it the shared encoder's output.  So the trunk runs once for a batch that mixes tasks, every head runs on its
-own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.
-
+own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.  Where a stock model
+hands its encoder more than its own inputs (T5 the shifted text, Longformer global attention on the first token) or
+stands on a part of it (Funnel's text classifier, T5's tagger), the trunk runs for that task's rows alone.
 Whose gradient wins where tasks disagree is the subject of `balancing`.
 
 To copy: this file, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
@@ -16,15 +17,15 @@ import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core import anatomy
 from ..core.batches import number, one_of, whole
 from ..tasks.task import DEFAULT, KINDS, TASKS, auto_class
-
-__all__ = ["KINDS", "SAMPLERS", "Head", "MultiTaskModel", "TaskSampler"]
 
 SAMPLERS = ("temperature", "uniform", "annealed", "remaining")
 
@@ -47,38 +48,44 @@ class Head:
 
 
 class _SharedTrunk(nn.Module):
-    """Stands where a task model's own encoder was, and returns what the shared encoder computed."""
+    """Stands where a task model's own encoder was: hands on what the shared one (or a part) computed, or lets it."""
 
-    def __init__(self, config: Any, wants_pooler: bool):
+    def __init__(self, trunk: nn.Module, wants_pooler: bool):
         super().__init__()
-        self.config, self.output = config, None
-        self.wants_pooler = wants_pooler  # BERT's text classifier reads the pooler's output; others bring their own
+        self.trunk = (trunk,)  # in a tuple: no module of the head's
+        self.config, self.wants_pooler = trunk.config, wants_pooler  # BERT's text classifier reads the pooler's output
+        self.given: set[int] = set()  # ids of the tensors for which `shared` makes the output
+        self.shared: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
+        asked = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)}
+        return self.shared() if asked <= self.given else self.trunk[0](*args, **kwargs)
 
 
 class MultiTaskModel(nn.Module):
     """One encoder, a head per task.
 
     Args:
-        encoder: a Transformers encoder (`load_model(name)`), shared by all tasks.
+        encoder: a Transformers encoder, decoder or encoder-decoder (`load_model(name)`), shared by all tasks.
         heads: {task name: Head}.
         seed: of the heads' first weights.
 
     Shapes: `input_ids`, `attention_mask` int64 (batch, tokens).  With `task=` the logits of that task for every row;
     with `rows` = {task: int64 (rows of the task,)}, as `collate` makes it, {task: logits (rows of the task, ...)}.
-    Raises ValueError for an encoder that already has a head, for no heads, and for a task that is not there.
+    Raises ValueError for an encoder that already has a head, for no heads, for a kind of task for which Transformers
+    has no head on this encoder, and for a task that is not there.
     """
 
     def __init__(self, encoder: nn.Module, heads: dict[str, Head], *, seed: int = 0):
         super().__init__()
         if getattr(encoder, "base_model", encoder) is not encoder:
-            raise ValueError(f"{type(encoder).__name__} has a head already; pass the bare encoder: load_model(name)")
+            what = f"{type(encoder).__name__} has a head already, or is PEFT's wrapper"
+            raise ValueError(f"{what}; pass the bare encoder: load_model(name)")
         if not isinstance(heads, dict) or not heads:
             raise ValueError(f"heads is {heads!r}; pass {{task name: ftlib.Head(...)}}, each name once")
         self.encoder, self.config = encoder, encoder.config
         self.specs, self.heads = dict(heads), nn.ModuleDict()
+        self._takes = {"": set(inspect.signature(encoder.forward).parameters)}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for name, spec in heads.items():
@@ -87,21 +94,46 @@ class MultiTaskModel(nn.Module):
                 if not isinstance(name, str) or not name or "." in name or hasattr(self.heads, name):
                     need = "use letters, digits, '-' and '_' (it names weights); some are taken by PyTorch's ModuleDict"
                     raise ValueError(f"task name {name!r}: {need}")
-                config = copy.deepcopy(encoder.config)
-                names = spec.label_names or [f"LABEL_{i}" for i in range(spec.num_labels)]
-                config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-                config.problem_type = TASKS[spec.task].problem_type
-                config.num_hidden_layers, layers = 0, config.num_hidden_layers  # build the head, not another encoder
+                self.heads[name] = self._built(name, spec)
+                self._takes[name] = set(inspect.signature(self.heads[name].forward).parameters)
+        trunks = {head.base_model.trunk[0] for head in self.heads.values()}
+        if len(trunks) == 1:  # what no task reads is left out
+            (self.encoder,) = trunks
+
+    def _built(self, name: str, spec: Head) -> nn.Module:
+        """The stock model for this task, on the stand-in; its head drawn as Transformers draws it."""
+        config = copy.deepcopy(self.config)
+        names = spec.label_names or [f"LABEL_{i}" for i in range(spec.num_labels)]
+        config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        config.problem_type = TASKS[spec.task].problem_type
+        try:
+            with torch.device("meta"):  # where a second encoder takes no memory
                 head = auto_class(spec.task).from_config(config)
-                config.num_hidden_layers = layers
-                wants_pooler = getattr(head.base_model, "pooler", None) is not None
-                if wants_pooler and getattr(encoder, "pooler", None) is None:
-                    raise ValueError(f"task {name!r} needs the encoder's pooler; load the encoder with its pooler")
-                setattr(head, head.base_model_prefix, _SharedTrunk(encoder.config, wants_pooler))
-                shared = next(encoder.parameters())
-                self.heads[name] = head.to(shared.device, shared.dtype)
-        parts = {"": encoder, **self.heads}
-        self._takes = {name: set(inspect.signature(part.forward).parameters) for name, part in parts.items()}
+        except (ValueError, LookupError) as error:
+            why = f"Transformers has no head for {spec.task} on {anatomy.kind_of(self.encoder)} models"
+            raise ValueError(f"task {name!r}: {why} ({str(error).splitlines()[0][:120]})") from error
+        stock, own, trunk = head.base_model, dict(self.encoder.named_children()), self.encoder
+        if type(stock) is not type(self.encoder):
+            inside = {child: type(module) for child, module in stock.named_children()}
+            if stock is head or not inside or any(type(own.get(child)) is not kind for child, kind in inside.items()):
+                kinds = f"{type(head).__name__} stands on a {type(stock).__name__}, and can't share this"
+                raise ValueError(f"task {name!r}: {kinds} {type(self.encoder).__name__}; load it without a task")
+            trunk = next((h.base_model.trunk[0] for h in self.heads.values() if type(h) is type(head)), stock)
+            for child in inside:
+                setattr(trunk, child, own[child])
+            trunk.config = self.config
+        pooled = getattr(stock, "pooler", None) is not None
+        if pooled and getattr(self.encoder, "pooler", None) is None:
+            raise ValueError(f"task {name!r} needs the encoder's pooler; load the encoder with its pooler")
+        setattr(head, head.base_model_prefix, _SharedTrunk(trunk, pooled))
+        head.to_empty(device="cpu")
+        for module in head.modules():  # as the constructors would off the meta device, then as Transformers does
+            vars(module).pop("_is_hf_initialized", None)
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        head.initialize_weights()
+        shared = next(self.encoder.parameters())
+        return head.to(shared.device, shared.dtype).train(self.encoder.training)
 
     @property
     def tasks(self) -> dict[str, tuple[str, int]]:
@@ -119,39 +151,44 @@ class MultiTaskModel(nn.Module):
     ) -> Any:  # fmt: skip
         if (rows is None) == (task is None):
             raise ValueError("pass either task=name, for every row, or rows={task: row numbers}")
-        for name in [task] if rows is None else rows:
-            if name not in self.heads:
-                raise ValueError(f"unknown task {name!r}; this model has {', '.join(self.heads)}")
+        rows = {task: slice(None)} if rows is None else rows
+        heads = {name: self._known(name) for name in rows}
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        # the trunk, once for all tasks
-        shared = self.encoder(**{k: v for k, v in inputs.items() if k in self._takes[""]})
-        if rows is None:
-            return self._head(task, shared, inputs)
-        logits, tensors = {}, {k: v for k, v in shared.items() if isinstance(v, torch.Tensor)}
-        for name, index in rows.items():
-            own = type(shared)(**{k: v[index] for k, v in tensors.items()})
-            logits[name] = self._head(name, own, {k: v[index] for k, v in inputs.items() if v is not None})
-        return logits
+        logits, whole = {}, []  # whole: the output for all rows, once a task has asked for its share
 
-    def _head(self, name: str, shared: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        head = self.heads[name]
-        head.base_model.output = shared
-        try:
-            return head(**{k: v for k, v in inputs.items() if k in self._takes[name]}).logits
-        finally:
-            head.base_model.output = None
+        def share(index: Any) -> Any:
+            if not whole:
+                whole.append(self.encoder(**{k: v for k, v in inputs.items() if k in self._takes[""]}))
+            return type(whole[0])(**{k: v[index] for k, v in whole[0].items() if isinstance(v, torch.Tensor)})
+
+        for name, index in rows.items():
+            head, trunk = heads[name], heads[name].base_model
+            own = {k: v[index] for k, v in inputs.items() if v is not None and k in self._takes[name]}
+            head.config.pad_token_id = self.config.pad_token_id  # by which a decoder's head finds the last token
+            if trunk.trunk[0] is self.encoder:
+                trunk.given, trunk.shared = set(map(id, own.values())), partial(share, index)
+            try:
+                logits[name] = head(**own).logits
+            finally:
+                trunk.given, trunk.shared = set(), None
+        return logits if task is None else logits[task]
+
+    def _known(self, name: str) -> nn.Module:
+        if name not in self.heads:
+            raise ValueError(f"unknown task {name!r}; this model has {', '.join(self.heads)}")
+        return self.heads[name]
 
     def export(self, name: str) -> nn.Module:
         """One task as a plain Transformers model with a copy of the encoder: same logits, `save_pretrained` works."""
-        if name not in self.heads:
-            raise ValueError(f"unknown task {name!r}; this model has {', '.join(self.heads)}")
-        model, encoder = copy.deepcopy(self.heads[name]), copy.deepcopy(self.encoder)
+        model = copy.deepcopy(self._known(name))
+        (encoder,) = model.base_model.trunk
         if hasattr(encoder, "pooler") and not model.base_model.wants_pooler:
             encoder.pooler = None
         setattr(model, model.base_model_prefix, encoder)
-        model.config._attn_implementation = encoder.config._attn_implementation  # unpadded or not, as it is now
+        shared, model.config.pad_token_id = encoder.config, self.config.pad_token_id
+        model.config._attn_implementation = shared._attn_implementation  # unpadded or not, as it is now
         for module in encoder.modules():  # one config for the whole model, as the stock constructor has it
-            if hasattr(module, "config"):
+            if getattr(module, "config", None) is shared:  # T5's encoder and decoder have their own
                 module.config = model.config
         return model.train(self.training)
 
@@ -159,9 +196,7 @@ class MultiTaskModel(nn.Module):
 class TaskSampler:
     """Draw the task of every example, from {task: number of examples}; an epoch is as many draws as examples.
 
-    - "temperature": with probability proportional to size ** (1 / temperature).  1 is proportional to the sizes, a
-      large one approaches uniform: small tasks are seen more often, and large ones less.
-    - "uniform": every task alike.
+    - "temperature": with probability proportional to size ** (1 / temperature); a large one approaches "uniform".
     - "annealed": proportional to size ** a, with a falling evenly from 1 in the first of `epochs` to 0.2 in the last.
     - "remaining": proportional to the examples that remain of the epoch, so every example comes once an epoch.
     The same seed draws the same tasks.

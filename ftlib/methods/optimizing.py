@@ -43,11 +43,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
 
-    Decay pulls weights towards zero; biases and normalization gains have no reason to be small.  This is the choice of
-    BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After `tune(model, "layer-decay")`
-    there are two a layer, with "scale", the layer's share of the learning rate; after "l2-sp" the encoder has no decay
-    towards zero.
-    Raises ValueError when nothing is trainable.
+    This is the choice of BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After
+    `tune(model, "layer-decay")` there are two a layer, with "scale", the layer's share of the learning rate; after
+    "l2-sp" the encoder has no decay towards zero.  Raises ValueError when nothing is trainable.
 
     >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), learning_rate=1e-3)]
     [1, 1]
@@ -57,7 +55,7 @@ def parameter_groups(
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = spare and (parameter in norms or name.split(".")[-1] == "bias")
+            spared = spare and (parameter in norms or "bias" in name)  # DeBERTa's q_bias, T5's relative_attention_bias
             decayed = not spared and name not in tuning.start
             found.setdefault((tuning.scales.get(name, 1.0), decayed), []).append(parameter)
     if not found:
@@ -121,27 +119,21 @@ def begin_step(model: nn.Module, step: int, total: int) -> None:
             model.get_parameter(name).requires_grad_(place < free)
 
 
-def follows_steps(model: nn.Module) -> bool:
-    """Whether the strategy looks at single steps or weights: then the optimizer must hold the parameters themselves."""
-    tuning = tuning_of(model)
-    return tuning is not None and bool(tuning.stages or tuning.start)
-
-
 def check(model: nn.Module, how: str) -> None:
     """ValueError for a strategy that needs the weights whole where they are spread."""
-    if how == "fsdp" and follows_steps(model):
-        raise ValueError(f"distributed='fsdp' has no {tuning_of(model).strategy}; use distributed='ddp'")
+    tuning = tuning_of(model)
+    if how == "fsdp" and tuning is not None and (tuning.stages or tuning.start):
+        raise ValueError(f"distributed='fsdp' has no {tuning.strategy}; use distributed='ddp'")
 
 
 def described(model: nn.Module) -> str:
     """The model and its strategy in words, for a run that is to go on later: what must not be another then."""
-    said: dict[str, Any] = {
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    said = {key: value for key, value in config.items() if "drop" in key or key in ("hidden_act", "activation")} | {
         "parameters": [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()],
         "dropout": [m.p for m in model.modules() if isinstance(m, nn.Dropout)],
         "heads": {name: repr(spec) for name, spec in getattr(model, "specs", {}).items()},
     }
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    said |= {key: value for key, value in config.items() if "drop" in key or key in ("hidden_act", "activation")}
     if (tuning := tuning_of(model)) is not None:
         starts = hashlib.sha256()
         for start in [*dict(sorted(tuning.start.items())).values(), *regularization.mixout_starts(model)]:

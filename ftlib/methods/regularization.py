@@ -1,7 +1,6 @@
 """What keeps a fine-tuned model simple, or near its pretrained self: L2-SP, mixout, R-Drop, L1, dropout rates.
 
-Weight decay, label smoothing, early stopping and gradient clipping are fields of `TrainConfig`, and so are `l1`,
-`r_drop` and `dropout` from here; L2-SP and mixout are strategies of `tuning.tune`.
+`l1`, `r_drop` and `dropout` are fields of `TrainConfig`; L2-SP and mixout are strategies of `tuning.tune`.
 
 To copy: this file, methods/speedups.py, core/anatomy.py and torch (tasks/task.py and what it names for `r_drop`).
 """
@@ -47,10 +46,8 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
     """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labelled items.
 
     (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats: `divergence` in the kind's record.
-
-    first, second: logits, (items, classes), or (batch, tokens, classes) for tags.
-    labels: (items,) or (batch, tokens) int64, -100 ignored; (items, classes) 0/1 for several labels an item.
-    kind: a task that predicts classes; for several labels an item a Bernoulli distribution a label, summed over labels.
+    first, second: logits, (items, classes), or (batch, tokens, classes) for tags; labels: int64 (items,) or (batch,
+    tokens), -100 ignored; 0/1 (items, classes) for several labels an item, each a Bernoulli distribution.
     Source: Liang et al. 2021 (arXiv:2106.14448), equation 2; the factors are those of the authors' code.
     Raises ValueError for another kind: a predicted number has no distribution.
     """
@@ -65,8 +62,7 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
 def add_mixout(linears: Iterable[nn.Module], p: float) -> None:
     """While training, every weight of these layers is with probability p the present (pretrained) one, in place.
 
-    W ← W₀ + dropout(W - W₀, p): dropout towards the pretrained weights in place of zero, with the same mean W.
-    Source: Lee et al. 2020 (arXiv:1909.11299).
+    W ← W₀ + dropout(W - W₀, p), with the same mean W.  Source: Lee et al. 2020 (arXiv:1909.11299).
     """
     for linear in linears:
         anatomy.put_forward(linear, _mixed, linear.weight.detach().clone(), p)
@@ -112,8 +108,8 @@ def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
         raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
     before = [(module, name, getattr(module, name)) for module, name in places]
     try:
-        for module, name in places:
-            setattr(module, name, p)
+        for place in places:
+            setattr(*place, p)
         yield
     finally:
         for place in before:

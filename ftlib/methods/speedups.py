@@ -3,8 +3,7 @@
 - `linear`: matrix products by oneDNN, which PyTorch brings along but does not use for float32 layers.  On AMD's CPUs
   with AVX-512 it is about twice as fast as MKL, which `torch.nn.functional.linear` calls.
 - `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
-- `attend`: attention over packed rows, one example at a time, so that no score of a padded position is computed and
-  attention dropout does not push PyTorch off its quick path.
+- `attend`: attention over packed rows, one example at a time: no scores of padding, and quick with dropout too.
 
 To copy: this file, core/anatomy.py and torch.
 """
@@ -15,7 +14,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core import anatomy
@@ -25,34 +24,13 @@ _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    """Random 0/1 of `like`'s shape and dtype, 0 with probability p (to the nearest 1/65536).
-
-    Four elements share one 64-bit draw of PyTorch's generator; `bernoulli_` costs several times as much on a CPU.
-
-    >>> _ = torch.manual_seed(0)
-    >>> round(keep_mask(torch.empty(100_000), 0.25).mean().item(), 2)
-    0.75
-    """
+def keep_mask(like: Tensor, p: float) -> Tensor:
+    """Random 0/1 of `like`'s shape and dtype, 0 with probability p (to 1/65536), from 16 bits of a 64-bit draw each."""
     count = like.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     bits = draws.view(torch.int16)[:count].view(like.shape)  # uniform in [-32768, 32767]
     threshold = min(round(p * 65536), 65535) - 32768
     return torch.ge(bits, threshold, out=torch.empty_like(like, memory_format=torch.contiguous_format))
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p):
-        mask = keep_mask(x, p)
-        ctx.save_for_backward(mask)
-        ctx.scale = 1 / (1 - p)
-        return (x * mask).mul_(ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return (gradient * ctx.saved_tensors[0]).mul_(ctx.scale), None
 
 
 class _Linear(torch.autograd.Function):
@@ -106,63 +84,50 @@ class _Attend(torch.autograd.Function):
         return *(_joined(parts, query) for parts in (d_query, d_key, d_value)), None, None
 
 
-def _groups(lengths: list[int], *packed: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Neighbouring examples of one length together: every (heads, N_tokens, width) as (heads * rows, n, width).
-
-    While a group's products are so small that waking a second thread costs more than it computes, one thread works.
-    """
+def _groups(lengths: list[int], *packed: Tensor) -> Iterator[list[Tensor]]:
+    """Neighbouring examples of one length together: every (heads, N_tokens, width) as (heads * rows, n, width)."""
     threads, begin = torch.get_num_threads(), 0
     try:
         for length, group in groupby(lengths):
             count = len(list(group))
             own = slice(begin, begin + count * length)
             begin = own.stop
+            # where waking a second thread costs more than it computes, one works
             torch.set_num_threads(1 if len(packed[0]) * count * length**2 < 65536 else threads)
             yield [x[:, own].reshape(-1, length, x.shape[2]) for x in packed]
     finally:
         torch.set_num_threads(threads)
 
 
-def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     """The groups side by side, (heads, N_tokens, width), with zeros up to the number of tokens there are."""
     parts = [part.view(len(like), -1, like.shape[2]) for part in parts]
     spare = like.shape[1] - sum(part.shape[1] for part in parts)
     return torch.cat([*parts, like.new_zeros(len(like), spare, like.shape[2])] if spare else parts, dim=1)
 
 
-def usable(x: torch.Tensor) -> bool:
+def usable(x: Tensor) -> bool:
     """Whether the shortcuts serve this tensor: float32 on a CPU, run eagerly and without autocast."""
     plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     return plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, (..., in) -> (..., out), by the quicker of two libraries.
-
-    >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
-    >>> torch.allclose(linear(x, weight), x @ weight.T, atol=1e-5)
-    True
-    """
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, (..., in) -> (..., out), by the quicker of two libraries."""
     if not (ONEDNN and usable(x) and weight.dtype == torch.float32 and x.numel() >= 16 * x.shape[-1]):
         return F.linear(x, weight, bias)
     # on rows, so that what comes out is no view that PyTorch would forbid to change in place
     return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
-def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True) -> torch.Tensor:
-    """`torch.nn.functional.dropout` with the same distribution and other random numbers.
-
-    >>> dropout(torch.ones(3), p=0.5, training=False).tolist()
-    [1.0, 1.0, 1.0]
-    """
+def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """`torch.nn.functional.dropout` with the same distribution and other random numbers."""
     if not training or p == 0:
         return x
-    return _Dropout.apply(x, p) if usable(x) and p != 1 else F.dropout(x, p)
+    return x * keep_mask(x, p).mul_(1 / (1 - p)) if usable(x) and p != 1 else F.dropout(x, p)
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0
-) -> torch.Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0) -> Tensor:
     """Attention of packed rows (heads, N_tokens, head_dim): each of `lengths` tokens sees its own example alone.
 
     softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim), zeros for tokens after
@@ -204,10 +169,11 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
 def _makes_gelu(module: nn.Module) -> bool:
     """Whether this is the first half of a stock BERT-like feed-forward block: a linear layer, then GELU."""
     activation = getattr(module, "intermediate_act_fn", None)
-    return type(activation).__name__ == "GELUActivation" and type(getattr(module, "dense", None)) is nn.Linear
+    alone = [name for name, _ in module.named_children()] == ["dense", "intermediate_act_fn"]  # no norm before them
+    return alone and type(activation).__name__ == "GELUActivation" and type(getattr(module, "dense", None)) is nn.Linear
 
 
-def _gelu_forward(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _gelu_forward(module: nn.Module, hidden: Tensor) -> Tensor:
     weight, bias = module.dense.weight, module.dense.bias
     if torch.is_grad_enabled() or not (ONEDNN and usable(hidden) and weight.dtype == torch.float32):
         return type(module).forward(module, hidden)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE
-from .adapters import Bottleneck, adapters_of, linears, matching, replace, turned
+from .adapters import Bottleneck, adapters_of, experts, linears, matching, replace, turned
 
 _CACHED = ("PREFIX_TUNING", "CARTRIDGE")  # prompts as keys and values of every layer, not as words
 
@@ -78,14 +78,16 @@ def _fill(model: nn.Module, config: Any, head: list[str]) -> None:
         config.token_dim = wide if words else model.config.hidden_size
         config.num_layers = config.num_layers or model.config.num_hidden_layers
         config.num_attention_heads = config.num_attention_heads or model.config.num_attention_heads
-    if getattr(config, "target_modules", None) == "all-linear":  # PEFT would take a linear layer of the head too
+    # PEFT would take linear layers of the embeddings too; but where experts are one parameter, it knows how
+    if getattr(config, "target_modules", None) == "all-linear" and not experts(model):
         config.target_modules = matching(linears(model), "all-linear")
-    unset = hasattr(config, "target_modules") and not config.target_modules
+    unset = getattr(config, "target_modules", ()) is None and not getattr(config, "target_parameters", None)
     if unset and config.peft_type == "LN_TUNING":
         norms = [name for name, module in model.named_modules() if anatomy.normalizes(module)]
         config.target_modules = [n for n in norms if not n.startswith(tuple(f"{name}." for name in head))]
-    elif unset and config.peft_type != "IA3" and model.config.model_type not in known:
-        config.target_modules = matching(linears(model), None)
+    elif unset and config.peft_type != "IA3" and (model.config.model_type not in known or experts(model)):
+        # whole names would pass by layers_to_transform
+        config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in matching(linears(model), None)})
 
 
 def _with_prompt(model: nn.Module, wrapper: Any, prompt: int, longest: float, *args: Any, **kwargs: Any) -> Any:

@@ -51,14 +51,11 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     """Choose what trains, in place; returns a report.
 
     Args:
-        strategy, with its options; all but "full" also train the head, and BERT's pooler, a dense layer that RoBERTa,
-        ELECTRA and DistilBERT count as part of the head anyway.
-            "full": everything.
-            "head-only": nothing else.
-            "last-layers" (layers=2): and the last Transformer layers, of an encoder-decoder those of its decoder.
-            "frozen-embeddings": and all Transformer layers.
-            "bitfit": and all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
-            "layer-norm": and all normalization layers (Qi et al. 2022, arXiv:2211.08682).
+        strategy, with its options; all but "full" also train the head, and with it BERT's pooler.
+            "full": everything.  "head-only": nothing else.  "frozen-embeddings": all Transformer layers.
+            "last-layers" (layers=2): the last Transformer layers, of an encoder-decoder those of its decoder.
+            "bitfit": all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
+            "layer-norm": all normalization layers (Qi et al. 2022, arXiv:2211.08682).
             "gradual-unfreezing" (until=0.5, decay=1.0): the head first; the layers join from the top, one after
                 the other, the embeddings last, at that share of the steps (Howard & Ruder 2018, arXiv:1801.06146).
             "layer-decay" (decay=0.9): everything, each layer's learning rate `decay` times that of the layer above;
@@ -73,10 +70,9 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
             a PEFT configuration (peft.LoraConfig(use_dora=True), IA3Config(), PromptTuningConfig(...)): through PEFT.
         seed (0): of the first weights of adapters.
 
-    The call starts from a model with everything trainable, so calling it again changes the choice; adapters must be
-    merged or removed before.  A frozen part still runs with dropout in training mode; that regularizes the head.
-    Raises ValueError for an unknown strategy or option, for a model without a head or without what the strategy trains
-    (biases, say), for adapters already there.
+    Calling it again changes the choice; adapters must be merged before.  A frozen part still runs with dropout in
+    training mode; that regularizes the head.  Raises ValueError for an unknown strategy or option, for a model without
+    a head or without what the strategy trains (biases, say), for adapters already there.
 
     >>> model = nn.Module(); model.base_model = nn.Linear(3, 2); model.classifier = nn.Linear(2, 2)
     >>> tune(model, "head-only").trainable
@@ -88,8 +84,16 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
         what = f"takes {', '.join(known)}" if known else "takes no options"
         raise ValueError(f"unknown option {unknown[0]!r}: strategy {strategy!r} {what}")
     base = anatomy.base_of(model)
-    if why := _obstacle(model, base, strategy):
-        raise ValueError(why)
+    for wrong, why in (
+        (adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None,
+         "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"),
+        ((base is model and strategy != "full") or (strategy == "head-only" and not anatomy.head_modules(model)),
+         f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."),
+        (not named and hasattr(model, "heads"),
+         "PEFT configurations are for models with one head; for several use 'lora' or an adapter"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(why)
     tuning = Tuning(strategy if named else type(strategy).__name__, dict(options))
     with torch.random.fork_rng():
         torch.manual_seed(whole("seed", options.get("seed", 0), 0))
@@ -105,17 +109,6 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     model.tuning = tuning
     shown = ", ".join(f"{name}={value}" for name, value in options.items() if name != "seed")
     return report(model, f"{tuning.strategy} ({shown})" if shown else tuning.strategy)
-
-
-def _obstacle(model: nn.Module, base: nn.Module, strategy: Any) -> str | None:
-    """Why this strategy can't start from this model, if so."""
-    if adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None:
-        return "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"
-    if (base is model and strategy != "full") or (strategy == "head-only" and not anatomy.head_modules(model)):
-        return f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."
-    if not isinstance(strategy, str) and hasattr(model, "heads"):
-        return "PEFT configurations are for models with one head; for several use 'lora' or an adapter"
-    return None
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -146,12 +139,13 @@ def _computed(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuning: Tuning) -> list[Any] | None:
-    """The modules and parameters that train beside the head; fills in what the training loop has to know."""
+    """The modules and parameters that train beside the head; fills in what the training loop has to know.
+
+    None where PEFT has chosen.  ValueError where the model has nothing of the kind.
+    """
     if not isinstance(strategy, str):
         tuning.peft = through_peft.add_peft(model, strategy, anatomy.head_modules(model))
         return None
-    if strategy in ("head-only", "frozen-embeddings", "bitfit", "layer-norm", "last-layers"):
-        return _chosen(model, base, strategy, options)
     if strategy == "mixout":
         tuning.options["p"] = float(number("p", options.get("p", 0.7), 0, 1, below=True))
     if strategy in ("gradual-unfreezing", "layer-decay"):
@@ -164,18 +158,13 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
         tuning.strength = number("strength", options.get("strength", 10.0), 0)
         inside = {id(p) for p in base.parameters()}
         tuning.start = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in inside}
-    if strategy == "lora":
-        adapters.add_lora(base, **options)
-    elif strategy in ("houlsby", "pfeiffer"):
-        adapters.add_bottlenecks(base, **options, attention=strategy == "houlsby")
-    else:
-        return [model]
-    norms = [module for module in base.modules() if strategy == "houlsby" and anatomy.normalizes(module)]
-    return [*(p for adapter in adapters.adapters_of(base).values() for p in adapter.own().values()), *norms]
-
-
-def _chosen(model: nn.Module, base: nn.Module, strategy: str, options: dict) -> list[Any]:
-    """What a strategy that only chooses trains beside the head; ValueError where the model has nothing of the kind."""
+    if strategy in ("lora", "houlsby", "pfeiffer"):
+        if strategy == "lora":
+            adapters.add_lora(base, **options)
+        else:
+            adapters.add_bottlenecks(base, **options, attention=strategy == "houlsby")
+        norms = [module for module in base.modules() if strategy == "houlsby" and anatomy.normalizes(module)]
+        return [*(p for adapter in adapters.adapters_of(base).values() for p in adapter.own().values()), *norms]
     if strategy == "head-only":
         return []
     if strategy == "last-layers":
@@ -184,9 +173,9 @@ def _chosen(model: nn.Module, base: nn.Module, strategy: str, options: dict) -> 
     below = {id(p) for p in anatomy.embeddings(model)}
     what, found = {
         "frozen-embeddings": ("embeddings", [p for p in base.parameters() if below and id(p) not in below]),
-        "bitfit": ("biases", [p for name, p in base.named_parameters() if name.split(".")[-1] == "bias"]),
+        "bitfit": ("biases", [p for name, p in base.named_parameters() if name.endswith("bias")]),  # q_bias too
         "layer-norm": ("normalization layers", [module for module in base.modules() if anatomy.normalizes(module)]),
-    }[strategy]
+    }.get(strategy, ("", [model]))
     if not found:
         raise ValueError(f"no {what} found in {type(base).__name__}; choose another strategy, or set requires_grad")
     return found
@@ -195,35 +184,35 @@ def _chosen(model: nn.Module, base: nn.Module, strategy: str, options: dict) -> 
 def _downwards(model: nn.Module) -> list[list[str]]:
     """The names of the base model's parameters, a list a layer from the top down, the last one of the embeddings.
 
-    A decoder's layers are above its encoder's.  What stands above the layers (head, pooler, a last normalization) is
-    not among them.
+    A decoder's layers are above its encoder's, whose own last normalization goes with its last layer.  What stands
+    above all layers (head, pooler, a last normalization) is not among them.
     """
-    anatomy.layers(model)  # refuses models without separate layers
-    stages = [list(layer.parameters()) for stack in anatomy.stacks(model) for layer in stack][::-1]
+    top, stacks = anatomy.layers(model), anatomy.stacks(model)  # refuses models without separate layers
+    stages = [*[list(layer.parameters()) for stack in stacks for layer in stack][::-1], anatomy.embeddings(model)]
+    placed = {id(p) for stage in stages for p in stage}
+    if len(stacks) > 1 or anatomy.kind_of(model) == "deberta-v2":  # its encoder.LayerNorm is of the table of distances
+        inside = ((name, p) for name, p in anatomy.base_of(model).named_parameters() if name.startswith("encoder."))
+        stages[len(top) if len(stacks) > 1 else -1] += [p for _, p in inside if id(p) not in placed]
     fixed = set(map(id, _computed(model)))
     names = {id(p): name for name, p in model.named_parameters() if id(p) not in fixed}
-    return [[names[id(p)] for p in stage if id(p) in names] for stage in [*stages, anatomy.embeddings(model)]]
+    return [[names[id(p)] for p in stage if id(p) in names] for stage in stages]
 
 
 def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     """Count trainable and total parameters of a model, as embeddings, layers, adapters, pooler and head."""
     groups = {name: [0, 0] for name in ("embeddings", "layers", "adapters", "pooler", "head")}
     base, below = anatomy.base_of(model), {id(p) for p in anatomy.embeddings(model)}
-    in_encoder = {id(p): name for name, p in base.named_parameters()}
+    inside = {id(p) for p in base.parameters()}
     own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
     marks = through_peft.peft_marks(getattr(tuning_of(model), "peft", None))
-    for full_name, parameter in model.named_parameters():
-        if ".original_module." in full_name:  # PEFT keeps the head as it came beside the one that trains
+    for name, p in model.named_parameters():
+        if ".original_module." in name:  # PEFT keeps the head as it came beside the one that trains
             continue
-        name = in_encoder.get(id(parameter))
-        if id(parameter) in own or any(mark in full_name for mark in marks):
-            part = "adapters"
-        elif name is None:
-            part = "head"
-        else:
-            part = "embeddings" if id(parameter) in below else "pooler" if "pooler" in name.split(".") else "layers"
-        groups[part][1] += parameter.numel()
-        groups[part][0] += parameter.numel() if parameter.requires_grad else 0
+        part = "embeddings" if id(p) in below else "pooler" if "pooler" in name.split(".") else "layers"
+        part = part if id(p) in inside else "head"
+        part = "adapters" if id(p) in own or any(mark in name for mark in marks) else part
+        groups[part][0] += p.numel() if p.requires_grad else 0
+        groups[part][1] += p.numel()
     groups["layers"][1] += sum(m.codes.numel() for m in model.modules() if isinstance(m, adapters.Int8Linear))
     trainable, total = (sum(counts[i] for counts in groups.values()) for i in (0, 1))
     groups = {name: (t, n) for name, (t, n) in groups.items() if n}

@@ -1,9 +1,8 @@
 """Run a Transformers encoder on real tokens only: same numbers, no work on padding.
 
 `unpad(model)` hooks the encoder: before it, padded positions are dropped, so that each layer sees one long row of
-real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Only attention must know where an example
-ends; it is told through Transformers' own `AttentionInterface`.  The model stays the same object with the same
-weights, and runs in the stock `Trainer`, in PEFT and in sentence-transformers.
+real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Attention is told where an example ends
+through Transformers' `AttentionInterface`.  The model stays the same object, for `Trainer`, PEFT and others.
 
 With padding on the right, attention runs on the packed tokens: on a CPU in float32 by `speedups.attend`, on a CUDA GPU
 of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.  Otherwise
@@ -15,17 +14,20 @@ arXiv:2412.13663).
 """
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core import anatomy
 from . import speedups
 
-NAME = "unpadded_by_" + __name__.replace(".", "_")  # another for every copy of this file in a process
+PREFIX = "unpadded_by_"
+NAME = PREFIX + __name__.replace(".", "_")  # another for every copy of this file in a process
 
 # Model types whose encoder takes (hidden states, mask) and whose layers pass the mask on.
 _ENCODER = (
@@ -43,8 +45,6 @@ class Packing(NamedTuple):
 
     indices: Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
     mask: Tensor  # (batch, tokens) bool, True at real tokens
-    batch: int
-    tokens: int
     cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
     longest: int  # kept tokens of the longest row
     lengths: list[int] | None = None  # kept tokens of every row; None on a GPU, or if padding isn't on the right
@@ -63,12 +63,7 @@ class Packing(NamedTuple):
         on_cpu = mask.device.type == "cpu"
         spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
         rows = lengths.tolist() if on_cpu and on_the_right else None
-        return cls(indices, mask, *mask.shape, cu_seqlens, longest, rows, spare)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there is nothing to drop."""
-        return self.cu_seqlens is not None and len(self.indices) == self.mask.numel()
+        return cls(indices, mask, cu_seqlens, longest, rows, spare)
 
 
 def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
@@ -82,8 +77,7 @@ def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
 def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
     """Keep the real tokens of (batch, tokens, hidden): returns (1, N_tokens, hidden) and where they came from.
 
-    mask: bool (batch, tokens), True at real tokens.  Position 0 is always kept, because the stock heads read it,
-    even where it is padding (left padding, or a row without real tokens).
+    mask: bool (batch, tokens), True at real tokens.  Position 0 is always kept: stock heads read it, padding or not.
 
     >>> hidden = torch.arange(4.0).view(2, 2, 1)
     >>> packed, packing = unpad_input(hidden, torch.tensor([[True, True], [True, False]]))
@@ -116,7 +110,7 @@ def _attend_packed(
     query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
     keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
     if window is not None:
-        position = torch.arange(packing.tokens, device=query.device)
+        position = torch.arange(packing.mask.shape[1], device=query.device)
         keys = keys & ((position[:, None] - position).abs() <= window)  # (batch, 1, tokens, tokens)
     out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
     return _pack(out.transpose(1, 2), packing, packing.spare)  # (1, N_tokens, heads, head_dim)
@@ -142,25 +136,21 @@ def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, N_tokens, head_dim) when packed
-    key: Tensor,  # (1, heads or fewer, N_tokens, head_dim)
-    value: Tensor,
-    attention_mask: Packing | Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    packing: Packing | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    if key.shape[1] != query.shape[1]:  # grouped heads
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+    packing: Packing | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Packed, query is (1, heads, N_tokens, head_dim); key and value may have fewer heads."""
+    if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if isinstance(attention_mask, Packing):
         packing = attention_mask
     if packing is None:
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
-    local = sliding_window is not None and sliding_window < packing.tokens  # a window that holds every row is none
+    local = (
+        sliding_window is not None and sliding_window < packing.mask.shape[1]
+    )  # a window that holds every row is none
     window = sliding_window - 1 if local else None
     if window is None and speedups.usable(query) and packing.lengths is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -228,7 +218,7 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
     if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
         packing = Packing.of(mask)
-        full = packing.is_full and packing.lengths is None
+        full = packing.cu_seqlens is not None and packing.lengths is None and len(packing.indices) == mask.numel()
         hidden, mask = (hidden, None) if full else (_pack(hidden, packing, packing.spare), packing)
     return (hidden, mask, *args[2:]), kwargs
 
@@ -242,14 +232,8 @@ def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
 
 def _padded(output: Any, packing: Packing) -> Any:
     """The base model's output, with every (1, N_tokens, hidden) in it put back into (batch, tokens, hidden)."""
-    if isinstance(output, tuple):
-        return tuple(_padded(part, packing) for part in output)
-    if isinstance(output, dict):  # a ModelOutput
-        for name, part in output.items():
-            output[name] = _padded(part, packing)
-        return output
-    packed = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] != packing.mask.shape
-    return pad_input(output, packing) if packed else output
+    shape, back = packing.mask.shape, partial(pad_input, packing=packing)
+    return tree_map_only(lambda x: isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] != shape, back, output)
 
 
 def _encoder_of(base: nn.Module) -> nn.Module:
@@ -268,12 +252,11 @@ def unpad(model: nn.Module) -> nn.Module:
     """Make a Transformers encoder skip padding, in place; returns the model.
 
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
-    positions the hidden states are zero, where the stock model leaves numbers that nothing should read; a stock
-    question-answering head does read them, as it ranks padding with the tokens, so its loss differs.
+    positions the hidden states are zero; a stock question-answering head reads them, so its loss differs.
 
     Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
-    and attention that isn't a plain softmax (relative position biases).  The unpadded model raises it for an
-    attention_mask that isn't (batch, tokens) and for `output_attentions`: call `repad(model)` first.
+    and relative position biases.  The unpadded model raises it for an attention_mask that isn't (batch, tokens) and
+    for `output_attentions`: call `repad(model)` first.
     """
     base = anatomy.base_of(model)
     if why := _obstacle(base):
@@ -296,18 +279,13 @@ def unpad(model: nn.Module) -> nn.Module:
 def _obstacle(base: nn.Module) -> str | None:
     """Why this model can't be unpadded, if so."""
     config, kind = getattr(base, "config", None), anatomy.kind_of(base)
-    if kind in _KNOWN:
-        decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
-        why = f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)"
-        return why if decoder else None
-    reason = ""
-    if getattr(config, "is_encoder_decoder", False):
-        reason = ", an encoder-decoder"
-    elif any(getattr(module, "is_causal", False) for module in base.modules()):
-        reason = ", a decoder"
-    elif config is not None and not getattr(base, "_supports_attention_backend", False):
-        reason = ": its attention is its own (relative positions, say) and not Transformers' AttentionInterface"
-    return f"unpad can't handle model type {kind!r}{reason}; it handles {', '.join(sorted(_KNOWN))}"
+    if (by := str(getattr(config, "_attn_implementation", ""))).startswith(PREFIX) and by != NAME:
+        return f"another copy of unpad is on ({by.removeprefix(PREFIX)}); call its repad(model) first"
+    if kind not in _KNOWN:
+        need = "encoders with Transformers' own attention, without relative positions"
+        return f"unpad can't handle model type {kind!r}; it handles {need}: {', '.join(sorted(_KNOWN))}"
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
+    return f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)" if decoder else None
 
 
 def repad(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,11 @@ _running: list[Measurement] = []  # measurements whose block has not ended, oute
 def measure() -> Iterator[Measurement]:
     """Wall-clock seconds of a block and the peak memory of the process while it ran.
 
-    `peak_mb` is the largest resident memory of this whole process during the block: models loaded before it
-    count, child processes don't. On Linux the kernel keeps that maximum, and writing 5 to
-    /proc/self/clear_refs sets it back when the block starts; where that isn't allowed a thread reads the
-    resident memory every 5 ms, which can miss a short peak (outside Linux with psutil; nan without it). On
-    CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated` (tensors, not the allocator's reserve), and the
-    clock waits for the GPU. Blocks may be nested.
+    `peak_mb` is the largest resident memory of this whole process during the block: models loaded before it count,
+    child processes don't. On Linux the kernel keeps that maximum, and writing 5 to /proc/self/clear_refs sets it back
+    when the block starts; where that isn't allowed a thread reads the resident memory every 5 ms, which can miss a
+    short peak (outside Linux with psutil; nan without it). On CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated`
+    (tensors, not the allocator's reserve), and the clock waits for the GPU. Blocks may be nested.
 
     >>> with measure() as cost:
     ...     total = sum(range(1000))
@@ -90,13 +89,11 @@ def _reset_peak() -> bool:
 
 
 def _resident_mb() -> float:
-    if not math.isnan(now := _status_mb("VmRSS")):
-        return now
-    try:
+    with suppress(ImportError):
         import psutil
-    except ImportError:
-        return math.nan
-    return psutil.Process().memory_info().rss / 2**20
+
+        return psutil.Process().memory_info().rss / 2**20
+    return _status_mb("VmRSS")
 
 
 def _sample(result: Measurement, done: threading.Event) -> None:

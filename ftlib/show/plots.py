@@ -2,8 +2,8 @@
 
 To copy: this file alone.
 
-Every function draws into `ax`, or into a new figure of notebook size when `ax` is None, and returns the Matplotlib
-Axes. Legends stand beside the axes, never on the data: make figures of your own with `layout="constrained"`.
+Every function draws into `ax`, by default a new figure of notebook size, and returns the Matplotlib Axes. Legends
+stand beside the axes, never on the data: make figures of your own with `layout="constrained"`.
 """
 
 from __future__ import annotations
@@ -74,29 +74,25 @@ def _numbers(values) -> np.ndarray:
 def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: int = 1):
     """Values of a run's history against the optimizer step; a colour for each run, a line style for each key.
 
-    `runs` is a Run (anything with `.history`), a list of history records (dicts with "step" and values), or a
-    dict {name: either}. Keys that begin with "eval_" get markers. `smooth` > 1 averages each training value
-    with the `smooth` - 1 before it, says so in the title, and keeps the raw values as a pale line. A value
-    that is nan or infinite leaves a gap, and the legend names the first such step.
-    Raises ValueError for an empty history and for a key that no record of a run has.
-
-    >>> learning_curves([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}]).get_xlabel()
-    'optimizer step'
+    runs: a Run (anything with `.history`), a list of history records (dicts with "step" and values), or {name: either}.
+    Keys that begin with "eval_" get markers. `smooth` > 1 averages each training value with the `smooth` - 1 before it,
+    says so in the title, and keeps the raw values as a pale line. A value that is nan or infinite leaves a gap, and the
+    legend names the first such step. Raises ValueError for a key that no record of a run has.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not keys or not named or smooth < 1:
         raise ValueError(f"needs a run, a key and smooth >= 1: {len(named)} runs, keys={keys}, smooth={smooth}")
     histories = {name: getattr(run, "history", run) for name, run in named.items()}
-    lines = list(product(enumerate(histories.items()), enumerate(keys)))
-    for (_, (name, history)), (_, key) in lines:
-        if all(record.get(key) is None for record in history):
+    lines = []  # of (run's place, key's place, label, key, points)
+    for (i, (name, history)), (j, key) in product(enumerate(histories.items()), enumerate(keys)):
+        points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+        if not points:
             known = ", ".join(sorted({k for record in history for k in record} - {"step"})) or "no records"
             raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
+        lines.append((i, j, f"{name}, {key}" if name and len(keys) > 1 else name or key, key, points))
     ax = _axes(ax, 6.0 if len(lines) == 1 else 7.5, 3.6)
-    for (i, (name, history)), (j, key) in lines:
-        label = f"{name}, {key}" if name and len(keys) > 1 else name or key
-        points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+    for i, j, label, key, points in lines:
         steps, values = np.array(points, dtype=float).T
         color = PALETTE[(i if len(named) > 1 else j) % len(PALETTE)]
         broken = ~np.isfinite(values)
@@ -109,9 +105,8 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
         marker = MARKERS[i % len(MARKERS)] if key.startswith("eval_") or len(values) == 1 else None
         style = dict(linestyle=("-", "--", ":", "-.")[j % 4], marker=marker, markersize=5, linewidth=1.6)
         ax.plot(steps, values, color=color, label=label, **style)
-    title = f"{' and '.join(keys)} while training"
-    if smooth > 1:
-        title += f"\n(running mean of {smooth} records, raw values pale)"
+    pale = f"\n(running mean of {smooth} records, raw values pale)" if smooth > 1 else ""
+    title = f"{' and '.join(keys)} while training{pale}"
     ylabel = " / ".join(sorted({key.removeprefix("eval_") for key in keys}))
     _describe(ax, title, "optimizer step", ylabel, legend=len(lines) > 1 or label != keys[0])
     return ax
@@ -121,7 +116,7 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
     """Checked counts, int64 (true, predicted)."""
     if names is None or isinstance(names, str) or len(names) == 0:
         raise ValueError(f"names must list the class names in the order of their ids, got {names!r}")
-    labels, predictions = _numbers(labels), _numbers(predictions)
+    labels, predictions = map(_numbers, (labels, predictions))
     if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
         raise ValueError(f"labels {labels.shape} and predictions {predictions.shape}: expected the same (n,)")
     for what, ids in (("labels", labels), ("predictions", predictions)):
@@ -136,13 +131,10 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
 def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normalize: bool = True):
     """True classes in rows, predicted in columns; shares of each row, or counts when `normalize` is False.
 
-    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12
-    classes the cells carry no numbers, the axes show ids and the colours are stretched towards small values;
-    with `ax` None a second panel then lists the commonest errors by name. Returns the Axes of the matrix.
+    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12 classes the
+    cells carry no numbers, the axes show ids and the colours are stretched towards small values; with `ax` None a
+    second panel then lists the commonest errors by name. Returns the Axes of the matrix.
     Raises ValueError for ids outside `names`.
-
-    >>> confusion_matrix([0, 0, 1], [0, 1, 1], ["ham", "spam"]).get_ylabel()
-    'true class'
     """
     from matplotlib.colors import PowerNorm
 
@@ -186,14 +178,12 @@ def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
     bars.set_title("commonest errors, true → predicted", fontsize=11, loc="right")
     return ax
 
+
 def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None, title: str | None = None):
     """One head's attention as a picture: a row a query, a column a key, darker where more weight goes.
 
     weights: (queries, keys); tokens: one for each key; query_tokens: one for each query, when those differ.
     Raises ValueError for weights that are not 2-D or not finite, and for a wrong number of tokens.
-
-    >>> attention_map([[1.0, 0.0], [0.5, 0.5]], ["a", "film"]).get_xlabel()
-    'key (attended to)'
     """
     weights = _numbers(weights)  # (queries, keys)
     queries = tokens if query_tokens is None else query_tokens
@@ -214,11 +204,8 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
 def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, spreads=None, label: str = "gain"):
     """Numbers in cells, blue above zero and red below: what trains with what (a transfer matrix), cosines of tasks.
 
-    values: (rows, columns), nan for a cell to leave grey; spreads: the same shape, written as ±. `label` says
-    what the numbers are. Raises ValueError for other shapes, and where no value is finite.
-
-    >>> heat_map([[0.0, -0.1], [0.2, float("nan")]], ["a", "b"], ["with a", "with b"]).get_title()
-    'gain'
+    values: (rows, columns), nan for a cell to leave grey; spreads: the same shape, written as ±. `label` says what the
+    numbers are. Raises ValueError for other shapes, and where no value is finite.
     """
     values = _numbers(values)  # (rows, columns)
     spreads = np.full(values.shape, np.nan) if spreads is None else _numbers(spreads)
@@ -242,25 +229,20 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
 def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7):
     """Vectors in two dimensions, a colour and a marker for each label.
 
-    features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the
-    directions of most variance; the axes say how much) or "tsne" (keeps neighbours together; its axes and the
-    distances between groups mean nothing). Beyond `top` labels the most frequent are coloured and the rest
-    are grey. Raises ValueError for another method, wrong shapes, values that are not finite, ids outside
-    `names`.
-
-    >>> embedding_map([[0, 1], [1, 0], [4, 4]], [0, 0, 1], ["ham", "spam"]).get_title()
-    '3 vectors of 2 numbers, PCA'
+    features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the directions of most
+    variance; the axes say how much) or "tsne" (keeps neighbours together; its axes and the distances between groups
+    mean nothing). Beyond `top` labels the most frequent are coloured and the rest are grey.
+    Raises ValueError for another method, wrong shapes, values that are not finite, ids outside `names`.
     """
     features, labels = _numbers(features), _numbers(labels)
     if features.ndim != 2 or len(labels) != len(features) or len(features) < 3 or features.shape[1] < 2:
         raise ValueError(f"features {features.shape}, {len(labels)} labels: need (n, dimensions), (3, 2) or more, n")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        raise ValueError(f"features row {bad[0]} is not finite")
-    _counts(labels, labels, names)
     kind = {"pca": "PCA", "tsne": f"t-SNE (seed {seed})"}.get(method)
-    if kind is None:
-        raise ValueError(f"unknown method {method!r}: expected 'pca' or 'tsne'")
+    if len(bad) or kind is None:
+        unknown = f"unknown method {method!r}: expected 'pca' or 'tsne'"
+        raise ValueError(f"features row {bad[0]} is not finite" if len(bad) else unknown)
+    _counts(labels, labels, names)
     centred = features - features.mean(axis=0)  # (n, dimensions)
     if method == "pca":
         left, singular, _ = np.linalg.svd(centred, full_matrices=False)
@@ -290,12 +272,8 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
 def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: str = "accuracy"):
     """Grouped bars: a group for each task, a colour for each method; thin lines are one std over seeds.
 
-    table: {method: {task: (mean, std)}}; a std of nan or None (one seed) draws no line, a task that a method
-    lacks leaves a gap. Bars begin at 0. Raises ValueError for an empty table or a cell that is not (mean,
-    std).
-
-    >>> compare_tasks({"alone": {"sst2": (0.8, 0.01)}, "together": {"sst2": (0.82, 0.02)}}).get_ylabel()
-    'accuracy'
+    table: {method: {task: (mean, std)}}; a std of nan or None (one seed) draws no line, a task that a method lacks
+    leaves a gap. Bars begin at 0. Raises ValueError for an empty table or a cell that is not (mean, std).
     """
     tasks = list(dict.fromkeys(task for row in table.values() for task in row))
     cells = [(method, task, cell) for method, row in table.items() for task, cell in row.items()]
@@ -323,11 +301,8 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
 def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training examples", ylabel="accuracy"):
     """A line of means over sizes with one std up and down; call it again with `ax` to add a line.
 
-    x, means, stds: (n,); a std of nan or None (one seed) draws no error bar. The x axis turns logarithmic
-    when the sizes span a factor of ten. Raises ValueError for unequal lengths, and for x or means not finite.
-
-    >>> points_with_errors([100, 200], [0.7, 0.8], [0.02, 0.01], "probe").get_xlabel()
-    'training examples'
+    x, means, stds: (n,); a std of nan or None (one seed) draws no error bar. The x axis turns logarithmic when sizes
+    span a factor of ten. Raises ValueError for unequal lengths, and for x or means not finite.
     """
     x, means, stds = _numbers(x), _numbers(means), _numbers(stds)
     if not x.shape == means.shape == stds.shape or x.size == 0 or not np.isfinite([x, means]).all():

@@ -29,13 +29,8 @@ class Environment:
 def setup(seed: int = 0) -> Environment:
     """Seed torch, numpy and random; print and return versions, device, precision with its reason, and size.
 
-    The size of the experiments is "small" or, with the environment variable FTLIB_SIZE, "full". Raises
-    ValueError for another FTLIB_SIZE and for a seed outside 0 … 2**31 - 1.
-
-    >>> env = setup(seed=1)  # doctest: +ELLIPSIS
-    Python ...
-    >>> env.pick(small="few", full="all") in ("few", "all")
-    True
+    The size of the experiments is "small" or, with the environment variable FTLIB_SIZE, "full".
+    Raises ValueError for another FTLIB_SIZE and for a seed outside 0 … 2**31 - 1.
     """
     import platform
     import random

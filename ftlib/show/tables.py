@@ -25,19 +25,17 @@ def stored_results(name: str) -> dict:
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
     package = Path(__file__).resolve().parents[1]
-    folder = package / "_shipped" / "results"  # in an installed package; a checkout has none
-    folder = folder if folder.is_dir() else package.parent / "tests" / "benchmarks" / "results"
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none yet"
+    shipped = package / "_shipped" / "results"  # in an installed package; a checkout has none
+    folder = shipped if shipped.is_dir() else package.parent / "tests" / "benchmarks" / "results"
+    found = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    if name not in found:
+        known = ", ".join(found) or "none yet"
         raise FileNotFoundError(f"no stored results {name!r} (there are: {known}); python tests/benchmarks/{name}.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(found[name].read_text(encoding="utf-8"))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1 in the denominator); nan for the latter of a single value.
-
-    Raises ValueError for no values.
+    """Mean and sample standard deviation (over n - 1), nan for a single value; ValueError for none.
 
     >>> mean_std([0.5, 1.0, 1.5])
     (1.0, 0.5)
@@ -49,9 +47,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, str]:
     """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
 
-    The rule: a tie when the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the
-    difference between one run of each. It says whether one more pair of runs could easily come out the other
-    way round; it is not a significance test. With a single value on a side there is no spread: a tie.
+    A tie is where the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the difference
+    between one run of each: one more pair of runs could easily come out the other way round. It is not a significance
+    test. With a single value on a side there is no spread: a tie.
 
     >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
     (True, False)
@@ -72,19 +70,17 @@ def format_cell(value: Any, digits: int = 3) -> str:
     >>> format_cell((0.785, 0.0062)), format_cell((0.785, float("nan"))), format_cell(22713216)
     ('0.785 ± 0.006', '0.785 (one seed)', '22,713,216')
     """
-    if value is None:
-        return "not measured yet"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "not measured yet", True: "yes", False: "no"}[value]
     if isinstance(value, Integral):
         return f"{value:,}"
     if isinstance(value, Real):
         return "undefined" if math.isnan(value) else f"{value:,.{digits}f}"
-    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Real):
-        std = math.nan if value[1] is None else value[1]
-        spread = " (one seed)" if math.isnan(std) else f" ± {std:,.{digits}f}"
-        return format_cell(float(value[0]), digits) + ("" if math.isnan(value[0]) else spread)
-    return str(value)
+    if not (isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], Real)):
+        return str(value)
+    mean, std = float(value[0]), math.nan if value[1] is None else value[1]
+    spread = " (one seed)" if math.isnan(std) else f" ± {std:,.{digits}f}"
+    return format_cell(mean, digits) + ("" if math.isnan(mean) else spread)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,15 +119,13 @@ class Table:
 
 
 def results_table(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str] | Mapping[str, str] | None = None,
-    *,
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None, *,
     digits: int | Mapping[str, int] = 3,
-) -> Table:
+) -> Table:  # fmt: skip
     """Rows of numbers as a `Table`; `columns` picks and orders keys, or maps them to headings.
 
-    Pairs (mean, std) read "0.785 ± 0.006", None "not measured yet". `digits` after the point: one number, or
-    {key: number} (3 for the rest). Raises ValueError for no rows and for a row without one of the columns.
+    Cells are as `format_cell` makes them; digits: one number, or {key: number} (3 for the rest).
+    Raises ValueError for no rows and for a row without one of the columns.
 
     >>> print(results_table([{"method": "probe", "accuracy": (0.744, 0.004)}]))
     method       accuracy

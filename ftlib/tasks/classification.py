@@ -40,7 +40,8 @@ def check_classes(values: list, num_labels: int, where: str) -> list[int]:
         return values
     for value in map(plain, values):
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{where}: {short(value)} is no class number; cross-entropy needs whole numbers (int)")
+            need = "cross-entropy needs whole numbers (int): cast the column, or load the model for task='regression'"
+            raise TypeError(f"{where}: {short(value)} is no class number; {need}")
         if value != IGNORE and not 0 <= value < num_labels:
             remedy = f"give the model num_labels={value + 1}" if value >= num_labels else "count labels from 0"
             raise ValueError(f"{where}: label {value} is outside 0..{num_labels - 1}; {remedy} or mend the label")
@@ -126,7 +127,7 @@ def divergence_of_labels(first: Tensor, second: Tensor, labels: Tensor) -> Tenso
     """The same for a Bernoulli distribution a label, (items, labels), summed over labels."""
     both = ((first.float(), second.float()), (second.float(), first.float()))
     each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
-    return each.sum() / 4
+    return each[labels != IGNORE].sum() / 4
 
 
 # --------------------------------------------------------------------------------------------------- from logits onward

@@ -2,11 +2,9 @@
 
 To copy: this file alone.
 
-Three rules hold everywhere. Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average
-runs over the labels that occur in the references or in the predictions: a label predicted but never right
-counts 0, one that occurs on neither side is left out, and anything divided by zero is 0. A correlation with a
-constant is undefined and comes back as nan: 0.0 would read as a measured "no relation", and would slip unseen
-into a mean over seeds. Scikit-learn, scipy and seqeval are imported where they are used.
+Three rules hold everywhere. Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average runs over
+the labels that occur on either side: one predicted but never right counts 0, and anything divided by zero is 0. A
+correlation with a constant is undefined and comes back as nan: 0.0 would read as a measured "no relation".
 """
 
 from __future__ import annotations
@@ -58,11 +56,7 @@ def _ids(predictions, labels, names: Sequence[str] | None = None) -> tuple[np.nd
 
 
 def accuracy(predictions, labels) -> float:
-    """Share of rows that are right; in 0/1 matrices (n, labels), rows with every label right (exact match).
-
-    >>> accuracy([0, 1, 1, 2], [0, 1, 0, 2])
-    0.75
-    """
+    """Share of rows that are right; in 0/1 matrices (n, labels), rows with every label right (exact match)."""
     predictions, labels = _ids(predictions, labels)
     return float((predictions == labels).reshape(len(labels), -1).all(axis=1).mean())
 
@@ -80,29 +74,17 @@ def _averaged(predictions, labels, average: str) -> tuple[float, float, float]:
 
 
 def precision(predictions, labels) -> float:
-    """Macro precision: of the rows predicted to be a label, the share that are; the mean over labels.
-
-    >>> precision([0, 1, 1], [0, 1, 0])
-    0.75
-    """
+    """Macro precision: of the rows predicted to be a label, the share that are; the mean over labels."""
     return _averaged(predictions, labels, "macro")[0]
 
 
 def recall(predictions, labels) -> float:
-    """Macro recall: of the rows that are a label, the share predicted to be; the mean over labels.
-
-    >>> recall([0, 1, 1], [0, 0, 1])
-    0.75
-    """
+    """Macro recall: of the rows that are a label, the share predicted to be; the mean over labels."""
     return _averaged(predictions, labels, "macro")[1]
 
 
 def f1_macro(predictions, labels) -> float:
-    """Mean over labels of F1 = 2 · right / (predicted + true): each label weighs the same, however rare.
-
-    >>> round(f1_macro([0, 1, 1], [0, 1, 0]), 4)
-    0.6667
-    """
+    """Mean over labels of F1 = 2 · right / (predicted + true): each label weighs the same, however rare."""
     return _averaged(predictions, labels, "macro")[2]
 
 
@@ -116,11 +98,7 @@ def f1_micro(predictions, labels) -> float:
 
 
 def matthews(predictions, labels) -> float:
-    """Matthews correlation of class ids (n,), from -1 to 1; 0 (chance) when one side holds a single class.
-
-    >>> matthews([0, 1, 1, 0], [0, 1, 0, 1])
-    0.0
-    """
+    """Matthews correlation of class ids (n,), from -1 to 1; 0 (chance) when one side holds a single class."""
     from sklearn.metrics import matthews_corrcoef
 
     predictions, labels = _ids(predictions, labels)
@@ -130,11 +108,7 @@ def matthews(predictions, labels) -> float:
 
 
 def mse(predictions, labels) -> float:
-    """Mean squared error of numbers (n,), in the squared unit of the labels.
-
-    >>> mse([1.0, 2.0], [1.0, 4.0])
-    2.0
-    """
+    """Mean squared error of numbers (n,), in the squared unit of the labels."""
     return float(np.square(np.subtract(*_pair(predictions, labels))).mean())
 
 
@@ -150,20 +124,12 @@ def _correlation(kind: str, predictions, labels) -> float:
 
 
 def pearson(predictions, labels) -> float:
-    """Pearson correlation of numbers (n,): how near the points lie to a rising line; nan if one is constant.
-
-    >>> round(pearson([1, 2, 3], [2, 4, 6]), 6)
-    1.0
-    """
+    """Pearson correlation of numbers (n,): how near the points lie to a rising line; nan if one is constant."""
     return _correlation("pearsonr", predictions, labels)
 
 
 def spearman(predictions, labels) -> float:
-    """Spearman correlation of numbers (n,): Pearson of the ranks, ties averaged; nan if one is constant.
-
-    >>> round(spearman([1, 2, 3], [1, 10, 1000]), 6)
-    1.0
-    """
+    """Spearman correlation of numbers (n,): Pearson of the ranks, ties averaged; nan if one is constant."""
     return _correlation("spearmanr", predictions, labels)
 
 
@@ -174,26 +140,25 @@ def _is_entity_tag(tag) -> bool:
 def entity_scores(predictions, labels) -> dict[str, float]:
     """Precision, recall and F1 of whole entities, and accuracy of single tags.
 
-    Rows are sentences of tags such as "B-city", "I-city", "O". An entity counts when its type, first and last
-    token are all right; counts are added up over types, as the CoNLL-2000 script does (seqeval's default).
+    Rows are sentences of tags such as "B-city", "I-city", "O". An entity counts when its type, first and last token are
+    all right; counts are added up over types, as the CoNLL-2000 script does (seqeval's default).
     Raises ValueError for sentences of different length and for a tag that is not BIO.
 
     >>> entity_scores([["B-city", "O", "O"]], [["B-city", "I-city", "O"]])["f1"]
     0.0
     """
-    from seqeval.metrics import f1_score, precision_score, recall_score
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
     predictions, labels = [list(row) for row in predictions], [list(row) for row in labels]
     _same_lengths(predictions, labels)
-    tags = ((i, tag) for side in (predictions, labels) for i, row in enumerate(side) for tag in row)
-    wrong = [(i, tag) for i, tag in tags if not _is_entity_tag(tag)]
+    sides = [*enumerate(predictions), *enumerate(labels)]
+    wrong = [(i, tag) for i, row in sides for tag in row if not _is_entity_tag(tag)]
     if wrong or not any(labels):
         found = f"row {wrong[0][0]} has the tag {wrong[0][1]!r}" if wrong else "no tags, nothing to score"
         raise ValueError(f"{found}: expected 'O', 'B-…' or 'I-…'")
-    right = np.concatenate([np.equal(a, b) for a, b in zip(predictions, labels, strict=True) if b])
     scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
     found = {name: float(score(labels, predictions, zero_division=0)) for name, score in scores.items()}
-    return {**found, "accuracy": float(right.mean())}
+    return {**found, "accuracy": float(accuracy_score(labels, predictions))}
 
 
 def _same_lengths(predictions, labels) -> None:
@@ -227,7 +192,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
         sides = _ids(predictions, labels, label_names)
         if (sides[1].ndim == 2) != (task == "multi-label-classification"):
             raise ValueError(f"labels have shape {sides[1].shape}, which does not fit {task}")
-    return {name: METRICS[name](*sides) for name in _FITTING[task]}
+    return {score.__name__: score(*sides) for score in _FITTING[task]}
 
 
 def _token_scores(predictions, labels, label_names: Sequence[str] | None) -> dict[str, float]:
@@ -246,16 +211,12 @@ def _token_scores(predictions, labels, label_names: Sequence[str] | None) -> dic
     if any(_is_entity_tag(name) and name != "O" for name in names):
         return entity_scores(*([[names[i] for i in row] for row in side] for side in (guesses, truths)))
     flat = np.concatenate(guesses), np.concatenate(truths)
-    return {name: METRICS[name](*flat) for name in _FITTING["token-classification"]}
+    return {score.__name__: score(*flat) for score in _FITTING["token-classification"]}
 
 
-METRICS = {
-    "accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1_macro, "f1_macro": f1_macro,
-    "f1_micro": f1_micro, "matthews": matthews, "pearson": pearson, "spearman": spearman, "mse": mse,
-}  # fmt: skip
 _FITTING = {
-    "sequence-classification": ("accuracy", "f1_macro", "precision", "recall", "matthews"),
-    "multi-label-classification": ("f1_micro", "f1_macro", "accuracy"),
-    "regression": ("mse", "pearson", "spearman"),
-    "token-classification": ("accuracy", "f1_macro", "precision", "recall"),  # if no name is a BIO tag
+    "sequence-classification": (accuracy, f1_macro, precision, recall, matthews),
+    "multi-label-classification": (f1_micro, f1_macro, accuracy),
+    "regression": (mse, pearson, spearman),
+    "token-classification": (accuracy, f1_macro, precision, recall),  # if no name is a BIO tag
 }

@@ -1,9 +1,8 @@
 """Relations: which class holds between two spans of a text, read off markers around them.
 
 A row has `text` (one string) and `spans`, [[start, end], [start, end]] in characters, end excluded.  The markers are
-words that every tokenizer knows, "@ first @" and "# second #" (Zhou & Chen 2022, arXiv:2102.01373, "entity marker
-(punct)"), so the vocabulary stays; the head reads the encoder's output at the marker before each span (Baldini Soares
-et al. 2019, arXiv:1906.03158, "entity start").
+signs that every tokenizer knows, "@ first @" and "# second #" (Zhou & Chen 2022, arXiv:2102.01373); the head reads the
+encoder's output at the marker before each span (Baldini Soares et al. 2019, arXiv:1906.03158, "entity start").
 
 To copy: this file, core/batches.py, torch and transformers.
 """
@@ -33,19 +32,14 @@ def mark(text: str, spans: Any) -> tuple[str, list[int]]:
     right = len(pairs) == 3 and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
     if not right or not all(type(place) is int for span in spans for place in span):
         raise ValueError(f"spans is {short(spans)}; need two, [[start, end], [start, end]] in characters")
-    parts: list[str] = []
-    places, end, size = [0, 0], 0, 0
-    for which in sorted((0, 1), key=lambda i: tuple(spans[i])):
-        begin, stop = spans[which]
-        if not end <= begin < stop <= len(text):
-            need = f"each must lie in the text (0 to {len(text)}), hold a sign, and not overlap"
-            raise ValueError(f"spans is {spans}: {need}")
-        before, sign = text[end:begin], MARKERS[which]
-        places[which] = size + len(before)
-        marked = f"{before}{sign} {text[begin:stop]} {sign}"
-        parts.append(marked)
-        size, end = size + len(marked), stop
-    return "".join([*parts, text[end:]]), places
+    order = sorted((0, 1), key=lambda i: tuple(spans[i]))
+    (a, b), (c, d) = (spans[i] for i in order)
+    if not 0 <= a < b <= c < d <= len(text):
+        need = f"each must lie in the text (0 to {len(text)}), hold a sign, and not overlap"
+        raise ValueError(f"spans is {spans}: {need}")
+    one, two = (MARKERS[i] for i in order)
+    marked = f"{text[:a]}{one} {text[a:b]} {one}{text[b:c]}{two} {text[c:d]} {two}{text[d:]}"
+    return marked, [(a, c + 4)[i] for i in order]  # two markers of two signs stand before the second
 
 
 def encode(tokenized: Callable, first: list, second: list | None, columns: dict, wheres: list) -> tuple[Any, dict]:

@@ -47,6 +47,7 @@ class Task:
     align: Callable = keep_label  # (label, text, encoding, row of it, where) -> the label beside the token ids
     stack: Callable = stacked  # (labels, tokens of each row, padding side) -> tensor
     a_token: bool = False  # a label a token
+    multi_hot: bool = False  # several classes a text, a 0 or 1 for each
     probabilities: Callable | None = classification.softmax  # of logits; None: the task predicts numbers
     named: Callable = classification.one_name  # (decisions, {number: name}) -> names
     divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
@@ -71,7 +72,7 @@ TASKS: dict[str, Task] = {
         check=classification.check_labels, loss=classification.binary_cross_entropy, decide=classification.above_half,
         score=partial(compute_metrics, "multi-label-classification"), problem_type="multi_label_classification",
         probabilities=torch.sigmoid, named=classification.all_names, divergence=classification.divergence_of_labels,
-        smooths=False,
+        smooths=False, multi_hot=True,
     ),
     "regression": _text(
         check=classification.check_numbers, items=classification.count_numbers, loss=classification.squared_error,
@@ -142,8 +143,9 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
 
 
 def names_of(model: nn.Module, task: str = "") -> dict[int, str]:
-    """{label number: name}."""
-    return model.heads[task].config.id2label if task else model.config.id2label
+    """{label number: name}, also where the numbers are text, as in config.json."""
+    names = (model.heads[task] if task else model).config.id2label or {}
+    return {int(number): name for number, name in names.items()}
 
 
 def given_names(names: dict[int, str]) -> list[str] | None:

@@ -24,7 +24,7 @@ from ftlib import collate
 
 # The first group with a piece that is in the operator's name gets its time.
 GROUPS = {
-    "dropout": ("dropout", "bernoulli", "_Dropout", "aten::random_", "aten::ge"),
+    "dropout": ("dropout", "bernoulli", "aten::random_", "aten::ge"),
     "attention": ("scaled_dot_product", "bmm", "softmax", "flash", "efficient_attention", "varlen", "_Attend"),
     "matrix products": ("aten::mm", "aten::addmm", "AddmmBackward", "MmBackward", "linear_pointwise", "_Linear"),
     "normalization and GELU": ("layer_norm", "gelu"),

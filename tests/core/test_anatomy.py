@@ -218,12 +218,6 @@ def test_what_has_no_list_of_layers():
     assert anatomy.stacks(plain) == [list(plain.layers)]
 
 
-@pytest.mark.parametrize(("tokenizer", "model", "expected"), [(3, 1, 3), (0, 1, 0), (None, 1, 1), (None, None, 0)])
-def test_pad_id(tokenizer, model, expected):
-    known = [type("Known", (), {"pad_token_id": value})() for value in (tokenizer, model)]
-    assert anatomy.pad_id(*known) == expected and anatomy.pad_id(None, known[1]) == (model or 0)
-
-
 def test_normalizes():
     found = [anatomy.normalizes(m) for m in (nn.LayerNorm(2), nn.RMSNorm(2), nn.Linear(2, 2), nn.BatchNorm1d(2))]
     assert found == [True, True, False, True]

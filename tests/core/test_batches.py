@@ -128,6 +128,11 @@ def test_split_by_size_refuses(options):
         split_by_size([0], [1], **options)
 
 
+def test_rows_of_one_length_go_together():
+    assert split_by_size(range(6), [3, 2, 3, 2, 1, 3], batch_size=2, alike=True) == [[0, 2], [5], [1, 3], [4]]
+    assert split_by_size(range(3), [2, 2, 1], alike=True) == [[0, 1], [2]]
+
+
 def test_split_by_size_names_the_row_that_is_too_long():
     with pytest.raises(ValueError, match=r"row 1 has 9 tokens, over max_tokens=8; raise it or cut it"):
         split_by_size([0, 1], [3, 9], max_tokens=8)
@@ -174,8 +179,26 @@ def test_rows_of_several_tasks_may_have_columns_that_others_have_not():
 
 
 def test_columns_that_are_no_inputs_are_left_out():
-    batch = collate([{"input_ids": [5, 6], "attention_mask": [1, 0], "word_starts": [0, None]}])
+    batch = collate([{"input_ids": [5, 6], "word_starts": [0, None]}])
     assert set(batch) == {"input_ids", "attention_mask"} and batch["attention_mask"].tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_a_rows_own_mask_hides_stays_hidden(side):
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, {"input_ids": [8]}]
+    batch = collate(rows, padding_side=side)
+    assert batch["attention_mask"].tolist() == [[1, 0, 1], [1, 0, 0] if side == "right" else [0, 0, 1]]
+    with pytest.raises(ValueError, match="rows that do not go together"):
+        collate([{"input_ids": [5, 6, 7], "attention_mask": [1, 1]}])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_list_of_numbers_a_token_is_padded_with_zeros(side):
+    rows = [{"input_ids": [5, 6], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, {"input_ids": [8], "bbox": [[9, 9, 9, 9]]}]
+    second = [[9, 9, 9, 9], [0, 0, 0, 0]] if side == "right" else [[0, 0, 0, 0], [9, 9, 9, 9]]
+    assert collate(rows, padding_side=side)["bbox"].tolist() == [rows[0]["bbox"], second]
+    mixed = [rows[0] | {"labels": {"a": 1}}, {"input_ids": [8], "labels": {"b": 1}}]  # another task's row has none
+    assert collate(mixed)["bbox"].tolist() == [rows[0]["bbox"], [[0, 0, 0, 0]] * 2]
 
 
 def test_rows_may_be_arrays():

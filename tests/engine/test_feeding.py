@@ -13,6 +13,7 @@ from ftlib.engine.feeding import Feed, Step
 from ftlib.engine.fit import fit
 from ftlib.engine.recovery import out_of_memory
 from ftlib.engine.settings import Run
+from ftlib.inputs.agreement import Padding
 from ftlib.inputs.rows import parts_for
 from ftlib.methods.unpadding import unpad
 from ftlib.tasks.task import tasks_of
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def feed_of(model, rows, total=9, **options):
     config = quick(shuffle=False, **options)
     sizes = dict(micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
-    feed = Feed(parts_for(rows, model, name="rows"), tasks_of(model), Run(config, **sizes), 0, CPU)
+    feed = Feed(parts_for(rows, model, name="rows"), tasks_of(model), Run(config, **sizes), Padding(), CPU)
     feed.start(0, total)
     return feed
 

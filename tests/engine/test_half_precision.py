@@ -13,8 +13,14 @@ from ftlib.methods.tuning import STRATEGIES, tune
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64)
 OTHERS = {
     "distilbert": {}, "albert": {}, "electra": {}, "roberta": {"max_position_embeddings": 44},
-    "llama": SIZES, "qwen3": SIZES | {"head_dim": 16}, "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=40, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
-    "t5": dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0),
+    "llama": SIZES, "qwen3": SIZES | {"head_dim": 16},
+    "gpt2": dict(
+        n_embd=32, n_layer=2, n_head=2, n_positions=40, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    ),
+    "t5": dict(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, eos_token_id=1, decoder_start_token_id=0,
+        dropout_rate=0.0,
+    ),
 }  # fmt: skip
 
 

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch.testing import assert_close
 
+from ftlib.engine.fit import fit
 from ftlib.engine.prediction import evaluate, logits_of, predict
+from ftlib.engine.settings import TrainConfig
 from ftlib.inputs.rows import parts_for, rows_for
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
@@ -204,7 +206,8 @@ def test_one_task_of_several(tiny_model, tiny_tokenizer):
     ("data", "options", "kind", "message"),
     [
         ("good film", {}, TypeError, r"data is a str; pass a list of texts, even for one: \[text\]"),
-        ({"text": ["good"]}, {}, TypeError, "data is a dict; pass a list"),
+        ({"words": ["good"]}, {}, ValueError, r"data has no column 'input_ids' \(it has words\)"),
+        ("no/such/file.csv", {}, FileNotFoundError, "no/such/file.csv"),
         (None, {}, TypeError, "data is a NoneType; pass a list"),
         (5, {}, TypeError, "data is a int"),
         (["good", None], {}, TypeError, "row 1, column 'text': expected text, got None"),
@@ -214,15 +217,74 @@ def test_one_task_of_several(tiny_model, tiny_tokenizer):
         (["good"], {"max_length": "5"}, ValueError, "max_length='5'"),
         (["good"], {"max_length": 5.5}, ValueError, "max_length=5.5"),
         (["good"], {"batch_size": 0}, ValueError, "batch_size=0"),
-        ([{"text": "good"}], {}, ValueError, "data row 0: expected a dict with 'input_ids'"),
+        ([{"words": "good"}], {}, ValueError, "data has no column 'input_ids'"),
+        ([{"text": "good"}, {"text": None}], {}, TypeError, "row 1, column 'text': expected text, got None"),
         ([{"input_ids": [99]}], {}, ValueError, r"data row 0, column 'input_ids': id 99 is outside 0..63"),
-        (Dataset.from_dict({"text": ["good"]}), {}, ValueError, "data has no column 'input_ids'"),
+        (Dataset.from_dict({"words": ["good"]}), {}, ValueError, "data has no column 'input_ids'"),
         (DatasetDict(test=Dataset.from_dict({"input_ids": [[1]]})), {}, TypeError, "data is a DatasetDict"),
     ],
 )
 def test_bad_data(tiny_model, tiny_tokenizer, data, options, kind, message):
     with pytest.raises(kind, match=message):
         predict(tiny_model(), data, tokenizer=tiny_tokenizer, **options)
+
+
+class OfTorch(torch.utils.data.Dataset):
+    """A length and numbers, as in PyTorch's tutorials; no iterator."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def test_tables_of_texts_are_predicted_like_lists_of_them(tiny_model, tiny_tokenizer, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    model = tiny_model(num_labels=3)
+    table = {"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0] * 5}
+    frame = pandas.DataFrame(table, index=[7, 8, 9, 10, 11])
+    frame.to_csv(tmp_path / "texts.csv", index=False)
+    expected = predict(model, list(zip(TEXTS, TEXTS[::-1], strict=True)), tokenizer=tiny_tokenizer, output="logits")
+    tables = (table, frame, Dataset.from_dict(table), frame.to_dict("records"), OfTorch(frame.to_dict("records")),
+              tmp_path / "texts.csv", str(tmp_path / "texts.csv"))  # fmt: skip
+    for data in tables:
+        assert_close(predict(model, data, tokenizer=tiny_tokenizer, output="logits"), expected)
+    words = [text.split() for text in TEXTS]
+    tagger = tiny_model("token-classification", 3)
+    tags = predict(tagger, Dataset.from_dict({"text": TEXTS, "tokens": words}), tokenizer=tiny_tokenizer)
+    assert [found.tolist() for found in tags] == [t.tolist() for t in predict(tagger, words, tokenizer=tiny_tokenizer)]
+
+
+def test_rows_of_a_torch_dataset_are_taken_by_every_door(tiny_model, tiny_tokenizer):
+    labels = [0, 1, 2, 1, 0]
+    rows = tokenize(Dataset.from_dict({"text": TEXTS, "label": labels}), tiny_tokenizer).to_list()
+    encoded = tiny_tokenizer(TEXTS, padding=True, return_tensors="pt")  # padded tensors, a row each
+    padded = [{k: v[i] for k, v in encoded.items()} | {"labels": torch.tensor(labels[i])} for i in range(5)]
+    for data in (OfTorch(rows), OfTorch(padded), padded, torch.utils.data.Subset(OfTorch(padded), range(5))):
+        model = tiny_model(num_labels=3)
+        assert evaluate(model, data) == pytest.approx(evaluate(model, rows), abs=1e-6)
+        assert_close(predict(model, data, output="logits"), predict(model, rows, output="logits"), atol=1e-6, rtol=0)
+        config = TrainConfig(max_steps=1, batch_size=5, progress=False)
+        assert fit(model, data, config=config).history[0]["loss"] == pytest.approx(
+            evaluate(tiny_model(num_labels=3), rows)["loss"], abs=1e-6
+        )
+
+
+def test_texts_are_not_trained_on_and_it_is_said_what_to_call(tiny_model, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": TEXTS, "label": [0, 1, 0, 1, 0]})
+    for data in (frame, frame.to_dict("records"), OfTorch(frame.to_dict("records")), str(tmp_path / "texts.csv"), TEXTS,
+                 Dataset.from_pandas(frame), tmp_path / "texts.csv"):  # fmt: skip
+        for door in (fit, evaluate):
+            with pytest.raises((ValueError, TypeError), match=r"ftlib\.tokenize"):
+                door(tiny_model(), data)
+    unlabelled = Dataset.from_dict({"input_ids": [[5]], "label": [1]})
+    with pytest.raises(ValueError, match=r"no 'labels'.*rename the column 'label' to 'labels'"):
+        evaluate(tiny_model(), unlabelled)
 
 
 def test_empty_tag_texts_and_missing_tokenizers(tiny_model, tiny_tokenizer):

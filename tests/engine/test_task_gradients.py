@@ -480,7 +480,7 @@ def test_settings_of_tasks():
 
 def test_a_sampler_needs_several_datasets(build):
     for options in ({"task_sampler": "uniform"}, {"temperature": 2.0}):
-        with pytest.raises(ValueError, match="task_sampler=.*, temperature=.*: need several datasets"):
+        with pytest.raises(ValueError, match=r"task_sampler=.*, temperature=.*: need several datasets"):
             fit(build(), rows_with_all(4), config=quick(**options))
 
 

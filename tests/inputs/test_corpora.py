@@ -1,10 +1,14 @@
 """Splits, labels and counts of the real corpora, cleaning rules by hand, the hub by a stand-in."""
 
 import functools
+import json
+import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +31,15 @@ NAMES = [
 PAIRS = ["stsb", "mrpc", "qnli", "qqp", "mnli"]
 
 load = functools.cache(corpora.load_corpus)
-summary = functools.cache(corpora.corpus_summary)
+
+
+@functools.cache
+def summary(name):
+    """Rows dropped by reason, and words of the texts, split at white space: 5, 50, 95 %, longest."""
+    splits, dropped = corpora._prepare(name, "wheel")
+    rows = [row for own in splits.values() for row in own]
+    words = [len(row["text"].split()) + len(row.get("text_pair", "").split()) for row in rows]
+    return {"dropped": dropped, "words": [*np.percentile(words, [5, 50, 95], method="nearest"), max(words)]}
 
 
 @functools.cache
@@ -54,9 +66,7 @@ def test_splits_share_no_text_and_repeat_none(name):
     seen: set[str] = set()
     for split in data.values():
         if name in PAIRS:
-            rows = [
-                frozenset((key(a), key(b))) for a, b in zip(split["text"], split["text_pair"], strict=True)
-            ]
+            rows = [frozenset((key(a), key(b))) for a, b in zip(split["text"], split["text_pair"], strict=True)]
             texts = {text for row in rows for text in row}
         else:
             rows = texts = [key(text) for text in split["text"]]
@@ -106,9 +116,7 @@ def test_label_names_are_those_of_the_original(name, names):
 
 def card_table(first_column_title):
     """Rows of the table of data/README.md whose second column has this title, by corpus."""
-    lines = (
-        (Path(assets.__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8").splitlines()
-    )
+    lines = (Path(assets.__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| corpus | {first_column_title}"))
     rows = {}
     for line in lines[start + 2 :]:
@@ -130,9 +138,7 @@ def test_card_counts_are_true(name):
     reasons += ["sentence shared with a held-out pair", "unreadable"]
     *sizes, same, other, conflict, shared, unreadable = map(number, card_table("train")[name])
     assert sizes == [len(data[split]) for split in ("train", "validation", "test")]
-    assert [same, other, conflict, shared, unreadable] == [
-        found["dropped"].get(reason, 0) for reason in reasons
-    ]
+    assert [same, other, conflict, shared, unreadable] == [found["dropped"].get(reason, 0) for reason in reasons]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,17 +237,13 @@ def test_banking_records_of_several_lines_are_whole():
     assert not any("\t" in text or "\n" in text or text.startswith('"') for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [("mrpc", "equivalent"), ("qqp", "duplicate"), ("qnli", "entailment")]
-)
+@pytest.mark.parametrize(("name", "more"), [("mrpc", "equivalent"), ("qqp", "duplicate"), ("qnli", "entailment")])
 def test_positive_pairs_share_more_words(name, more):
     """A coarse check that the labels are the right way round."""
     data, overlap = load(name)["train"], {}
     for row in data:
         first, second = ({*re.findall(r"\w+", row[c].lower())} for c in ("text", "text_pair"))
-        overlap.setdefault(row["label"], []).append(
-            len(first & second) / max(1, min(len(first), len(second)))
-        )
+        overlap.setdefault(row["label"], []).append(len(first & second) / max(1, min(len(first), len(second))))
     means = {data.features["label"].int2str(label): sum(v) / len(v) for label, v in overlap.items()}
     assert max(means, key=means.get) == more and max(means.values()) - min(means.values()) > 0.08
 
@@ -349,6 +351,114 @@ def test_folder_saved_by_datasets_is_loaded_as_it_is(tmp_path):
     assert again["test"][:] == data["test"][:] and again["test"].features == data["test"].features
 
 
+# ---- own folders and files ----
+
+
+def lay(folder, **files):
+    """Files named like train_csv, a row each with the name as its text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        stem, kind = name.rsplit("_", 1)
+        text = {"csv": f"text,label\n{name},1\n", "tsv": f"text\tlabel\n{name}\t1\n"}
+        text |= dict.fromkeys(("json", "jsonl"), json.dumps({"text": name, "label": 1}) + "\n")
+        (folder / f"{stem}.{kind}").write_text(text[kind])
+    return folder
+
+
+def texts(name):
+    return {split: part["text"][:] for split, part in corpora.load_corpus(str(name)).items()}
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "arrow", "imagefolder", "pandas"])
+def test_a_folder_called_like_a_reader_is_read_alone(tmp_path, monkeypatch, name):
+    """Right: what `datasets` reads when it is given the file."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path / name, train_jsonl=1), lay(tmp_path / "old", train_jsonl=1, test_jsonl=1)
+    right = datasets.load_dataset("json", data_files=str(tmp_path / name / "train.jsonl"))["train"]
+    for way in (name, f"./{name}", tmp_path / name, f"{name}/train.jsonl"):
+        found = corpora.load_corpus(str(way))
+        assert list(found) == ["train"] and found["train"][:] == right[:]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train_csv", "dev_csv", "test_csv"], {"train": "train", "validation": "dev", "test": "test"}),
+        (["training_jsonl", "val_json", "testing_json"], {"train": "training", "validation": "val", "test": "testing"}),
+        (["imdb-train_tsv", "imdb-valid_csv"], {"train": "imdb-train", "validation": "imdb-valid"}),
+        (["train_csv", "validation_matched_csv", "validation_mismatched_csv"],
+         dict.fromkeys(("train", "validation_matched", "validation_mismatched"))),
+        (["train_csv", "test_csv", "test_labels_csv"], dict.fromkeys(("train", "test", "test_labels"))),
+        (["reviews_csv"], {"train": "reviews"}), (["train_csv", "label_map_json"], {"train": "train"}),
+        (["constraint_csv"], {"train": "constraint"}),
+        (["Train_csv", "TEST_jsonl"], {"train": "Train", "test": "TEST"}),
+    ],
+)  # fmt: skip
+def test_files_are_splits_by_their_names(tmp_path, files, expected):
+    lay(tmp_path / "own", **dict.fromkeys(files))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = texts(tmp_path / "own")
+    assert {s: [v[0].rsplit("_", 1)[0]] for s, v in found.items()} == {s: [v or s] for s, v in expected.items()}
+    assert all(len(rows) == 1 for rows in found.values())
+    assert any("label_map.json is no split and not read" in str(one.message) for one in said) == (
+        "label_map_json" in files
+    )
+
+
+def test_parts_of_a_split_are_joined_and_columns_may_differ_between_splits(tmp_path):
+    folder = lay(tmp_path / "own")
+    for i in (0, 1):
+        (folder / f"train-0000{i}-of-00002.csv").write_text(f"text,label\npart {i},{i}\n")
+    (folder / "test.csv").write_text("id,text\n7,hidden\n")  # as Kaggle's
+    data = corpora.load_corpus(folder)
+    assert data["train"]["text"][:] == ["part 0", "part 1"] and data["test"].column_names == ["id", "text"]
+    lay(tmp_path / "two", a_csv=1, b_csv=1)
+    assert texts(tmp_path / "two") == {"train": ["a_csv", "b_csv"]}
+
+
+def test_kinds_are_not_mixed(tmp_path):
+    lay(tmp_path / "own", train_csv=1, train_jsonl=1)
+    with pytest.raises(ValueError, match=r"own holds .*train.csv and train.jsonl are one split in several kinds"):
+        corpora.load_corpus(tmp_path / "own")
+
+
+def test_a_file_that_changed_is_read_again_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    folder = lay(tmp_path / "own", train_csv=1)
+    assert texts(folder) == {"train": ["train_csv"]}
+    stat = (folder / "train.csv").stat()
+    (folder / "train.csv").write_text("text,label\ntrain_CSV,1\n")  # of the same size, and of the same time:
+    os.utime(folder / "train.csv", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert texts(folder) == texts(folder / "train.csv") == {"train": ["train_CSV"]}
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["train.csv"]
+
+
+def test_one_dataset_on_disk_is_its_train_split(tmp_path):
+    load("cola")["test"].save_to_disk(str(tmp_path / "saved"))
+    assert corpora.load_corpus(tmp_path / "saved")["train"][:] == load("cola")["test"][:]
+
+
+def test_folders_below_are_for_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    lay(tmp_path / "own" / "train", a_csv=1), lay(tmp_path / "own" / "test", a_csv=1)
+    assert texts(tmp_path / "own") == {"train": ["a_csv"], "test": ["a_csv"]}
+
+
+def test_a_name_of_ours_wins_over_a_folder_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path / "cola", train_csv=1)
+    with pytest.warns(UserWarning, match="'cola' is a corpus of ftlib; .*'./cola'"):
+        assert len(corpora.load_corpus("cola")["train"]) > 1
+    assert texts("./cola") == {"train": ["train_csv"]}
+    for name in ("./cole", "own.csv", "/nowhere/at/all", "~/no-such-folder/x.jsonl"):
+        with pytest.raises(ValueError, match="there is no file or folder"):
+            corpora.load_corpus(name)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for datasets.load_dataset: put {split: {column: values}} in hub.data, read hub.calls."""
@@ -380,12 +490,8 @@ def test_hub_columns_labels_and_splits_are_mapped(hub, monkeypatch):
     from datasets import ClassLabel, Features, Value
 
     monkeypatch.setitem(corpora._HELD_OUT, "sms-spam", (10, 20))
-    hub.features = Features(
-        {"sms": Value("string"), "label": ClassLabel(names=["spam", "ham"])}
-    )  # not our order
-    hub.data = {
-        "train": {"sms": [f"text {i // 2}" for i in range(200)], "label": [i // 2 % 2 for i in range(200)]}
-    }
+    hub.features = Features({"sms": Value("string"), "label": ClassLabel(names=["spam", "ham"])})  # not our order
+    hub.data = {"train": {"sms": [f"text {i // 2}" for i in range(200)], "label": [i // 2 % 2 for i in range(200)]}}
     data = corpora.load_corpus("sms-spam", source="hub")
     assert hub.calls == [(("ucirvine/sms_spam",), {})]
     assert {split: len(rows) for split, rows in data.items()} == {"train": 70, "validation": 10, "test": 20}
@@ -418,10 +524,7 @@ def test_hub_pairs_take_the_labelled_part_as_test(hub, monkeypatch):
 
 def test_hub_scores_and_slots(hub, monkeypatch):
     pairs = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "score": [1, 2.5]}
-    hub.data = {
-        s: {k: [f"{s}{x}" if k != "score" else x for x in v] for k, v in pairs.items()}
-        for s in corpora.SPLITS
-    }
+    hub.data = {s: {k: [f"{s}{x}" if k != "score" else x for x in v] for k, v in pairs.items()} for s in corpora.SPLITS}
     assert sorted(corpora.load_corpus("stsb", source="hub")["train"]["label"]) == [1.0, 2.5]
     monkeypatch.setitem(corpora._HELD_OUT, "atis", (1, 0))
     train = {

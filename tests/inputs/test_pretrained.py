@@ -66,9 +66,7 @@ def test_half_precision_files_still_give_float32_unless_asked(tiny_model, tmp_pa
 
 
 def test_saved_head_keeps_its_number_of_labels_and_weights(encoder_folder, tmp_path):
-    model = load_model(
-        encoder_folder, "sequence-classification", label_names=["neg", "neutral", "pos"], seed=3
-    )
+    model = load_model(encoder_folder, "sequence-classification", label_names=["neg", "neutral", "pos"], seed=3)
     model.save_pretrained(tmp_path / "saved")
     again = load_model(tmp_path / "saved", "sequence-classification")
     assert again.config.id2label == {0: "neg", 1: "neutral", 2: "pos"}
@@ -164,6 +162,34 @@ def test_contradictions_are_refused(encoder_folder, arguments, message):
 def test_names_that_lead_nowhere(name, message, load):
     with pytest.raises(ValueError, match=message):
         load(name)
+
+
+@pytest.mark.parametrize("problem", ["no list", "a broken list"])
+def test_a_folder_needs_no_list_of_assets(encoder_folder, tiny_tokenizer, tmp_path, monkeypatch, problem):
+    listed = tmp_path / "sources.toml"
+    if problem == "a broken list":
+        listed.write_text("[")
+    monkeypatch.setattr(assets, "_manifest_path", lambda: listed)
+    tiny_tokenizer.save_pretrained(encoder_folder)
+    assert type(load_model(encoder_folder)).__name__ == "BertModel" and len(load_tokenizer(str(encoder_folder))) > 9
+    model = load_model(encoder_folder, "sequence-classification", 2)
+    ftlib.tune(model, "lora")
+    if problem == "no list":
+        assert ftlib.load(ftlib.save(model, tmp_path / "m")).config.num_labels == 2
+        with pytest.raises(ValueError, match="there is no folder"):
+            load_model("./elsewhere")
+
+
+def test_an_asset_is_called_by_its_hub_id_elsewhere(encoder_folder, monkeypatch):
+    from ftlib.inputs.pretrained import local_name, public_name
+
+    place = str(assets.cache_dir() / "minilm")
+    assert public_name(place) == "sentence-transformers/all-MiniLM-L6-v2"
+    assert local_name("sentence-transformers/all-MiniLM-L6-v2") == "minilm"
+    monkeypatch.chdir(encoder_folder.parent)
+    assert public_name("encoder") == str(encoder_folder) and public_name("") is None
+    assert local_name("someone/some-model") == public_name("someone/some-model") == "someone/some-model"
+    assert local_name("stanfordnlp/imdb") == "stanfordnlp/imdb"  # a corpus
 
 
 def test_hub_failure_names_what_works_without_it(monkeypatch):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_tokenizing import JUNK, ROWS
 
 from ftlib.core.anatomy import max_positions
-from ftlib.inputs.rows import Door, checked, checked_rows
+from ftlib.core.batches import collate
+from ftlib.inputs.rows import Door, checked
 
 TASKS = {
     "classes": {"": ("sequence-classification", 2)},
@@ -19,6 +20,10 @@ TASKS = {
     "numbers": {"": ("regression", 2)},
     "mixed": {"a": ("sequence-classification", 2), "b": ("token-classification", 3)},
 }
+
+
+def checked_rows(rows, tasks, **limits):
+    return checked(rows, Door(tasks, **limits))
 
 
 def test_rows_of_a_dataset_stay_in_arrow():
@@ -139,8 +144,8 @@ def test_bad_labels(tasks, label, kind, message):
         ({"input_ids": None}, TypeError, r"expected a list of whole numbers, got None"),
         ({"input_ids": [1, 2], "token_type_ids": [0]}, ValueError, r"1 token_type_ids values for 2 input_ids"),
         ({"input_ids": [1], "token_type_ids": [2]}, ValueError, r"'token_type_ids': id 2 is outside 0..1"),
-        ({"input_ids": [1], "token_type_ids": "a"}, TypeError, r"column 'token_type_ids': expected a list"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, ValueError, r"1 attention_mask values for 2 input_ids"),
+        ({"input_ids": [1], "token_type_ids": "a"}, ValueError, r"column 'token_type_ids': expected numbers, got 'a'"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, ValueError, r"or 1 for each of 2 input_ids, got \[1\]"),
         ({"input_ids": [1], "attention_mask": [0]}, ValueError, r"no tokens"),
         ({}, ValueError, r"expected a dict with 'input_ids'"),
     ],
@@ -148,7 +153,7 @@ def test_bad_labels(tasks, label, kind, message):
 def test_bad_tokens(row, kind, message):
     with pytest.raises(kind, match=rf"dataset row 0.*{message}"):
         checked_rows(
-            [row], TASKS["classes"], vocab_size=64, max_positions=8, type_vocab_size=2, labels_needed=False
+            [row], TASKS["classes"], vocab_size=64, max_positions=8, sizes={"token_type_ids": 2}, labels_needed=False
         )  # fmt: skip
 
 
@@ -195,6 +200,21 @@ def test_any_label_is_checked_or_gives_a_plain_error(label, tasks):
         assert "dataset row 0" in str(error)
         return
     assert row["labels"] is not None
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(
+    st.sampled_from(["attention_mask", "bbox", "marker_positions", "position_ids", "token_type_ids", "w"]),
+    JUNK | st.lists(st.lists(st.integers(-1, 9), max_size=3), max_size=3) | st.lists(st.sampled_from([0, 1.0, True])),
+)
+def test_any_further_column_is_checked_or_gives_a_plain_error(name, value):
+    door = Door(TASKS["classes"], labels_needed=False, inputs=frozenset({name}), sizes={"bbox": 5})
+    try:
+        rows = checked([{"input_ids": [5, 6], name: value}] * 2, door)
+    except (ValueError, TypeError) as error:
+        assert "dataset row 0" in str(error)
+        return
+    assert len(collate(list(rows))["input_ids"]) == 2  # what passed the door makes a batch
 
 
 @pytest.mark.parametrize(

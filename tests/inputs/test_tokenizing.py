@@ -1,9 +1,20 @@
 """Tokenizing, by hand on a vocabulary of a few words."""
 
+import gc
+import os
+from decimal import Decimal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Sequence
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, List, Sequence, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import predict
@@ -223,7 +234,13 @@ def test_encode_texts_says_where_words_begin(tiny_tokenizer):
     ("columns", "options", "kind", "message"),
     [
         ({"text": ["a"], "label": [None]}, {}, ValueError, r"row 0, column 'label': the label is None"),
-        ({"text": ["a"], "label": ["pos"]}, {}, TypeError, r"row 0, column 'label': the label 'pos' is text"),
+        ({"text": ["a", "b"], "label": ["pos", None]}, {}, ValueError, r"row 1, column 'label': the label is None"),
+        ({"text": ["a", "b"], "label": ["pos", " "]}, {}, TypeError, r"row 1, column 'label': the label is ' '; drop"),
+        ({"text": ["a"], "label": [b"pos"]}, {}, TypeError, r"row 0, column 'label': the label is b'pos'"),
+        ({"text": ["a"], "label": [Decimal("1.5")]}, {}, TypeError, r"row 0, column 'label': the label is Decimal"),
+        ({"text": ["a"], "label": [0], "labels": [1]}, {}, ValueError, r"'label' and 'labels': say which is meant"),
+        ({"input_ids": [[1]], "label": [0]}, {}, ValueError, r"already tokenized: it has 'input_ids'; pass it to fit"),
+        ({"text": ["a"], "label": [["x", "y"]]}, {}, ValueError, r"say that it has several: task='multi-label-class"),
         ({"text": ["a", None], "label": [0, 1]}, {}, TypeError, r"row 1, column 'text'.*None"),
         ({"text": ["a"], "text_pair": [""]}, {}, ValueError, r"row 0, column 'text_pair': the text is empty"),
         ({"sentence": ["a"]}, {}, ValueError, r"no column 'text': the dataset has sentence"),
@@ -232,7 +249,7 @@ def test_encode_texts_says_where_words_begin(tiny_tokenizer):
         ({"text": ["a"]}, {"label": {"x": "stars"}}, ValueError, r"no column 'stars'"),
         ({"tokens": [["a", "b"]], "tags": [[1]]}, {"label": "tags"}, ValueError, r"column 'tags': 1 tags for 2 words"),
         ({"tokens": [["a"]], "tags": [[1, 2]]}, {"label": "tags"}, ValueError, r"2 tags for 1 words"),
-        ({"tokens": [["a"]], "tags": [["O"]]}, {"label": "tags"}, TypeError, r"column 'tags': 'O' among the labels"),
+        ({"tokens": [["a"]], "tags": [[""]]}, {"label": "tags"}, TypeError, r"column 'tags': '' among the labels"),
         ({"tokens": [["a"]], "tags": [[None]]}, {"label": "tags"}, TypeError, r"column 'tags': None among the labels"),
         ({"text": []}, {}, ValueError, "the dataset has zero examples"),
     ],
@@ -250,10 +267,302 @@ def test_the_bad_split_is_named(tiny_tokenizer):
         tokenize(DatasetDict(train=good, test=Dataset.from_dict({"text": []})), tiny_tokenizer)
 
 
-@pytest.mark.parametrize("data", [["good"], {"text": ["good"]}, "good", None])
+@pytest.mark.parametrize("data", ["good", None, 3, {"text": "good"}])
 def test_what_is_no_dataset(tiny_tokenizer, data):
     with pytest.raises(TypeError, match=r"takes a datasets.Dataset .*Dataset.from_dict"):
         tokenize(data, tiny_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- first inputs
+
+TEXTS_ = ["the film is good", "bad", "not very fun", "great plot"]
+
+
+def rows_of(data):
+    return [{name: list(value) if name != "labels" else value for name, value in row.items()} for row in data]
+
+
+def test_every_kind_of_table_gives_the_same_rows(tiny_tokenizer, tmp_path):
+    columns = {"text": TEXTS_, "label": [1, 0, 2, 1], "note": ["x"] * 4}
+    frame = pd.DataFrame(columns, index=[3, 5, 7, 9])
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    right = rows_of(tokenize(Dataset.from_dict(columns), tiny_tokenizer))
+    for data in (frame, frame.to_dict("records"), columns, tmp_path / "a.csv", iter(frame.to_dict("records"))):
+        assert rows_of(tokenize(data, tiny_tokenizer)) == right
+    with pytest.raises(TypeError, match="row 1, column 'text': expected text, got None"):
+        tokenize(pd.DataFrame({"text": ["a", float("nan")]}, index=[8, 9]), tiny_tokenizer)
+    with pytest.raises(ValueError, match="row 1, column 'label': the label is None"):
+        tokenize(pd.DataFrame({"text": ["a", "b"], "label": [0, np.nan]}), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0, 2.0, 0.0], [2, 0, 1, 1], [[0, 1], [1, 1], [0, 0], [1, 0]]])
+def test_a_column_called_labels_is_read(tiny_tokenizer, values):
+    done = tokenize({"text": TEXTS_, "labels": values}, tiny_tokenizer)
+    assert list(done["labels"]) == values
+    both = tokenize({"text": TEXTS_, "labels": values, "label": [1, 1, 1, 1]}, tiny_tokenizer, label="label")
+    assert list(both["labels"]) == [1, 1, 1, 1]
+
+
+def test_truth_values_are_0_and_1(tiny_tokenizer, tiny_model):
+    done = tokenize({"text": TEXTS_, "label": [True, False, True, True]}, tiny_tokenizer)
+    assert list(done["labels"]) == [1, 0, 1, 1] and done.features["labels"] == Value("int64")
+    fit(tiny_model(), done, tokenizer=tiny_tokenizer, config=TrainConfig(max_steps=1, progress=False))
+    several = tokenize({"text": TEXTS_, "label": [[True, False]] * 4}, tiny_tokenizer)
+    assert list(several["labels"]) == [[1, 0]] * 4
+
+
+def test_fractions_for_classes_are_refused_with_the_remedy(tiny_tokenizer, tiny_model):
+    done = tokenize({"text": TEXTS_, "label": [0.0, 1.0, 1.0, 0.0]}, tiny_tokenizer)
+    with pytest.raises(TypeError, match=r"row 0, column 'labels': 0.0 is no class number.*cast the column"):
+        fit(tiny_model(), done, tokenizer=tiny_tokenizer, config=TrainConfig(max_steps=1, progress=False))
+
+
+def test_labels_that_are_text_are_numbered_in_sorted_order(tiny_tokenizer):
+    with pytest.warns(UserWarning, match="column 'label': .* 0 'neg', 1 'odd', 2 'pos'; .*label_names") as said:
+        done = tokenize({"text": TEXTS_, "label": ["pos", "neg", "odd", "pos"]}, tiny_tokenizer)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert list(done["labels"]) == [2, 0, 1, 2] and done.features["labels"].names == ["neg", "odd", "pos"]
+
+
+def test_names_that_are_numbers_are_in_the_order_of_numbers(tiny_tokenizer):
+    with pytest.warns(UserWarning, match="0 '2', 1 '5', 2 '10'"):
+        done = tokenize({"text": TEXTS_, "label": ["10", "2", "5", "10"]}, tiny_tokenizer)
+    assert list(done["labels"]) == [2, 0, 1, 2]
+    with pytest.warns(UserWarning, match="0 '-2', 1 '-1', 2 '1'"):
+        tokenize({"text": TEXTS_, "label": ["1", "-1", "-2", "1"]}, tiny_tokenizer)
+
+
+def test_names_are_those_of_all_splits_together(tiny_tokenizer):
+    parts = {"train": {"text": TEXTS_, "label": list("cbca")}, "test": {"text": TEXTS_[:2], "label": ["d", "b"]}}
+    with pytest.warns(UserWarning, match="0 'a', 1 'b', 2 'c', 3 'd'; .*all splits together"):
+        done = tokenize(parts, tiny_tokenizer)
+    assert {split: list(part["labels"]) for split, part in done.items()} == {"train": [2, 1, 2, 0], "test": [3, 1]}
+    assert done["test"].features["labels"].names == done["train"].features["labels"].names == list("abcd")
+
+
+def test_text_in_one_split_follows_the_classes_of_another(tiny_tokenizer):
+    named = Dataset.from_dict({"text": TEXTS_[:2], "label": [1, 0]}).cast_column("label", ClassLabel(names=["y", "n"]))
+    done = tokenize({"train": named, "test": {"text": ["bad"], "label": ["n"]}}, tiny_tokenizer)
+    assert list(done["train"]["labels"]) == [1, 0] and list(done["test"]["labels"]) == [1]
+    with pytest.raises(TypeError, match="split 'test': row 0, column 'label': the label is 'z'"):
+        tokenize({"train": named, "test": {"text": ["bad"], "label": ["z"]}}, tiny_tokenizer)
+    with pytest.raises(ValueError, match="column 'label' holds text in test, numbers elsewhere"):
+        parts = {"train": {"text": ["bad"], "label": [0]}, "test": {"text": ["bad"], "label": ["z"]}}
+        tokenize(parts, tiny_tokenizer)
+
+
+NAMES = ["good", "bad", "odd"]  # not sorted
+
+
+def with_features(columns, **features):
+    data = Dataset.from_dict(columns)
+    for name, feature in features.items():
+        data = data.cast_column(name, feature)
+    return data
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_names_of_a_class_label_stay(tiny_tokenizer, stream):
+    one, tags = ClassLabel(names=NAMES), List(ClassLabel(names=["O", "B"]))
+    words = {
+        "text": ["films fun", "bad"],
+        "tokens": [["films", "fun"], ["bad"]],
+        "label": [2, 0],
+        "tags": [[1, 0], [1]],
+    }
+    data = with_features(words, label=one, tags=tags)
+    data = data.to_iterable_dataset() if stream else data
+    for options, feature, labels in (
+        ({}, one, [2, 0]),
+        ({"text": "tokens", "label": "tags"}, tags, [[-100, 1, -100, 0, -100], [-100, 1, -100]]),
+        (
+            {"text": "tokens", "label": {"a": "label", "b": "tags"}}, {"a": one, "b": tags},
+            [{"a": 2, "b": [-100, 1, -100, 0, -100]}, {"a": 0, "b": [-100, 1, -100]}],
+        ),
+    ):  # fmt: skip
+        done = tokenize(data, tiny_tokenizer, **options)
+        assert done.features["labels"] == feature
+        assert [row["labels"] for row in done] == labels
+    if not stream:  # the features are those of the file, too
+        assert done.select([1]).flatten_indices().features["labels"]["a"].names == NAMES
+
+
+def test_tags_that_are_text(tiny_tokenizer):
+    with pytest.warns(UserWarning, match="0 'O', 1 'B-x'"):
+        done = tokenize(
+            {"tokens": [["films", "fun"], ["bad"]], "tags": [["O", "B-x"], ["O"]]}, tiny_tokenizer, label="tags"
+        )
+    assert list(done["labels"]) == [[-100, 0, -100, 1, -100], [-100, 0, -100]]
+    assert done.features["labels"].feature.names == ["O", "B-x"]
+
+
+def test_lists_of_classes_become_0_and_1(tiny_tokenizer, tiny_model):
+    """As scikit-learn's MultiLabelBinarizer has them, names sorted; class numbers keep their feature's order."""
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    given, task = [["sad", "dark"], [], ["fun"], ["dark"]], "multi-label-classification"
+    right = MultiLabelBinarizer()
+    want = right.fit_transform(given).tolist()
+    with pytest.warns(UserWarning, match="0 'dark', 1 'fun', 2 'sad'"):
+        done = tokenize({"text": TEXTS_, "label": given}, tiny_tokenizer, task=task)
+    assert list(done["labels"]) == want and done.features["labels"].feature.names == list(right.classes_)
+    assert done.features["labels"].length == 3
+    numbers = with_features({"text": TEXTS_, "label": [[2, 0], [], [1], [2]]}, label=List(ClassLabel(names=NAMES)))
+    done = tokenize(numbers, tiny_tokenizer, task=task)
+    assert list(done["labels"]) == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    run = fit(tiny_model(task, 3), done, tokenizer=tiny_tokenizer, config=TrainConfig(max_steps=1, progress=False))
+    assert run.steps == 1
+    ready = tokenize({"text": TEXTS_, "label": [[0, 1, 1]] * 4}, tiny_tokenizer, task=task)
+    assert list(ready["labels"]) == [[0, 1, 1]] * 4
+
+
+def test_a_streams_text_labels_are_refused(tiny_tokenizer):
+    stream = Dataset.from_dict({"text": TEXTS_, "label": list("abab")}).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"row 0, column 'label': the label is 'a'; .*a name of a class that is known"):
+        next(iter(tokenize(stream, tiny_tokenizer)))
+
+
+def test_columns_that_models_read_are_not_dropped_in_silence(tiny_tokenizer):
+    boxes = {"tokens": [["good", "film"]], "bbox": [[[0, 0, 1, 1]] * 2], "position_ids": [[0, 1]], "id": [7]}
+    with pytest.warns(UserWarning, match="columns left out: bbox, position_ids: "):
+        done = tokenize(boxes, tiny_tokenizer)
+    assert "bbox" not in done.column_names
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_nothing_is_written_beside_the_data(tiny_tokenizer, tmp_path, caching):
+    """And what is written is mapped, not read into memory; the user's own setting of the library stays."""
+    Dataset.from_dict({"text": TEXTS_ * 50, "label": list("abab") * 50}).save_to_disk(tmp_path / "data")
+    data, before = datasets.load_from_disk(tmp_path / "data"), sorted(os.listdir(tmp_path / "data"))
+    right = [row["labels"] for row in rows_of(data.class_encode_column("label").rename_column("label", "labels"))]
+    for extra in set(os.listdir(tmp_path / "data")) - set(before):
+        (tmp_path / "data" / extra).unlink()
+    (datasets.enable_caching if caching else datasets.disable_caching)()
+    try:
+        with pytest.warns(UserWarning, match="0 'a', 1 'b'"):
+            done = tokenize(data, tiny_tokenizer)
+        assert datasets.is_caching_enabled() is caching
+    finally:
+        datasets.enable_caching()
+    assert sorted(os.listdir(tmp_path / "data")) == before
+    files = [Path(file["filename"]) for file in done.cache_files]
+    assert files and not any(tmp_path in file.parents for file in files)
+    part = done.select(range(120, 200))
+    del done, data
+    gc.collect()
+    assert part["labels"][:] == right[120:200] and all(file.exists() for file in files)
+
+
+# ------------------------------------------------------------------------------------------------- words and texts
+
+SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
+SENTENCE = "the flight from boston isn't great 12345 , it 's a newword ?"
+LINES = ["the flight from boston to denver is great , isn't it ? 12345 km for $ 3.50"] * 20
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained(model, pre, normalizer=None, then=None, post=None):
+    """A tokenizer of a few pieces.  then: normalizer and pre-tokenizer that take the place of those of the training."""
+    core, alphabet = Tokenizer(model), pre_tokenizers.ByteLevel.alphabet()
+    core.pre_tokenizer = pre
+    if normalizer:
+        core.normalizer = normalizer
+    options = dict(special_tokens=SPECIALS, show_progress=False)
+    if isinstance(model, models.Unigram):
+        trainer = trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", **options)
+    else:
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, **options)
+    core.train_from_iterator(LINES, trainer)
+    if then:
+        core.normalizer, core.pre_tokenizer = then
+    if post:
+        core.post_processor = post
+    names = dict(pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def bytes_(**options):
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
+
+
+def meta(scheme, **options):
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme, **options)
+
+
+def several(*parts):
+    return pre_tokenizers.Sequence(list(parts))
+
+
+_replace, _pair = normalizers.Replace(" ", "▁"), [("</s>", 3), ("<s>", 2)]
+_llama2 = normalizers.Sequence([normalizers.Prepend("▁"), _replace])
+STYLES = {
+    "GPT-2": lambda: trained(models.BPE(), bytes_()),
+    "with add_prefix_space": lambda: trained(models.BPE(), bytes_(add_prefix_space=True)),
+    "RoBERTa": lambda: trained(
+        models.BPE(), bytes_(), post=processors.RobertaProcessing(*_pair, trim_offsets=True, add_prefix_space=False)
+    ),
+    "ModernBERT": lambda: trained(models.BPE(), bytes_(), normalizers.NFC(), post=processors.BertProcessing(*_pair)),
+    "Llama 3, Qwen": lambda: trained(
+        models.BPE(),
+        several(pre_tokenizers.Split(Regex(LLAMA3), "isolated"), bytes_(use_regex=False)), normalizers.NFC(),
+    ),
+    "Falcon": lambda: trained(models.BPE(), several(pre_tokenizers.Digits(individual_digits=True), bytes_())),
+    "T5": lambda: trained(models.Unigram(), meta("always")),
+    "XLM-R": lambda: trained(models.Unigram(), several(pre_tokenizers.WhitespaceSplit(), meta("always"))),
+    "Metaspace first": lambda: trained(models.Unigram(), meta("first")),
+    "Metaspace never": lambda: trained(models.Unigram(), meta("never")),
+    "Llama 2": lambda: trained(models.BPE(), meta("always"), then=(_llama2, None)),
+    "Mistral": lambda: trained(models.BPE(), meta("always"), then=(None, meta("first", split=False))),
+    "Gemma": lambda: trained(models.BPE(), meta("always"), then=(_replace, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_words_have_the_pieces_of_the_text(style):
+    """The text's are the stock tokenizer's; a tag stands where the first piece of its word begins in the text."""
+    tokenizer, words = STYLES[style](), SENTENCE.split()
+    before = tokenizer.backend_tokenizer.to_str()
+    done = tokenize({"tokens": [words], "tags": [list(range(len(words)))]}, tokenizer, label="tags")[0]
+    stock = tokenizer(SENTENCE, return_offsets_mapping=True)
+    assert done["input_ids"] == stock["input_ids"]
+    tagged = [i for i, tag in enumerate(done["labels"]) if tag != -100]
+    assert [done["labels"][i] for i in tagged] == list(range(len(words)))
+    begins = [sum(len(word) + 1 for word in words[:i]) for i in range(len(words))]  # in the text
+    for i, begin in zip(tagged, begins, strict=True):  # a space before a word may be part of its piece
+        assert begin - 1 <= stock["offset_mapping"][i][0] <= begin
+    row = encode_texts([words], tokenizer)[0]
+    assert row["input_ids"] == stock["input_ids"] and row["word_starts"] == tagged
+    pair = encode_texts([(words, words)], tokenizer)[0]
+    assert pair["input_ids"] == tokenizer(SENTENCE, SENTENCE)["input_ids"]
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_tokenizer_that_takes_the_space_away_is_refused():
+    tokenizer = trained(models.BPE(), bytes_(), then=(normalizers.Strip(), bytes_()))
+    with pytest.raises(ValueError, match=r"words: \('the', 'flight'\) have other pieces .*add_prefix_space=True"):
+        encode_texts([SENTENCE.split()], tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = bytes_(add_prefix_space=True)
+    assert len(encode_texts([SENTENCE.split()], tokenizer)[0]["word_starts"]) == 13
+
+
+def test_words_of_a_vocabulary_that_has_no_space_stay_as_they_are():
+    """Without a pre-tokenizer a text of two words is one unknown word: there is nothing to compare with."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
+    assert encode_texts([["a", "b", "a"]], tokenizer)[0]["input_ids"] == [1, 2, 1]
+
+
+def test_strings_are_tagged_as_their_words_were(tiny_model):
+    tokenizer = STYLES["GPT-2"]()
+    model = tiny_model("token-classification", 3, vocab_size=len(tokenizer))
+    got = predict(model, [SENTENCE], tokenizer=tokenizer, output="logits")[0]
+    with torch.no_grad():  # the stock model on the stock text
+        right = model(torch.tensor([tokenizer(SENTENCE)["input_ids"]])).logits[0]
+    starts = encode_texts([SENTENCE.split()], tokenizer)[0]["word_starts"]
+    assert np.allclose(got, right[starts].numpy(), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

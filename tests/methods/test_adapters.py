@@ -1,12 +1,14 @@
 """LoRA is PEFT's, merged or not; adapters sit where their papers put them; eight bits cost half a step."""
 
 import math
+import re
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_fit import make_rows, quick
+from test_multitask import structured
 from torch import nn
 from torch.testing import assert_close
 
@@ -74,6 +76,44 @@ def test_lora_is_pefts(tiny_model, batch, model_type, options):
         assert_close(own[plain].grad, p.grad, atol=1e-6, rtol=1e-5, msg=plain)
     assert all(p.grad is not None for n, p in own.items() if n.startswith("classifier"))
     assert all(p.grad is None for n, p in own.items() if "base_layer" in n or "embeddings" in n)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize(
+    "model_type", "gpt2 llama qwen3 falcon gpt_neox bloom t5 bart deberta deberta-v2 mixtral xlnet".split()
+)
+def test_lora_has_pefts_layers_on_any_structure(model_type, targets):
+    """Names and sizes; PEFT's "all-linear" takes linear layers outside the Transformer layers too."""
+    peft = pytest.importorskip("peft")
+    if (model_type, targets) in (("mixtral", "all-linear"), ("xlnet", None)):  # refused, see test_tuning
+        return
+    ours, theirs = (structured(model_type, "AutoModelForSequenceClassification") for _ in range(2))
+    tune(ours, "lora", rank=2, **({} if targets is None else {"targets": targets}))
+    named = ["q_proj", "v_proj"] if model_type == "mixtral" else targets  # PEFT's default finds nothing there
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=named, task_type="SEQ_CLS"))
+    layers = "blocks", "layers", "layer", "block", "h"
+    expected = {
+        name.replace(".default", ""): p.shape for name, p in wrapped.get_base_model().named_parameters()
+        if "lora_" in name and any(part in layers for part in name.split("."))
+    }  # fmt: skip
+    assert {name: p.shape for name, p in ours.named_parameters() if "lora_" in name} == expected != {}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("model_type", ["falcon", "gpt2", "t5", "bart", "deberta", "xlnet", "bloom"])
+def test_merged_on_any_structure(model_type, bits):
+    """Falcon's own linear layers and GPT-2's Conv1D come out as they went in."""
+    model = structured(model_type, "AutoModelForSequenceClassification")
+    kinds, ids = [(name, type(module)) for name, module in model.named_modules()], torch.tensor([[5, 6, 7, 3]])
+    with torch.no_grad():
+        before = model(ids).logits
+        tune(model, "lora", targets="all-linear", base_bits=bits)
+        assert_close(model(ids).logits, before, atol=1e-6 if bits is None else 0.05, rtol=0)
+        stir(model, std=0.3)
+        expected = model(ids).logits
+        assert float((expected - before).abs().max()) > 1e-4
+        assert_close(merge(model)(ids).logits, expected, atol=1e-4, rtol=0)
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
 
 
 @pytest.mark.parametrize("model_type", KINDS)
@@ -191,6 +231,28 @@ def test_bottlenecks_sit_at_the_end_of_the_blocks(tiny_model, model_type):
         assert inside == sorted(ends * layers)
         width = 16 // 4
         assert found.groups["adapters"] == (len(names) * (16 * width + width + width * 16 + 16),) * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention", "feed_forward"),
+    [
+        ("gpt2", {"attn.c_proj"}, {"mlp.c_proj"}),
+        ("llama", {"self_attn.o_proj"}, {"mlp.down_proj"}),
+        ("t5", {"layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"},
+         {"layer.1.DenseReluDense.wo", "layer.2.DenseReluDense.wo"}),
+        ("bart", {"self_attn.out_proj", "encoder_attn.out_proj"}, {"fc2"}),
+    ],
+)  # fmt: skip
+def test_bottlenecks_after_both_attentions_of_a_decoder(model_type, attention, feed_forward):
+    for strategy, ends in (("houlsby", attention | feed_forward), ("pfeiffer", feed_forward)):
+        model = structured(model_type, "AutoModelForSequenceClassification")
+        tune(model, strategy)
+        found = [re.split(r"\.(?:h|layers|block)\.\d\.", name) for name in adapters_of(model)]
+        assert {inside for _, inside in found} == ends
+        if model_type == "bart" and strategy == "houlsby":
+            assert sum(".decoder" in outside for outside, _ in found) == 2 * 3
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 3]])).logits.isfinite().all()
 
 
 def test_a_block_that_ends_elsewhere_is_said(tiny_model):

@@ -3,16 +3,24 @@
 Chunks, slices and batches of any size, generators and files give what one text at a time gives.
 """
 
+import inspect
 import itertools
+import json
+import os
 import resource
 import shutil
+import signal
+import sqlite3
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_multitask import structured
 from torch.testing import assert_close
 
 from ftlib.methods import features
@@ -29,10 +37,13 @@ def test_pooling_by_hand():
     assert pool(hidden, mask, "mean").tolist() == [[2.0, -3.0], [-3.0, 2.0]]
     assert pool(hidden, mask, "max").tolist() == [[3.0, -1.0], [-2.0, 4.0]]
     assert pool(hidden, mask, "cls").tolist() == [[1.0, -5.0], [-2.0, 4.0]]
+    assert pool(hidden, mask, "lasttoken").tolist() == [[3.0, -1.0], [-4.0, 0.0]]
+    assert_close(pool(hidden, mask, "weightedmean"), torch.tensor([[7.0, -7.0], [-10.0, 4.0]]) / 3)  # (1 a + 2 b) / 3
+    assert_close(pool(hidden, mask, "mean_sqrt_len_tokens"), torch.tensor([[4.0, -6.0], [-6.0, 4.0]]) / 2**0.5)
 
 
 def test_pooling_of_a_row_without_tokens_is_finite():
-    for pooling in ("mean", "max", "cls"):
+    for pooling in features.POOLINGS:
         assert pool(torch.ones(1, 2, 3), torch.zeros(1, 2), pooling).isfinite().all()
 
 
@@ -132,6 +143,7 @@ def test_long_texts_are_cut_to_what_the_model_takes(tiny_model, tiny_tokenizer):
     [
         ("good film", {}, TypeError, "texts is 'good film'; pass a list"),
         (["good", None], {}, TypeError, "row 1, column 'text': expected text, got None"),
+        (["good"], {"pooling": ""}, ValueError, "pooling='': choose one of mean, cls, max"),
         (["good"], {"pooling": "sum"}, ValueError, "pooling='sum': choose one of mean, cls, max"),
         (["good"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["good"], {"max_length": 1}, ValueError, "max_length=1"),
@@ -421,3 +433,277 @@ def test_the_same_on_a_gpu(tiny_model, tiny_tokenizer, tmp_path, monkeypatch, pr
     options = dict(tokenizer=tiny_tokenizer, layer=[0, -1], precision=precision, out=tmp_path / "v.npy")
     found = extract_features(model.cuda(), TEXTS, **options)
     np.testing.assert_allclose(found, expected, atol=1e-5 if precision is None else 0.05)
+
+
+# --------------------------------------------------------------------------------- sentence-transformers folders
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """make(name, steps, tf={...}, **options): a folder that sentence-transformers saved, over a tiny BERT."""
+    pytest.importorskip("sentence_transformers")
+    from conftest import make_tiny_model, make_tiny_tokenizer
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as parts
+
+    root = tmp_path_factory.mktemp("folders")
+
+    def make(name, steps, tf=None, encoder=None, **options):
+        plain = root / f"{name}-encoder"
+        (encoder or make_tiny_model("encoder", layer_norm_eps=1e-5)).save_pretrained(plain)
+        make_tiny_tokenizer().save_pretrained(plain)
+        modules = [parts.Transformer(str(plain), **(tf or {})), *steps(parts)]
+        SentenceTransformer(modules=modules, device="cpu", **options).save(str(root / name))
+        return root / name
+
+    return make
+
+
+FOLDERS = {
+    "cls": dict(steps=lambda m: [m.Pooling(16, "cls")]),
+    "max": dict(steps=lambda m: [m.Pooling(16, "max")]),
+    "last": dict(steps=lambda m: [m.Pooling(16, "lasttoken"), m.Normalize()]),
+    "weighted": dict(steps=lambda m: [m.Pooling(16, "weightedmean")]),
+    "root": dict(steps=lambda m: [m.Pooling(16, "mean_sqrt_len_tokens")]),
+    "dense": dict(steps=lambda m: [m.Pooling(16), m.Dense(16, 7), m.Normalize()]),
+    "linear": dict(
+        steps=lambda m: [m.Pooling(16), m.Dense(16, 24, bias=False, activation_function=torch.nn.Identity())]
+    ),
+    "short": dict(steps=lambda m: [m.Pooling(16)], tf=dict(max_seq_length=5)),
+    "prompt": dict(steps=lambda m: [m.Pooling(16)], prompts={"q": "not good "}, default_prompt_name="q"),
+}
+
+
+def encoded(folder, texts):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu").encode(texts)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_gives_sentence_transformers_vectors(made, name):
+    texts = [*TEXTS, "good bad " * 30]
+    folder = made(name, **FOLDERS[name])
+    expected = encoded(folder, texts)
+    found = extract_features(folder, texts, batch_size=3)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def rewrite(path, change):
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(change(said) or said))
+
+
+def test_an_older_folder_with_the_encoder_inside(made):
+    texts = ["THE Film is GOOD " * 5, "bad"]
+    folder = made("older", lambda m: [m.Pooling(16, "max"), m.Normalize()])
+    inner = folder / "0_Transformer"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+            path.rename(inner / path.name)
+    flags = {f"pooling_mode_{key}": key == "max_tokens" for key in ("cls_token", "max_tokens", "mean_tokens")}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16} | flags))
+    (inner / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 6, "do_lower_case": True}))
+
+    def older(step):
+        kind = f"sentence_transformers.models.{step['type'].rsplit('.', 1)[-1]}"
+        return step | {"type": kind, "path": step["path"] or "0_Transformer"}
+
+    rewrite(folder / "modules.json", lambda said: list(map(older, said)))
+    np.testing.assert_allclose(extract_features(folder, texts), encoded(folder, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "roberta", "distilbert", "xlnet", "modernbert"])
+def test_folders_of_other_encoders(made, model_type):
+    folder = made(
+        f"of-{model_type}", lambda m: [m.Pooling(32, "lasttoken"), m.Dense(32, 5)], encoder=structured(model_type)
+    )
+    np.testing.assert_allclose(extract_features(folder, TEXTS), encoded(folder, TEXTS), atol=1e-5)
+
+
+def test_what_is_asked_for_goes_before_the_folder(made, tiny_tokenizer):
+    folder = made("asked", **FOLDERS["dense"])
+    model = transformers.AutoModel.from_pretrained(folder)
+    plain = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, pooling="cls")
+    np.testing.assert_allclose(extract_features(folder, TEXTS, pooling="cls"), plain, atol=1e-6)
+    layers = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, pooling="mean", layer=[0, 1])
+    np.testing.assert_allclose(extract_features(folder, TEXTS, layer=[0, 1]), layers, atol=1e-6)
+    free = extract_features(folder, TEXTS, normalize=False)
+    assert free.shape == (5, 7) and np.abs(np.linalg.norm(free, axis=1) - 1).min() > 0.01
+    np.testing.assert_allclose(free / np.linalg.norm(free, axis=1, keepdims=True), encoded(folder, TEXTS), atol=1e-5)
+    short = made("asked-short", **FOLDERS["short"])
+    long = extract_features(short, ["good bad " * 9], max_length=20)
+    assert not np.allclose(long, extract_features(short, ["good bad " * 9]))
+    with pytest.warns(UserWarning, match="modules.json says pooling mean, Dense 1 times; a model passed as an object"):
+        extract_features(model, TEXTS)
+    with pytest.raises(TypeError, match="wants a prompt or small letters: pass strings"):
+        extract_features(made("asked-prompt", **FOLDERS["prompt"]), [["good", "film"]])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "modules.json",
+            lambda said: said[0].update(type="mine.Encoder"),
+            r"modules\.json: mine\.Encoder is not done here",
+        ),
+        ("modules.json", lambda said: said[1].update(type="sentence_transformers.models.CNN"), "CNN is not done here"),
+        (
+            "modules.json",
+            lambda said: said[2].update(type="sentence_transformers.models.LSTM"),
+            "LSTM is not done here",
+        ),
+        (
+            "modules.json",
+            lambda said: said[2].update(type="sentence_transformers.models.LayerNorm"),
+            "LayerNorm is not",
+        ),
+        ("modules.json", lambda said: said[:1], "no Pooling is not done here"),
+        ("modules.json", lambda said: [1], r"modules\.json: expected sentence-transformers' settings in JSON"),
+        ("modules.json", lambda said: {"a": 1}, r"modules\.json: expected sentence-transformers' settings in JSON"),
+        ("2_Dense/config.json", lambda said: said.update(use_residual=True), r"Dense \(use_residual: True\)"),
+        ("2_Dense/config.json", lambda said: said.update(activation_function="os.system"), r"function: os\.system\)"),
+        ("2_Dense/config.json", lambda said: said.update(module_input_name="token_embeddings"), "token_embeddings"),
+        ("sentence_bert_config.json", lambda said: said.update(processing_kwargs={"text": {}}), "processing_kwargs"),
+        ("sentence_bert_config.json", lambda said: said.update(transformer_task="fill-mask"), "transformer_task"),
+        ("config_sentence_transformers.json", lambda said: said.update(model_type="SparseEncoder"), "SparseEncoder"),
+        ("1_Pooling/config.json", lambda said: said.update(include_prompt=False), r"Pooling \(include_prompt\)"),
+        ("1_Pooling/config.json", lambda said: said.update(pooling_mode=["cls", "max"]), r"mode: \['cls', 'max'\]\)"),
+        ("1_Pooling/config.json", lambda said: said.update(pooling_mode="attention"), r"pooling_mode: attention\)"),
+    ],
+)
+def test_what_a_folder_asks_and_is_not_done_here_is_refused_by_name(made, file, change, message):
+    folder = made("odd", lambda m: [m.Pooling(16), m.Dense(16, 7)], prompts={"q": "x "}, default_prompt_name="q")
+    rewrite(folder / file, change)
+    with pytest.raises(ValueError, match=message):
+        extract_features(folder, TEXTS)
+    model = transformers.AutoModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        extract_features(model, TEXTS)
+    assert extract_features(model, TEXTS, pooling="mean").shape == (5, 16)
+    shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------------ other structures
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "llama", "gpt2", "xlnet", "falcon", "deberta-v2", "mpnet"])
+@pytest.mark.parametrize("auto", [None, "AutoModelForSequenceClassification"])
+def test_vectors_of_any_structure_are_the_stock_models(model_type, auto, tiny_tokenizer):
+    """Of an encoder-decoder those of its encoder; each text alone in the stock model."""
+    model = structured(model_type, auto)
+    base = getattr(model, "base_model", model)
+    base = base.get_encoder() if model.config.is_encoder_decoder else base
+    found = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, pooling="lasttoken", layer=[1, -1])
+    for text, vectors in zip(TEXTS, found, strict=True):
+        inputs = tiny_tokenizer(text, return_tensors="pt")
+        if "token_type_ids" not in inspect.signature(base.forward).parameters:
+            inputs.pop("token_type_ids")
+        with torch.no_grad():
+            output = base(**inputs, output_hidden_states=True)
+        expected = torch.stack([output.hidden_states[1][0, -1], output.last_hidden_state[0, -1]])
+        assert_close(torch.from_numpy(vectors), expected, atol=1e-5, rtol=0)
+
+
+def test_a_decoders_first_token_is_said(tiny_tokenizer):
+    with pytest.warns(UserWarning, match="a decoder's first token sees no other; pooling='lasttoken'"):
+        extract_features(structured("llama"), TEXTS, tokenizer=tiny_tokenizer, pooling="cls")
+
+
+def test_prompts_are_refused(tiny_model, tiny_tokenizer):
+    peft = pytest.importorskip("peft")
+    from ftlib.methods.tuning import tune
+
+    for config in (peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig):
+        tuned, plain = tiny_model(), tiny_model()
+        tune(tuned, config(task_type="SEQ_CLS", num_virtual_tokens=3))
+        wrapped = peft.get_peft_model(plain, config(task_type="SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=16)
+                                      if config is peft.PromptEncoderConfig else
+                                      config(task_type="SEQ_CLS", num_virtual_tokens=3))  # fmt: skip
+        for model in (tuned, wrapped):
+            with pytest.raises(ValueError, match="prompts live around the encoder"):
+                extract_features(model, TEXTS, tokenizer=tiny_tokenizer)
+
+
+# -------------------------------------------------------------------------------------------- who reads the texts
+
+
+def test_texts_are_read_in_the_callers_thread(tiny_model, tiny_tokenizer, monkeypatch):
+    small(monkeypatch, 4, 2)
+    model, readers = tiny_model("encoder"), set()
+    connection = sqlite3.connect(":memory:")  # its cursors work in one thread only
+    connection.execute("create table t(x)")
+    connection.executemany("insert into t values (?)", [(text,) for text in TEXTS * 3])
+
+    def texts():
+        for (text,) in connection.execute("select x from t"):
+            readers.add(threading.get_ident())
+            yield text
+
+    expected = extract_features(model, TEXTS * 3, tokenizer=tiny_tokenizer)
+    np.testing.assert_allclose(extract_features(model, texts(), tokenizer=tiny_tokenizer), expected, atol=1e-6)
+    assert readers == {threading.get_ident()}
+
+
+def test_an_error_of_the_texts_comes_as_it_is(tiny_model, tiny_tokenizer, monkeypatch):
+    small(monkeypatch, 2, 2)
+    closed = []
+
+    def texts():
+        try:
+            yield from ("good", "bad", "film")
+            raise LookupError("line 4 of the file")
+        finally:
+            closed.append(True)
+
+    with pytest.raises(LookupError, match="line 4 of the file") as caught:
+        extract_features(tiny_model("encoder"), texts(), tokenizer=tiny_tokenizer)
+    assert caught.traceback[-1].name == "texts" and caught.value.__cause__ is None and closed == [True]
+
+    def endless():
+        try:
+            yield from itertools.repeat("good")
+        finally:
+            closed.append(True)
+
+    kept = endless()
+    with pytest.raises(ValueError, match="out has 1 rows, but there are more texts"):
+        extract_features(tiny_model("encoder"), kept, tokenizer=tiny_tokenizer, out=np.zeros((1, 16), np.float32))
+    assert closed == [True, True] and own_threads() == []  # closed though it is still referred to
+
+
+def test_one_interrupt_ends_the_wait_for_a_text(tiny_model, tiny_tokenizer, monkeypatch):
+    small(monkeypatch, 2, 2)
+    waits = threading.Event()
+
+    def texts():
+        yield from ("good", "bad", "film")
+        waits.wait(30)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    started = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            extract_features(tiny_model("encoder"), texts(), tokenizer=tiny_tokenizer)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < 10 and own_threads() == []
+
+
+def test_long_texts_are_tokenized_a_few_at_a_time(tiny_model, tiny_tokenizer, monkeypatch):
+    """So that an interrupt, which waits for the slice at work, comes soon, and memory stays small."""
+    seen, real = [], features.encode_texts
+    monkeypatch.setattr(
+        features, "encode_texts", lambda texts, *a, **k: (seen.append(len(texts)), real(texts, *a, **k))[1]
+    )
+    monkeypatch.setattr(features, "CHARACTERS", 100)
+    extract_features(
+        tiny_model("encoder"), ["good " * 100, *(["good " * 10] * 4), *(["bad"] * 9)], tokenizer=tiny_tokenizer
+    )
+    assert seen == [1, 2, 2, 9]

@@ -1,5 +1,7 @@
 """L2-SP, L1, R-Drop, mixout and dropout rates against PyTorch's own functions and their definitions."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,14 @@ def test_r_drop_of_several_labels_is_bernoullis():
     kl = torch.distributions.kl_divergence
     expected = (kl(p, q) + kl(q, p)).sum() / 2
     assert_close(r_drop(first, second, torch.ones(4, 3), "multi-label-classification"), expected)
+
+
+def test_r_drop_leaves_labels_out_that_nobody_gave():
+    """One label of each text by hand: (p - q)(logit p - logit q) / 2 with p = 1/2, q = 3/4; -100 counts nothing."""
+    first, second = torch.zeros(2, 2), torch.full((2, 2), 3.0).log()
+    labels = torch.tensor([[1.0, -100.0], [-100.0, 0.0]])
+    expected = torch.tensor(2 * 0.25 * math.log(3) / 2)
+    assert_close(r_drop(first, second, labels, "multi-label-classification"), expected)
 
 
 def test_r_drop_has_the_gradient_of_its_definition():

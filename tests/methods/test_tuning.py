@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from test_fit import make_rows, quick, raising
+from test_multitask import STRUCTURES, structured
 from torch import nn
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ from ftlib.core import anatomy
 from ftlib.core.batches import collate
 from ftlib.engine.fit import fit
 from ftlib.methods.multitask import Head, MultiTaskModel
-from ftlib.methods.optimizing import parameter_groups, trainer_options
+from ftlib.methods.optimizing import optimizer, parameter_groups, trainer_options
 from ftlib.methods.tuning import STRATEGIES, merge, report, tune
 
 
@@ -140,6 +141,8 @@ def test_an_encoder_decoder_starts_at_its_decoder(name):
         tune(model, "last-layers", layers=3)
     tune(model, "gradual-unfreezing")
     order = [layer("decoder", 1), layer("decoder", 0), *(layer("encoder", i) for i in (2, 1, 0))]
+    top = (order[2], layer("encoder", 0).split("encoder")[0] + "encoder.final_layer_norm")
+    order[2] = top  # T5's, with its last layer
     *stages, last = model.tuning.stages
     for stage, start in zip(stages, order, strict=True):
         assert set(stage) == {n for n, _ in model.named_parameters() if n.startswith(start)}
@@ -147,6 +150,22 @@ def test_an_encoder_decoder_starts_at_its_decoder(name):
     tune(model, "layer-decay", decay=0.5)
     shares = [model.tuning.scales[stage[0]] for stage in (*stages, last)]
     assert shares == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+
+
+def test_each_part_below_the_top_has_a_share():
+    """What keeps the full rate stands above all layers: head, pooler, a decoder's (or only) last normalization."""
+    for model_type, top in (("t5", "decoder.final_layer_norm"), ("mbart", "decoder.layer_norm"), ("deberta-v2", "-"),
+                            ("llama", "model.norm"), ("gpt2", "ln_f")):  # fmt: skip
+        model = structured(model_type, "AutoModelForSequenceClassification")
+        tune(model, "layer-decay", decay=0.5)
+        full = {name for name, _ in model.named_parameters() if model.tuning.scales.get(name, 1.0) == 1}
+        inside = {name for name in full if name.startswith(f"{model.base_model_prefix}.")}
+        last = [id(p) for p in anatomy.layers(model)[-1].parameters()]
+        assert all(top in name or id(model.get_parameter(name)) in last for name in inside)
+    model = structured("deberta-v2", "AutoModelForSequenceClassification")
+    tune(model, "layer-decay", decay=0.5)
+    scales = model.tuning.scales
+    assert scales["deberta.encoder.LayerNorm.weight"] == scales["deberta.embeddings.word_embeddings.weight"] == 0.25
 
 
 def test_computed_positions_never_train():
@@ -172,6 +191,121 @@ def test_what_selects_nothing_is_refused(tiny_model):
     for strategy, what in (("frozen-embeddings", "embeddings"), ("layer-norm", "normalization layers")):
         with pytest.raises(ValueError, match=f"no {what} found in Linear"):
             tune(bare, strategy)
+
+
+# --------------------------------------------------------------------------------------- strategies on any structure
+
+CHOICES = {
+    "last-layers": dict(layers=1), "frozen-embeddings": {}, "bitfit": {}, "layer-norm": {}, "lora": {}, "houlsby": {},
+    "pfeiffer": {}, "gradual-unfreezing": dict(until=0.0), "layer-decay": {},
+}  # fmt: skip
+SHAPES = ("gpt2", "llama", "xlnet", "t5", "bart", "deberta", "falcon", "modernbert", "qwen3_moe", "funnel", "albert")
+NOTHING = {  # what these structures do not have
+    "bitfit": ("llama", "t5", "modernbert", "qwen3_moe"), "lora": ("xlnet",), "houlsby": ("xlnet", "qwen3_moe"),
+    "pfeiffer": ("qwen3_moe",), "last-layers": ("albert",), "gradual-unfreezing": ("albert",),
+    "layer-decay": ("albert",),
+}  # fmt: skip
+
+
+def is_bias(name):
+    return name.split(".")[-1] in ("bias", "q_bias", "v_bias", "r_w_bias", "r_r_bias", "r_s_bias")
+
+
+PICKED = {  # strategy -> whether a parameter of the stock model, by its name, trains
+    "bitfit": is_bias,
+    "layer-norm": lambda name: any(part in name.lower() for part in ("norm", ".ln_")),
+    "frozen-embeddings": lambda name: (
+        "seg_embed" in name
+        or not any(  # of each layer
+            part in name for part in ("embed", "shared", "wte", "wpe", "word_embedding", "mask_emb")
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", CHOICES)
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_strategy_selects_on_any_structure_and_a_step_moves_just_that(model_type, strategy):
+    model = structured(model_type, "AutoModelForSequenceClassification")
+    inside = f"{model.base_model_prefix}."
+    stock = {name for name, _ in model.named_parameters() if name.startswith(inside)}
+    if model_type in NOTHING.get(strategy, ()):
+        with pytest.raises(ValueError, match=r"no biases|no last layers|match no linear layer|no .* block that ends"):
+            tune(model, strategy, **CHOICES[strategy])
+        return
+    tune(model, strategy, **CHOICES[strategy])
+    names = trainable(model)
+    assert any(name.startswith(inside) and "pooler" not in name for name in names)  # not the head alone
+    if strategy in PICKED:
+        assert {n for n in names if n.startswith(inside) and "pooler" not in n} == {
+            n for n in stock if PICKED[strategy](n) and "pooler" not in n
+        }
+    moving = optimizer(model, quick(optimizer="sgd", learning_rate=1.0, weight_decay=0.0))
+    assert {id(p) for g in moving.param_groups for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.tensor([[5, 6, 7, 8, 9, 3]]), labels=torch.tensor([1])).loss.backward()
+    moving.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    pushed = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-6}
+    assert pushed <= moved <= names and any(name.startswith(inside) for name in moved)
+
+
+def test_the_message_lists_what_could_be_named():
+    with pytest.raises(
+        ValueError, match=r"match no linear layer; the layers have layer_1, layer_2; or use 'all-linear'"
+    ):
+        tune(structured("xlnet", "AutoModelForSequenceClassification"), "lora")
+    with pytest.raises(ValueError, match="gate_up_proj holds experts in one parameter, which is no linear layer"):
+        tune(structured("mixtral", "AutoModelForSequenceClassification"), "lora", targets="all-linear")
+
+
+SETTINGS = {
+    "layers": dict(layers_to_transform=[1]), "bias": dict(bias="all"), "lora_only": dict(bias="lora_only"),
+    "without": dict(target_modules="all-linear", exclude_modules=r".*\.0\..*"), "dora": dict(use_dora=True),
+    "ranks": dict(rank_pattern={"query": 4, "q_proj": 4, "q_lin": 4}), "saved": dict(modules_to_save=["LayerNorm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "modernbert", "mpnet", "gpt2", "t5", "qwen3_moe"])
+def test_pefts_settings_are_kept(model_type, settings):
+    peft = pytest.importorskip("peft")
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    ours, theirs = (structured(model_type, "AutoModelForSequenceClassification") for _ in range(2))
+    tune(ours, peft.LoraConfig(r=2, **SETTINGS[settings]))
+    config = peft.LoraConfig(r=2, **SETTINGS[settings], task_type="SEQ_CLS")
+    if config.target_modules is None and model_type not in known:
+        config.target_modules = ["query", "value", "q_lin", "v_lin", "Wqkv", "q_proj", "v_proj", "q", "v"]
+    config.modules_to_save = [*(config.modules_to_save or []), *anatomy.head_modules(theirs)]
+    theirs = peft.get_peft_model(theirs, config).get_base_model()
+    expected = {name: p.shape for name, p in theirs.named_parameters() if p.requires_grad}
+    assert {name: p.shape for name, p in ours.named_parameters() if p.requires_grad} == expected
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_all_linear_of_pefts_holds_the_experts(model_type):
+    peft = pytest.importorskip("peft")
+    found = []
+    for apply in (lambda m, config: tune(m, config), peft.get_peft_model):
+        model = structured(model_type, "AutoModelForSequenceClassification")
+        apply(model, peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear"))
+        found.append({name: p.shape for name, p in model.named_parameters() if "lora_" in name})
+    assert found[0] == found[1] and any("experts" in name for name in found[0])
+    model = structured(model_type, "AutoModelForSequenceClassification")
+    tune(model, peft.LoraConfig(r=2))
+    assert sum("lora_A" in name for name in trainable(model)) == 2 * 2  # query and value of two layers
+
+
+def test_parameters_that_a_peft_configuration_names():
+    peft = pytest.importorskip("peft")
+    for modules in ([], None, ["q_proj"]):
+        model = structured("qwen3_moe", "AutoModelForSequenceClassification")
+        tune(model, peft.LoraConfig(r=2, target_modules=modules, target_parameters=["mlp.experts.gate_up_proj"]))
+        parts = {name.split("layers.")[1].split(".lora_")[0][2:] for name in trainable(model) if "lora_" in name}
+        assert parts == {"mlp.experts"} | ({"self_attn.q_proj"} if modules else set())
 
 
 def test_a_head_with_the_words_weights():
@@ -271,6 +405,18 @@ def test_decay_groups_are_the_trainers(tiny_model, model_type, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {names[id(p)] for p in groups[0]["params"]} == decayed
     assert {names[id(p)] for p in groups[1]["params"]} == set(names.values()) - decayed
+
+
+@pytest.mark.parametrize("model_type", STRUCTURES)
+def test_decay_groups_are_the_trainers_on_any_structure(model_type, tmp_path):
+    """Biases of other names (DeBERTa's q_bias, XLNet's r_w_bias, T5's relative_attention_bias.weight) do not decay."""
+    model = structured(model_type, "AutoModelForSequenceClassification")
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    decayed = set(transformers.Trainer(model, arguments).get_decay_parameter_names(model))
+    groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1)
+    found = {id(p) for group in groups if group["decayed"] for p in group["params"]}
+    named = dict(model.named_parameters())  # theirs has tied weights under both names
+    assert {name for name, p in named.items() if id(p) in found} == decayed & named.keys()
 
 
 def test_groups_hold_the_trainable_parameters_once(tiny_model):

@@ -1,10 +1,11 @@
 """Execute the notebooks in fresh kernels of this environment and say what each one took.
 
-python tests/notebooks/run.py [--solutions] [--refresh] [--twice] [NN ...]
-  NN           notebooks whose file name starts so (03, 03_tuning); none: all of them
+python tests/notebooks/run.py [--solutions] [--refresh] [--twice] [--list] [NN ...]
+  NN           the notebook of this number (03, 03b), or those whose file name starts so (03_par); none: all of them
   --solutions  the notebooks of notebooks/solutions/ too
   --refresh    write the executed notebooks back into notebooks/, without what differs from machine to machine
   --twice      each a second time in a new kernel; outputs that the tests compare must be the same again
+  --list       print the paths of the chosen ones, run nothing
 
 Each runs in an empty working directory, as a reader may start it anywhere; build/notebooks/ gets the copies.
 Ends with a table (notebook, seconds, peak memory, result), and with exit status 1 when a notebook fails.
@@ -48,9 +49,7 @@ class ThisPython(KernelSpecManager):
     """Every kernel name means the Python that runs this file, whatever kernels the user has registered."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(
-            resource_dir=ipykernel.kernelspec.RESOURCES, **ipykernel.kernelspec.get_kernel_dict()
-        )
+        return KernelSpec(resource_dir=ipykernel.kernelspec.RESOURCES, **ipykernel.kernelspec.get_kernel_dict())
 
 
 class ThisPythonManager(AsyncKernelManager):
@@ -228,23 +227,31 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def choose(names: list[str], solutions: bool) -> list[Path]:
-    """Notebooks that start with one of the names; ValueError for a name that fits none."""
+    """The notebooks of these numbers, or whose names start so; ValueError for a name that fits none.
+
+    A number is a whole one: 03 is not 03b, and 3 is none of them.
+    """
     found = cells.find_notebooks(solutions=solutions)
+
+    def fits(path: Path, name: str) -> bool:
+        name = Path(name).name.removesuffix(".ipynb")
+        number = re.fullmatch(r"\d+[a-z]?", name)
+        return path.stem == name or path.stem.startswith(f"{name}_" if number else name)
+
     for name in names:
-        if not any(path.name.startswith(name) for path in found):
+        if not any(fits(path, name) for path in found):
             have = ", ".join(path.stem for path in cells.find_notebooks(solutions=False)) or "none"
             raise ValueError(f"no notebook starts with {name!r}; there are: {have}")
-    return [path for path in found if not names or any(path.name.startswith(name) for name in names)]
+    return [path for path in found if not names or any(fits(path, name) for name in names)]
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NN")
     parser.add_argument("--solutions", action="store_true")
     parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--twice", action="store_true")
+    parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
     try:
         paths = choose(options.names, options.solutions)
@@ -252,6 +259,9 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if not paths:
         parser.error("notebooks/ holds no notebook")
+    if options.list:
+        print(*(path.relative_to(cells.ROOT) for path in paths))
+        return 0
     outcomes = []
     for place, path in enumerate(paths, 1):
         relative = path.relative_to(cells.NOTEBOOKS)

@@ -1,5 +1,9 @@
 """The runner executes, measures, reports a failure by its cell, and cleans what it writes back."""
 
+import shutil
+import subprocess
+import sys
+
 import cells
 import nbformat
 import pytest
@@ -26,9 +30,7 @@ def series(tmp_path, monkeypatch):
 
 
 def test_refresh_writes_back_a_clean_executed_notebook(series, capsys):
-    noisy = (
-        "import sys, os\nprint('loss'); print(len(os.listdir()))\nprint('careful', file=sys.stderr)\n1 + 1"
-    )
+    noisy = "import sys, os\nprint('loss'); print(len(os.listdir()))\nprint('careful', file=sys.stderr)\n1 + 1"
     bar = "print('100%|███| 3/3 [00:01<00:00,  3.1it/s]')"
     path = series("01_one", noisy, bar)
     assert run.main(["--refresh"]) == 0
@@ -82,9 +84,56 @@ def test_names_choose_notebooks(series, capsys):
     assert [path.stem for path in run.choose(["02"], solutions=False)] == ["02_two"]
     assert len(run.choose(["02"], solutions=True)) == 2
     assert len(run.choose([], solutions=True)) == 3
-    with pytest.raises(SystemExit):
-        run.main(["07"])
-    assert "no notebook starts with '07'; there are: 01_one, 02_two" in capsys.readouterr().err
+    for unknown in ("07", "2", "0", "02_tow"):
+        with pytest.raises(SystemExit):
+            run.main(["02", unknown])
+        assert f"no notebook starts with '{unknown}'; there are: 01_one, 02_two" in capsys.readouterr().err
+
+
+def test_a_number_is_one_notebook(series, capsys):
+    series("03_a"), series("03b_b"), series("03b_c"), series("05_d"), series("solutions/03_a"), series("12_e")
+    for names, expected in (
+        (["03"], ["03_a"]), (["03b"], ["03b_b", "03b_c"]), (["03", "05"], ["03_a", "05_d"]), (["12"], ["12_e"]),
+        (["03b_c"], ["03b_c"]), (["03_a.ipynb"], ["03_a"]), (["notebooks/05_d.ipynb"], ["05_d"]), (["05_"], ["05_d"]),
+    ):  # fmt: skip
+        assert [path.stem for path in run.choose(names, solutions=False)] == expected, names
+    assert run.main(["--list", "--solutions", "03"]) == 0
+    assert capsys.readouterr().out == "notebooks/03_a.ipynb notebooks/solutions/03_a.ipynb\n"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_checkout_that_was_moved_is_installed_again(tmp_path):
+    """Into a folder with a space, too; programs of .venv get the new folder in their first line."""
+    folder = tmp_path / "my checkout"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(cells.ROOT / name, folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@"\n')
+    python.chmod(0o755)
+    heads = {
+        "pytest": "#!/old/checkout/.venv/bin/python3.11", "other": "#!/usr/bin/env bash",
+        "long": "#!/bin/sh\n'''exec' \"/old/my checkout/.venv/bin/python\" \"$0\" \"$@\"",
+    }  # fmt: skip
+    for name, head in heads.items():
+        (folder / ".venv" / "bin" / name).write_text(f"{head}\nimport x\n")
+
+    def install(folder):
+        command = ["make", "install", "PYTHON=true"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return "pip install" in done.stdout
+
+    (folder / ".venv" / ".installed").touch()  # of an older checkout, which did not say its folder
+    assert install(folder) and not install(folder)
+    assert (folder / ".venv" / ".installed").read_text().strip() == str(folder.resolve())
+    assert (folder / ".venv" / "bin" / "pytest").read_text() == f"#!{sys.executable}\nimport x\n"
+    assert (folder / ".venv" / "bin" / "other").read_text() == f"{heads['other']}\nimport x\n"
+    assert f'"{sys.executable}" "$0"' in (folder / ".venv" / "bin" / "long").read_text()
+    moved = folder.rename(tmp_path / "other")
+    assert install(moved) and not install(moved)
+    (moved / "pyproject.toml").touch()
+    assert install(moved)
 
 
 @pytest.mark.parametrize(
