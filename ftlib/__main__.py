@@ -61,16 +61,26 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any) -> None:
         model, tokens["train"], eval_dataset=held_out, tokenizer=tokenizer, config=config, on_record=note
     )
     command = f"python -m ftlib train {path}"
+
+    def tidy(metrics: dict[str, float]) -> dict[str, float | None]:
+        return {name: None if value != value else value for name, value in metrics.items()}  # JSON has no NaN
+
     if result.stopped == "interrupted":  # what an earlier run wrote stays
         also = "" if config.resume else ', with resume = "auto"'
         say(f"stopped at step {result.steps}, which {config.checkpoint_dir} holds; to go on: {command}{also}")
         raise KeyboardInterrupt
     licence = assets.manifest().get(run["corpus"], {}).get("licence")
-    numbers = {"validation": result.metrics or None, "test": None, "seconds": result.seconds, "steps": result.steps}
+    numbers = {
+        "validation": tidy(result.metrics) or None,
+        "test": None,
+        "seconds": result.seconds,
+        "steps": result.steps,
+    }
 
     def note_down() -> None:
         parts = [(split, numbers[split] or {}) for split in ("validation", "test")]
-        metrics = {f"{split} {name}": f"{value:.4f}" for split, own in parts for name, value in own.items()}
+        found = [(f"{split} {name}", value) for split, own in parts for name, value in own.items()]
+        metrics = {name: f"{value:.4f}" for name, value in found if value is not None}
         about = {"data": run["corpus"], "licence": licence, "command": command, "metrics": metrics}
         saving.write_card(model, output / "model", about)
         (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -84,7 +94,7 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any) -> None:
         note_down()
         say(f"model: {output / 'model'}   steps: {result.steps}   {result.stopped} after {result.seconds:.0f} s")
     if test is not None:
-        numbers["test"] = ftlib.evaluate(model, test, tokenizer=tokenizer, shared=True)
+        numbers["test"] = tidy(ftlib.evaluate(model, test, tokenizer=tokenizer, shared=True))
         if first:
             note_down()
             say(json.dumps(numbers["test"], indent=1))

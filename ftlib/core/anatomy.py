@@ -109,10 +109,15 @@ def max_positions(config: Any) -> int | None:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Dropout off and no gradients inside; afterwards every module is in the mode (train or eval) it was in."""
     modes = {module: module.training for module in model.modules()}
+    kinds = {
+        m: m.attention_type for m in modes if hasattr(m, "set_attention_type")
+    }  # BigBird's, which a short row sets
     try:
         with torch.no_grad():
             yield model.eval()
     finally:
+        for module, kind in kinds.items():
+            module.attention_type == kind or module.set_attention_type(kind)
         for module, training in modes.items():
             module.training = training
 

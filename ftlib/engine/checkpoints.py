@@ -39,10 +39,7 @@ def _step(folder: Path) -> int:
 
 
 def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
-    """Make the folder now, not an epoch later; ValueError when a new run would mix its checkpoints with another's.
-
-    What a process left that was killed while it wrote a checkpoint is swept away.
-    """
+    """Make the folder, and sweep away what a killed process left; ValueError where a new run would mix with another."""
     parent = Path(parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +63,7 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
 def held(folder: str | os.PathLike) -> Iterator[None]:
     """A context in which no other process writes into a folder; ValueError naming the one that does.
 
-    The lock is the system's (flock on the file .lock), so it ends with the process, however that ends.  Process 0 has
-    it for all.  Where the file system, or Windows, knows no such lock, that is said.
+    Process 0 has the lock (flock on .lock), which ends with it, however that ends; where there is none, that is said.
     """
     path, file, new = Path(folder) / ".lock", None, not os.path.exists(folder)
     try:
@@ -120,10 +116,8 @@ class OptimizerState:
     def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
         """Every slot of every parameter that has one."""
         slots, begun = _SLOTS[type(self.optimizer)], {name.rpartition(".")[0] for name in found}
-        return {
-            f"{name}.{key}": () if key == "step" else p.shape
-            for name, p in self.moved.items() if name in begun for key in slots
-        }  # fmt: skip
+        shapes = {name: p.shape for name, p in self.moved.items() if name in begun}
+        return {f"{name}.{key}": () if key == "step" else shape for name, shape in shapes.items() for key in slots}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         places, slots = {name: i for i, name in enumerate(self.moved)}, {}
@@ -156,11 +150,10 @@ class Checkpoints:
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, step: int, best: int | None = None) -> Path:
-        """Write what the parts hold after so many steps.
+        """Write what the parts hold after so many steps; OSError where the disk is full.
 
-        Older ones are deleted, except the last `keep_last` and that of step `best`; the best weights themselves also
-        lie in every one after it.  Raises OSError where the disk is full.
-        Process 0 writes, whole tensors also where the weights are spread over processes: any number of them can go on.
+        Older ones are deleted, except the last `keep_last` and that of step `best`.  Process 0 writes, whole tensors
+        also where the weights are spread over processes: any number of them can go on.
         """
         folder = self.folder / f"step-{step:08d}"
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -179,8 +172,7 @@ class Checkpoints:
                 last = ", ".join(path.name for path in _folders(self.folder)[-1:]) or "none"
                 remedy = "make room, or mend the disk, and go on with resume='auto'"
                 raise OSError(f"{error}. The last checkpoint is {last}; {remedy}") from error
-            # later ones than this are damaged ones that `resume` skipped
-            written = [path for path in _folders(self.folder) if _step(path) <= step]
+            written = [path for path in _folders(self.folder) if _step(path) <= step]  # later ones: damaged, skipped
             for old in written[: -self.keep_last]:
                 if _step(old) != best:
                     shutil.rmtree(old, ignore_errors=True)
@@ -213,7 +205,7 @@ class Checkpoints:
 
     def _unfit(self, folder: Path, state: dict, tensors: dict[str, torch.Tensor], states: dict) -> str | None:
         """What in whole files keeps them from being loaded, so that nothing is ever half-loaded; None: nothing does."""
-        if isinstance(state.get("fingerprint"), dict):
+        if isinstance(state.get("fingerprint"), dict) and state["fingerprint"] != self.fingerprint:
             _refuse_another_run(state["fingerprint"], self.fingerprint, folder)
         if state.get("step") != _step(folder):
             return f"state.json: step is {state.get('step')}"
@@ -221,8 +213,7 @@ class Checkpoints:
             if not isinstance(state.get(name), dict):
                 return f"state.json: {name} is {str(state.get(name, 'missing'))[:40]}"
         for name, part in self.parts.items():
-            found = _under(name, tensors)
-            own = states[name]
+            found, own = _under(name, tensors), states[name]
             if hasattr(part, "wanted"):
                 own = {k: v for k, v in own.items() if not isinstance(v, torch.Tensor)} | part.wanted(found)
             own, here = _forms(own), state[name] | _forms(found)
@@ -250,8 +241,7 @@ def _alike(own: Any, found: Any) -> bool:
     """Whether a value from a file can stand for ours: a shape for the same, numbers and None for each other."""
     if isinstance(own, tuple):
         return own == found
-    numbers = (int, float, type(None))
-    return own is None or type(found) is type(own) or (isinstance(own, numbers) and isinstance(found, numbers))
+    return own is None or type(found) is type(own) or all(isinstance(v, int | float | None) for v in (own, found))
 
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
@@ -279,8 +269,6 @@ def damage(folder: Path) -> str | None:
 
 
 def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
-    if theirs == ours:
-        return
     before, now = ({f"config.{k}": v for k, v in one.get("config", {}).items()} | one for one in (theirs, ours))
     changed = {k: f"was {before.get(k)!r} and is {v!r}" for k, v in now.items() if before.get(k) != v and k != "config"}
     changed |= dict.fromkeys(changed.keys() & {"data", "model"}, "differs")  # hashes: nothing to see in them

@@ -1,6 +1,6 @@
 """How a model runs while it trains: compiled, with gradient checkpointing, in TF32; and as it came afterwards.
 
-To copy: this file, methods/optimizing.py, methods/regularization.py, methods/speedups.py, core/anatomy.py and torch.
+To copy: this file, methods/{adapters,optimizing,regularization,speedups}.py, core/{anatomy,batches}.py and torch.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..core import anatomy
+from ..methods.adapters import adapters_of
 from ..methods.optimizing import tuning_of
 from ..methods.regularization import dropout_rate
 from ..methods.speedups import shortcuts
@@ -53,15 +54,18 @@ def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] |
     they are most of the model and `config` asks for no other precision; modules that train compute in float32 there.
     """
     half = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-    moving = [p for p in half if p.requires_grad]
+    moving = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in half if not p.requires_grad]
-    if not moving:
+    if not half:
         yield None
         return
     keep = sum(p.numel() for p in frozen) > sum(p.numel() for p in moving) and config.distributed != "fsdp"
     keep = keep and config.precision in ("auto", "bf16") and {p.dtype for p in frozen} == {torch.bfloat16}
     owners = {module: list(module.parameters(recurse=False)) for module in model.modules()} if keep else {}
     mixed = [module for module, own in owners.items() if any(p.requires_grad for p in own)]
+    held = {*adapters_of(model).values()}  # these know two types; in others, Funnel's attention, children would differ
+    if any(m not in held and any(map(owners.get, m.children())) for m in mixed):
+        keep, owners, mixed = False, {}, []
     inside, hooks = set(anatomy.base_of(model).modules()), []
     try:
         for p in [p for module in mixed for p in owners[module]] if keep else half:

@@ -30,8 +30,7 @@ TIMEOUT = timedelta(minutes=30)  # of waiting for the others, one of which may f
 def start() -> None:
     """Join the process group that torchrun announces in the environment; alone, do nothing.
 
-    Takes the GPU of its number on this machine (LOCAL_RANK) and NCCL, or, where there is none, gloo.
-    Raises ValueError for more processes on a machine than GPUs.
+    Takes the GPU numbered LOCAL_RANK and NCCL, or, without GPUs, gloo.  Raises ValueError where there are too few.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
@@ -159,10 +158,9 @@ def wrap(model: nn.Module) -> nn.Module:
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the model for training, its weights spread over all processes.
 
-    Every layer is a unit of its own, the rest of the model is one more.  The model passed in stays whole, where it is:
-    on the CPU, if the GPU has no room for it.  All processes start from the weights of process 0.
-    dtype: to compute and to send weights in, None for their own; gradients are summed up in float32.
-    Raises ValueError for a model with several heads.
+    Every layer is a unit, the rest of the model one more.  The model passed in stays whole, where it is.  All processes
+    start from the weights of process 0.  dtype: to compute and to send weights in, None for their own; gradients are
+    summed up in float32.  Raises ValueError for a model with several heads.
     """
     if hasattr(model, "tasks"):  # of which the processes may use other heads, and would sum them up out of step
         raise ValueError("distributed='fsdp' trains models with one head; use distributed='ddp'")

@@ -18,13 +18,14 @@ from torch import nn
 from ..core.device import choose_device, choose_precision, computing
 from ..core.loop import schedule_factor, steps
 from ..inputs.agreement import agree, name_classes
-from ..inputs.rows import parts_for, rows_for
+from ..inputs.rows import Stream, parts_for, rows_for
 from ..methods import optimizing
+from ..methods.regularization import dropout_places
 from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
 from . import checkpoints, compiling, distributed, recovery, task_gradients
 from .feeding import Feed
-from .prediction import metric_names, scores
+from .prediction import labelled, metric_names, scores
 from .settings import Run, TrainConfig
 
 __all__ = ["fit"]
@@ -159,7 +160,7 @@ class Training:
         self.autocast = computing(device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         tasks = tasks_of(model)
-        _check(model, tasks, config, loss, held_out)
+        _check(model, tasks, config, loss, held_out, list(parts.values()))
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
         self.padding = padding
@@ -297,6 +298,8 @@ class Training:
         rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
         options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, shared=True, batch_size=rows)
         metrics = scores(self.model, self.held_out, **options)
+        if config.patience and math.isnan(metrics.get(config.metric, 0.0)):
+            warnings.warn(f"{config.metric} is not a number at step {run.steps}: no evaluation is better", stacklevel=5)
         if config.patience:
             metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
         record = {"step": run.steps, "epoch": run.steps / self.epoch}
@@ -321,21 +324,29 @@ class Training:
         return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
 
-def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list) -> None:
+def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list, parts: list) -> None:
     """Refuse what is asked for and has no meaning for this model, or these rows."""
     records, smoothing = [TASKS[kind] for kind, _ in tasks.values()], config.label_smoothing
     kinds = ", ".join(sorted({kind for kind, _ in tasks.values()}))
-    names = metric_names(model, held_out) if config.patience else []
+    names = metric_names(model, held_out) if held_out else []
+    streams = any(isinstance(part, Stream) for part in parts)
     for wrong, why in (
         (smoothing and loss is None and not any(record.smooths for record in records),
          f"label_smoothing={smoothing} has no meaning for {kinds}"),
         (config.r_drop and any(record.divergence is None for record in records),
          f"r_drop={config.r_drop} compares predicted distributions; regression has none"),
-        (names and config.metric not in names, f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),
+        (config.patience and config.metric not in names,
+         f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),
         (config.eval_every and not held_out, f"eval_every={config.eval_every} needs eval_dataset"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(why)
-    if not config.patience and config.metric != "loss":
-        warnings.warn(f"metric={config.metric!r} has no effect without patience", stacklevel=4)
+    for idle, what in (
+        (not config.patience and config.metric != "loss", f"metric={config.metric!r} has no effect without patience"),
+        (config.r_drop and not any(getattr(*place) for place in dropout_places(model)),
+         f"r_drop={config.r_drop} only costs time: all dropout rates of the model are 0"),
+        (not streams and not labelled(model, parts), "train_dataset: every label is -100 (ignored), nothing is learnt"),
+    ):  # fmt: skip
+        if idle:
+            warnings.warn(what, stacklevel=4)
     optimizing.check(model, config.distributed)

@@ -120,11 +120,13 @@ def scores(
         pairs, every = found[task], {distributed.rank(): sums[task]}
         if shared:
             pairs, every = distributed.all_joined(pairs), distributed.all_joined(every)
-        if pairs:
-            losses, items = zip(*(batch for batches in every.values() for batch in batches), strict=True)
+        losses, items = zip((0.0, 0), *(batch for batches in every.values() for batch in batches), strict=True)
+        if sum(items):
             # fsum: the same bits whoever computed which batch
-            own = {"loss": math.fsum(losses) / max(sum(items), 1)} | _scored(TASKS[kind], pairs, names_of(model, task))
+            own = {"loss": math.fsum(losses) / sum(items)} | _scored(TASKS[kind], pairs, names_of(model, task))
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
+    if not results and parts:
+        raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
     return results
 
 
@@ -133,7 +135,7 @@ def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int],
     stacked = record.stack(labels, [*lengths, logits.shape[1] if record.a_token else 0])
     values = logits.float().cpu()
     exact = stacked.double() if stacked.is_floating_point() else stacked
-    summed = loss(logits, stacked.to(logits.device)) if loss else record.loss(values.double(), exact)
+    summed = loss(logits.float(), stacked.to(logits.device)) if loss else record.loss(values.double(), exact)
     decided = list(record.decide(values).numpy())
     if record.a_token:
         decided = [d[:n].astype(np.int32) for d, n in zip(decided, lengths, strict=True)]
@@ -145,23 +147,28 @@ def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict
     predictions, labels = map(list, zip(*ordered, strict=True))
     if not record.a_token:
         kept = [i for i, label in enumerate(labels) if record.items(np.asarray(label))]
-        if not kept:
-            raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
         predictions, labels = np.array([predictions[i] for i in kept]), np.array([labels[i] for i in kept])
     return record.score(predictions, labels, given_names(names))
+
+
+def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
+    """The tasks for which a row has a label."""
+    found = {}
+    for task, (kind, count) in tasks_of(model).items():
+        labels = (row["labels"] if not task else row["labels"].get(task) for rows in parts for row in rows)
+        if any(label is not None and TASKS[kind].items(np.asarray(label)) for label in labels):
+            found[task] = kind, count
+    return found
 
 
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
     found = []
-    for task, (kind, count) in tasks_of(model).items():
-        record = TASKS[kind]
-        labels = (row["labels"] if not task else row["labels"].get(task) for rows in parts for row in rows)
-        if any(label is not None and record.items(np.asarray(label)) for label in labels):
-            decided = record.decide(torch.eye(count) * 2 - 1).numpy()  # every class once
-            decided = [decided] if record.a_token else decided
-            names = ["loss", *record.score(decided, decided, given_names(names_of(model, task)))]
-            found += [f"{task}/{name}" if task else name for name in names]
+    for task, (kind, count) in labelled(model, parts).items():
+        decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
+        decided = [decided] if TASKS[kind].a_token else decided
+        names = ["loss", *TASKS[kind].score(decided, decided, given_names(names_of(model, task)))]
+        found += [f"{task}/{name}" if task else name for name in names]
     if not found:
         raise ValueError(f"eval_dataset: every label is {IGNORE} (ignored), nothing to score; pass rows with labels")
     return found

@@ -57,5 +57,4 @@ def find_learning_rate(
     rates, losses = ([record[key] for record in run.history] for key in ("learning_rate", "loss"))
     means = accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss, initial=0.0)
     smoothed = [mean / (1 - 0.9**count) for count, mean in enumerate(means) if count]  # as if it had not begun at 0
-    lowest = min(range(len(rates)), key=smoothed.__getitem__)
-    return RangeTest(rates, losses, smoothed, suggestion=rates[lowest] / 10)
+    return RangeTest(rates, losses, smoothed, suggestion=min(zip(smoothed, rates, strict=True))[1] / 10)

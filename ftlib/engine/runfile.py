@@ -1,7 +1,4 @@
-"""What a run.toml may say: read and checked, key by key, before anything is loaded.
-
-`python -m ftlib train --help` prints `keys()`: every key with its type, default and meaning, out of what is checked.
-"""
+"""What a run.toml may say: read and checked, key by key, before anything is loaded."""
 
 import difflib
 import inspect
@@ -30,10 +27,7 @@ _KEYS = {  # key: (types, default, meaning)
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The checked contents of a run.toml: see ftlib/README.md.
-
-    Raises ValueError naming the file and the key for what is missing, unknown or of another type.
-    """
+    """The checked contents of a run.toml; ValueError naming file and key for what is missing, unknown or mistyped."""
     path = Path(path)
     try:
         run = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
@@ -55,9 +49,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
         ):
             if wrong:
                 raise ValueError(f"{path}: {key} = {value!r} must be {need}")
-    for key, (_, default, _) in _KEYS.items():
-        if default == "needed" and not run.get(key):
-            raise ValueError(f"{path}: {key!r} is missing")
+    if missing := [key for key, (_, default, _) in _KEYS.items() if default == "needed" and not run.get(key)]:
+        raise ValueError(f"{path}: {missing[0]!r} is missing")
     return run
 
 
@@ -82,9 +75,8 @@ def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
     settings, takes = run.get("train", {}), OPTIONS[strategy] or ("no options",)
     _refuse_unknown(path, options, takes, " in [tune]", f"{strategy!r} takes")
     _refuse_unknown(path, settings, sorted(_fields()), " in [train]")
-    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto"), **settings}
-    if settings["resume"] in ("never", "no", ""):
-        settings["resume"] = None
+    settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto")} | settings
+    settings["resume"] = None if settings["resume"] in ("never", "no", "") else settings["resume"]
     try:
         _try(strategy, options)
         return TrainConfig(**settings)

@@ -31,7 +31,7 @@ from .recovery import random_state, set_random_state
 
 def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int) -> "Joint | None":
     """What keeps the tasks of a run, None for a model of one task; `epoch`: steps an epoch.  ValueError as `Joint`."""
-    if "" in parts and (config.task_sampler, config.temperature) != ("temperature", 1):
+    if len(parts) < 2 and (config.task_sampler, config.temperature) != ("temperature", 1):
         what = f"task_sampler={config.task_sampler!r}, temperature={config.temperature}"
         raise ValueError(f"{what}: need several datasets, {{task: dataset}}")
     if hasattr(model, "tasks"):
@@ -68,7 +68,10 @@ def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.Gra
 
 def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool = False) -> Any:
     """A caller's own loss, ready for `fit`: of one of torch.nn's a copy that sums, smoothing labels if it can."""
-    own = copy.deepcopy(loss).to(device) if isinstance(loss, nn.Module) and hasattr(loss, "reduction") else loss
+    theirs = isinstance(loss, nn.Module) and hasattr(loss, "reduction")
+    own = copy.deepcopy(loss).to(device) if theirs else copy.copy(loss) if smoothing else loss
+    if not quiet and isinstance(own, nn.Module) and any(p.requires_grad for p in own.parameters()):
+        warnings.warn("the loss has parameters of its own, which do not train: fit moves the model's", stacklevel=4)
     if (said := getattr(own, "reduction", "sum")) != "sum":
         own.reduction = "sum"
         if not quiet:
@@ -78,6 +81,8 @@ def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool =
         if getattr(own, "label_smoothing", None) not in (0, smoothing):
             raise ValueError(f"label_smoothing={smoothing} and an own loss: smooth the labels in the loss")
         own.label_smoothing = smoothing
+    if isinstance(own, nn.CrossEntropyLoss):  # which wants the classes of tags second
+        return lambda x, y: own(x.flatten(0, -2), y if y.is_floating_point() else y.flatten())
     return own
 
 
@@ -120,6 +125,11 @@ class Losses:
         self.unseen.discard(task)
         with torch.no_grad(), _random_state_kept(logits):
             twice = self.functions[task](torch.cat([logits, logits]), torch.cat([labels, labels]))
+        if abs(twice - 4 * value) < 1e-3 * abs(value) and logits.shape != labels.shape and logits.dim() == 2:
+            what = (
+                f"logits {tuple(logits.shape)} against labels {tuple(labels.shape)}: each with all; take logits[:, 0]"
+            )
+            raise ValueError(f"the loss pairs {what}")
         if abs(twice - value) < 1e-3 * abs(value):
             what = f"{float(value):.4g} for {len(labels)} rows and {float(twice):.4g} for the same rows twice"
             raise ValueError(f"the loss gives {what}: a mean; fit needs the sum over items, reduction='sum'")
@@ -135,12 +145,14 @@ class Joint:
         weighting = config.task_weighting
         weighting = weighting if isinstance(weighting, Weighting) else Weighting(weighting)
         self.model, self.config, self.epoch, self.how = model, config, epoch, weighting.how
-        needs = [f"task_weighting={self.how!r}"] if self.how == "gradnorm" else []
+        one = len(model.tasks) < 2
+        needs = [f"task_weighting={self.how!r}"] if self.how == "gradnorm" or (one and self.how != "fixed") else []
         needs += [name for name in ("task_gradients", "task_cosines") if getattr(config, name) is not None]
         fixed = not any(p.requires_grad for p in model.encoder.parameters())
         for wrong, why in (
             (config.compile, " takes gradients a task at a time, which compiled layers can't; compile=False"),
             (precision == "fp16", ": precision 'fp16' scales gradients for one backward pass; use bf16 or fp32"),
+            (one, ": the model has one task, so there is nothing to weigh or join"),
             (fixed, ": the encoder is frozen, so the tasks share no parameter that moves"),
         ):  # fmt: skip
             if needs and wrong:

@@ -20,8 +20,8 @@ from torch import nn
 from ..core import anatomy
 from ..core.batches import Row, short
 
-# Convolutions, landmarks, hashes or Fourier sums over the whole row, padding included, whatever the mask says.
-_MIXING = ("canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso")
+# Convolutions, blocks, hashes or Fourier sums over the whole row, padding included, whatever the mask says.
+_MIXING = "big_bird bigbird_pegasus canine convbert fnet funnel mobilebert nystromformer reformer yoso".split()
 
 
 class Padding(NamedTuple):
@@ -198,17 +198,18 @@ def check_alike(first: dict, ids: Sequence[int], forms: dict[str, set[tuple]], e
         raise ValueError(where + why)
 
 
-def trimmed(out: Row, mask: Any, where: str) -> tuple[Row, slice]:
-    """The row without the padding at its ends that its mask marks, and which tokens are left; zeros between stay."""
+def trimmed(out: Row, mask: Any, pad: int | None, where: str) -> tuple[Row, slice]:
+    """The row without the padding at its ends that its mask marks, and which tokens are left; other zeros stay."""
     length, where = len(out["input_ids"]), f"{where}, column 'attention_mask'"
     if mask is None:
         return out, slice(0, length)
     found = _numbers(mask)
     if found is None or found.shape != (length,) or not ((found == 0) | (found == 1)).all():
         raise ValueError(f"{where}: expected 0 (hidden) or 1 for each of {length} input_ids, got {short(mask)}")
-    real = np.flatnonzero(found)
+    text = pad is not None and np.asarray(out["input_ids"]) != pad  # hidden, and no padding
+    real = np.flatnonzero((found == 1) | text) if found.any() else []
     kept = slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)
-    if len(real) == length:
+    if found.all():
         return out, kept
     cut = {}
     for name, value in out.items():
@@ -233,12 +234,18 @@ def class_names(features: Any, under: str = "") -> dict[str, list[str]]:
 
 
 def numbered(names: Sequence[str]) -> bool:
-    """Whether these are no names: 0, 1, … or LABEL_0, LABEL_1, …"""
-    return any(list(names) == [f"{kind}{i}" for i in range(len(names))] for kind in ("", "LABEL_"))
+    """Whether these are no names: LABEL_0, LABEL_1, …"""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def matched(own: Sequence[str], names: Sequence[str], where: str) -> list[int]:
-    """Which class of the model each name of the data is, in any order, capitals aside; ValueError where one is none."""
+    """Which class of the model each name of the data is, in any order, capitals aside; ValueError where one is none.
+
+    "0", "1", … beside words are no names.
+    """
+    digits = [all(map(str.isdecimal, one)) for one in (own, names)]
+    if digits[0] != digits[1] and [str(i) for i in range(len(names))] in (list(own), list(names)):
+        return list(range(len(names)))
     fold = str if len({name.casefold() for name in own}) < len(own) else str.casefold
     numbers = {fold(name): i for i, name in enumerate(own)}
     places = [numbers.get(fold(name)) for name in names]
@@ -252,7 +259,8 @@ def name_classes(model: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
     """Give a model whose classes nobody named the data's names, as `parts_for` found them: {task: names}."""
     for task, own in names.items():
         config = (model.heads[task] if task else model).config
-        if numbered([name for _, name in sorted(config.id2label.items())]) and len(own) == config.num_labels:
+        if numbered(former := [name for _, name in sorted(config.id2label.items())]):
+            own = [*own, *former[len(own) :]]
             config.id2label, config.label2id = dict(enumerate(own)), {name: i for i, name in enumerate(own)}
             if task:  # what `save` writes down
                 model.specs[task] = replace(model.specs[task], label_names=tuple(own))

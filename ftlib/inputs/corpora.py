@@ -7,13 +7,10 @@
 To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets (for own files inputs/reading.py and what
 that names).
 
-What every corpus goes through, in this order, and what data/README.md counts for each of them:
-1. white space is collapsed, empty texts and rows that cannot be read without guessing are dropped;
-2. texts whose copies carry different labels are dropped, every copy of them;
-3. of equal texts (case and white space aside) one is kept: the test one, else the validation one;
-4. splits that the source lacks are drawn from train, stratified by label, with a fixed seed;
-5. in pair tasks, pairs that share a sentence with one held out (test, then validation) leave the others;
-6. rows are put in a fixed shuffled order, so the first n rows of a split are a fair sample of it.
+What every corpus goes through, in six steps that data/README.md counts: white space is collapsed, rows that cannot be
+read are dropped; so are texts whose copies carry different labels; of equal texts one is kept (test, else validation);
+missing splits are drawn from train, stratified by label; pairs that share a sentence with one held out are dropped from
+the other splits; rows are shuffled, so the first n of a split are a fair sample.  All seeds are fixed.
 """
 
 import csv
@@ -46,8 +43,7 @@ _LABELS = {
     "cola": ["unacceptable", "acceptable"],
 }  # fmt: skip
 
-# Pair tasks, and whether (a, b) means the same as (b, a).
-_PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}
+_PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}  # whether (a, b) is (b, a)
 
 
 def corpus_names() -> list[str]:
@@ -58,20 +54,13 @@ def corpus_names() -> list[str]:
 def load_corpus(name: str, *, source: str = "auto"):
     """A corpus as datasets.DatasetDict with train, validation and test, fetched when it is not in the cache.
 
-    Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text,
-    tokens, tags (List(ClassLabel), BIO), intent (ClassLabel).
-
-    source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files,
-    and so other splits and numbers), "auto" is "wheel" for the names of `corpus_names`. A folder written by
-    `save_to_disk` or holding csv, json or parquet files, such a file, or a hub id with a slash, is loaded as it is:
-    `reading.load_folder`. A name of ours wins over a folder of that name, and a folder over a hub id.
-
+    Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
+    (List(ClassLabel), BIO), intent (ClassLabel).
+    source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
+    splits, so other numbers), "auto" is "wheel" for our names. A folder written by `save_to_disk` or holding csv, json
+    or parquet files, such a file, or a hub id with a slash, is loaded as it is: `reading.load_folder`. A name of ours
+    wins over a folder of that name, and a folder over a hub id.
     Raises ValueError for an unknown name or source, RuntimeError when nothing can be fetched.
-
-    >>> load_corpus("rotten-tomatos")
-    Traceback (most recent call last):
-        ...
-    ValueError: no asset is called 'rotten-tomatos'; did you mean rotten-tomatoes? ...
     """
     from ..core.batches import one_of  # here, where datasets is loaded next: a list of the corpora needs no torch
     from . import reading
@@ -92,14 +81,11 @@ def load_corpus(name: str, *, source: str = "auto"):
         import datasets
 
         return datasets.load_dataset(name)
-    hint = "for a data set on the hub give its full id, owner/name"
-    raise ValueError(f"{assets.unknown_name(name, known)} ({hint})")
-
-
-# ---- reading: rows by split; a row is a dict of the columns, labels still by name ----
+    raise ValueError(f"{assets.unknown_name(name, known)} (for a data set on the hub give its full id, owner/name)")
 
 
 def _read(name: str, source: str) -> dict[str, list[dict]]:
+    """Rows by split; a row is a dict of the columns, labels still by name."""
     hub, entry = source == "hub", assets.asset(name)
     if hub and "hub" not in entry:
         raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
@@ -163,15 +149,14 @@ def _read_sms(path: Path) -> list[dict]:
 
 def _read_atis(path: Path) -> list[dict]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        words, intent = line.rsplit(" <=> ", 1)
+    for words, intent in (line.rsplit(" <=> ", 1) for line in path.read_text(encoding="utf-8").splitlines()):
         tokens, tags = zip(*(word.rsplit(":", 1) for word in words.split()), strict=True)
         rows.append({"text": " ".join(tokens), "tokens": list(tokens), "tags": list(tags), "intent": intent})
     return rows
 
 
 def _read_stsb(path: Path) -> list[dict]:
-    # No quoting in this format: a quotation mark is part of the sentence. Columns 8 and 9 are credits.
+    # No quoting in this format: a quotation mark is part of the sentence.
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [{"text": row[5], "text_pair": row[6], "label": float(row[4])} for row in rows]
 
@@ -211,13 +196,9 @@ def _rows_on_hub(name: str, entry: dict, loaded) -> dict[str, list[dict]]:
     return result
 
 
-# ---- cleaning and splitting: plain lists, no libraries but NumPy ----
-
-
 def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
     """Rows by split after the six steps of the module docstring, and how many were dropped, by reason."""
-    raw = _read(name, source)
-    dropped = Counter()
+    raw, dropped = _read(name, source), Counter()
     splits = {split: raw.get(split, []) for split in SPLITS}
     for split, rows in splits.items():
         splits[split] = [row for row in rows if row["text"] and row.get("text_pair", "-")]
@@ -225,8 +206,7 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
     splits = _drop_duplicates(splits, _PAIRS.get(name, False), dropped)
     sizes = zip(SPLITS[1:], _HELD_OUT[name], strict=True)
     splits = _hold_out(splits, {split: size for split, size in sizes if split not in raw})
-    if name in _PAIRS:
-        splits = _drop_shared_sentences(splits, dropped)
+    splits = _drop_shared_sentences(splits, dropped) if name in _PAIRS else splits
     return {split: [rows[i] for i in _order(len(rows))] for split, rows in splits.items()}, dropped
 
 
@@ -234,8 +214,7 @@ def _clean(row: dict) -> dict:
     cleaned = {key: " ".join(row[key].split()) for key in ("text", "text_pair") if key in row}
     if "intent" in row:
         # "atis_flight;atis_airfare" and "atis_airfare;atis_flight" are one double intent: airfare+flight.
-        parts = [part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])]
-        cleaned["intent"] = "+".join(sorted(parts))
+        cleaned["intent"] = "+".join(sorted(part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])))
     return row | cleaned
 
 
@@ -250,11 +229,10 @@ def _label(row: dict):
 
 
 def _drop_duplicates(splits: dict, symmetric: bool, dropped: Counter) -> dict:
-    copies = defaultdict(list)
+    copies, kept = defaultdict(list), {split: [] for split in SPLITS}
     for split in reversed(SPLITS):  # test first: its copy is the one to keep
         for row in splits[split]:
             copies[_key(row, symmetric)].append((split, row))
-    kept = {split: [] for split in SPLITS}
     for group in copies.values():
         if len({(_label(row), *row.get("tags", ())) for _, row in group}) > 1:
             dropped["conflicting labels"] += len(group)
@@ -275,15 +253,14 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
     """Move `sizes` rows out of train, every label in proportion and none of them emptied."""
     splits = dict(splits)
     for split, size in sizes.items():
-        rows = splits["train"]
-        by_label = defaultdict(list)
+        rows, by_label = splits["train"], defaultdict(list)
         for i in _order(len(rows)):
             label = _label(rows[i])
             by_label[int(label) if isinstance(label, float) else label].append(i)
         if size > len(rows) - len(by_label):
             raise ValueError(f"cannot hold out {size} of {len(rows)} rows with {len(by_label)} labels")
         share = {label: size * len(ids) / len(rows) for label, ids in by_label.items()}
-        take = {label: int(share[label]) for label in by_label}
+        take = {label: int(seats) for label, seats in share.items()}
         # Largest remainders get the seats left over; a label with one row keeps it for training.
         while sum(take.values()) < size:  # once, unless rare labels leave most seats to one
             for label in sorted(by_label, key=lambda label: (take[label] - share[label], str(label))):
@@ -304,9 +281,6 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
         splits[split] = kept
         seen.update(*sentences)
     return splits
-
-
-# ---- handing over to datasets ----
 
 
 def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):

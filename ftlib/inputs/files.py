@@ -61,9 +61,8 @@ _STAGE, _WHOLE = ".saving", "whole"  # where new files wait in a folder; what go
 def replacing(folder: Path) -> Iterator[Path]:
     """A folder inside `folder`, whose files take the places of the model's (and tokenizer's) there when all went well.
 
-    Killed at any moment, or out of disk, it leaves all of the old or, after `settled`, all of the new; other processes
-    wait.  The folder itself is never renamed: it may be a mount point, a layer of an image, the current folder.
-    Raises OSError naming the folder where it can't be written.
+    Killed at any moment, or out of disk, it leaves all of the old or, after `settled`, all of the new; others wait.
+    The folder itself is never renamed: it may be a mount point.  Raises OSError naming it where it can't be written.
     """
     stage = folder / _STAGE
     try:

@@ -30,7 +30,7 @@ def labelled(
     ready = _checked(values, column, task, names)
     kind, make = (inner, int) if names else (Value("float32"), float) if ready else (Value("string"), str)
     hidden = (IGNORE,) if -1 in _items(values["train"]) and not names else (-1, IGNORE)
-    done = {}
+    done, seen = {}, {*map(str, _items(values["train"]))}
     for split, own in values.items():
         kept = [i for i, value in enumerate(own) if split == "train" or not _none(value, hidden, record.a_token)]
         if kept and split != "train" and record.probabilities is None:  # -1 may be a number like others
@@ -40,6 +40,8 @@ def labelled(
             say(some if kept else f"{split} is left out: no row of it has a label")
         if kept:
             own = [_made(own[i], make) for i in kept]
+            if new := sorted({*_items(own)} - seen - {None}) if make is str else []:
+                say(f"{split} has classes that train has not: {', '.join(new)}")
             lists = any(isinstance(value, list) for value in own)
             part = parts[split].select(kept) if len(kept) < len(parts[split]) else parts[split]
             part = part.remove_columns(sorted({"label", *columns} & {*part.column_names}))
@@ -83,7 +85,9 @@ def _checked(values: dict[str, list], column: Any, task: str, names: Any) -> boo
     odd = several or any(isinstance(item, (float, dict, list)) for item in items)
     shown = short(min(items, key=lambda item: (item in (0, 1), str(item)), default=None))
     each = ', or name columns of 0 and 1: label = ["a", "b"]' if record.multi_hot else ""
+    words = {isinstance(item, str) for item in items}
     for wrong, why in (
+        (len(words) > 1, f"words and numbers, {shown} among them; make them alike in all splits"),
         (items and not numbers and lists != (record.a_token or record.multi_hot),
          "lists, not one label a row" if lists else f"one label a row, no lists (JSON Lines){each}"),
         (numbers and (names or any(isinstance(item, str) for item in items)),

@@ -87,6 +87,9 @@ def load_model(
         kwargs["label2id"] = {label: i for i, label in enumerate(label_names)}
     kwargs.setdefault("dtype", torch.float32)  # Transformers 5 would keep whatever type the file has
     auto = auto_class(task) if kind else transformers.AutoModel
+    if kind is None and (path := Path(place, "config.json")).is_file():  # T5's encoder alone, say
+        named = (files.read_json(path).get("architectures") or [""])[0]
+        auto = getattr(transformers, named, auto) if str(named).endswith("EncoderModel") else auto
     # shapes that differ come back in `info`, whose table would go to the log instead of the error
     options = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True, "trust_remote_code": False}
     with _explain(name, place), quiet(), torch.random.fork_rng(devices=()):

@@ -40,6 +40,7 @@ class Door:
     under: str = ""  # the task whose labels plain ones are
     sizes: dict[str, int] = field(default_factory=dict)  # of further inputs: numbers below which values must be
     end: int | None = None  # the end token that the head reads a row at
+    pad: int | None = None
     names: dict[str, list[str]] = field(default_factory=dict)  # of classes: the model's, else the first data's
     first: dict = field(default_factory=dict)  # what all rows must have alike: columns, their forms, end tokens
     known: dict = field(default_factory=dict)  # {task: which of `names` each of the data's classes is}
@@ -54,7 +55,8 @@ class Door:
         names |= {task: given for task, given in own.items() if not agreement.numbered(given)}
         return cls(
             tasks, name, agreement.vocabulary(model), max_positions(model.config), labels_needed,
-            inputs_of(model), under, agreement.sizes_of(model), agreement.end_id(model), names,
+            inputs_of(model), under, agreement.sizes_of(model), agreement.end_id(model),
+            getattr(model.config, "pad_token_id", None), names,
         )  # fmt: skip
 
     def row(self, row: Any, i: int) -> Row:
@@ -65,7 +67,7 @@ class Door:
         where_ids = f"{where}, column 'input_ids'"
         ids = agreement.token_ids(row["input_ids"], self.vocab_size, where_ids)
         further = {name: row[name] for name in sorted(self.inputs & row.keys()) if row[name] is not None}
-        out, kept = agreement.trimmed({"input_ids": ids, **further}, row.get("attention_mask"), where)
+        out, kept = agreement.trimmed({"input_ids": ids, **further}, row.get("attention_mask"), self.pad, where)
         real, most = kept.stop - kept.start, self.max_positions
         if real == 0 or (most is not None and real > most):
             why = f"{real} tokens, the model takes {most}; tokenize with max_length={most}"
@@ -89,9 +91,13 @@ class Door:
     def learn(self, dataset: Any) -> "Door":
         """Compare the names of a Dataset's classes with the model's; where that has none, they are the names."""
         for task, names in agreement.class_names(getattr(dataset, "features", None), self.under).items():
-            if self.labels_needed and task in self.tasks and TASKS[self.tasks[task][0]].probabilities:  # not numbers
-                own = self.names.setdefault(task, names)
-                places = agreement.matched(own, names, self.name)
+            if self.labels_needed and task in self.tasks:
+                (kind, count), own = self.tasks[task], self.names.setdefault(task, names)
+                numbers = TASKS[kind].probabilities is None
+                places = [] if numbers else agreement.matched(own, names, self.name)
+                if numbers or len(names) > count:
+                    need = "needs numbers" if numbers else f"has {count} classes in the model"
+                    raise ValueError(f"{self.name}: labels are the classes {short(names)}, but {kind} {need}")
                 if places != list(range(len(names))):
                     self.known[task] = places
                     said = f"labels are matched by name: the data has {', '.join(names)}, the model {', '.join(own)}"
@@ -202,6 +208,12 @@ def listed(data: Any) -> Any:
     return [data[i] for i in range(len(data))] if of_torch else data
 
 
+def transforms(dataset: Any) -> bool:
+    """Whether a Dataset's rows are made when they are asked for, by a function of the user's (with_transform)."""
+    form = getattr(dataset, "format", None)
+    return isinstance(form, dict) and form.get("type") == "custom"
+
+
 def checked(dataset: Any, door: Door) -> Rows:
     """The rows of a Dataset, or of any collection of dicts; TypeError or ValueError for what is none."""
     if hasattr(dataset, "to_dict") and "input_ids" in getattr(dataset, "columns", ()):  # a DataFrame of rows
@@ -214,6 +226,8 @@ def checked(dataset: Any, door: Door) -> Rows:
         (isinstance(columns, dict), TypeError, f" is a DatasetDict; pass one split, e.g. {door.name}['train']"),
         (columns is not None and "input_ids" not in columns and not is_stream(dataset), ValueError,
          f" has no column 'input_ids' (it has {', '.join(columns or ()) or 'none'}); call ftlib.tokenize first"),
+        (transforms(dataset), ValueError,
+         " has a transform (with_transform), which would not be applied: apply it with map first"),
         (not rows, TypeError, f" must be a Dataset or a list of rows, got {got}; {FIRST}"),
     ):  # fmt: skip
         if wrong:

@@ -14,7 +14,7 @@ from typing import Any
 from ..core.batches import Row, one_of, short, whole
 from ..tasks.tagging import align, word_ids
 from ..tasks.task import TASKS, encode_plain, keep_label
-from .rows import checked_column, checked_texts, is_stream, text_iterator
+from .rows import checked_column, checked_texts, is_stream, text_iterator, transforms
 
 INPUTS = frozenset(  # columns that models take beside texts: made of tokens, so that they do not survive tokenizing
     "attention_mask bbox decoder_input_ids global_attention_mask input_ids langs pixel_values position_ids "
@@ -62,8 +62,10 @@ def tokenize(
     found, done, split = {}, {}, ""
     try:
         for split, part in parts.items():
-            found[split] = _columns(part, text, text_pair, label, record.columns if record else ())
+            found[split] = _columns(part, text, text_pair, label, record)
         names = _class_names(parts, found)
+        if record and record.probabilities is None and (own := [own for own in names[split].values() if own]):
+            raise ValueError(f"{task} needs numbers, and its labels are {short([*own[0]])}; convert the column")
         for split, part in parts.items():
             encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, truncation=truncation, record=record)
             done[split] = _tokenized(part, encode, record, names[split], found[split])
@@ -118,19 +120,22 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
         return part.map(work, **how, load_from_cache_file=False)
 
 
-def _columns(part: Any, text: Any, text_pair: Any, label: Any, more: Sequence[str]) -> tuple[str, Any, dict, list[str]]:
+def _columns(part: Any, text: Any, text_pair: Any, label: Any, record: Any) -> tuple[str, Any, dict, list[str]]:
     """The columns of the texts, {task: column} of the labels, where they are not named looked for; and all columns."""
     columns = part.column_names or list(next(iter(part.take(1)), {}))  # a stream may not know them
     usual = [column for column in ("label", "labels") if column in columns]
-    wants_words = "tokens" in columns and ("text" not in columns or label not in (None, *usual))
+    wants_words = "tokens" in columns and (
+        "text" not in columns or (record and record.a_token) or label not in (None, *usual)
+    )
     text = text or ("tokens" if wants_words else "text")
     text_pair = text_pair or ("text_pair" if text == "text" and "text_pair" in columns else None)
     chosen = (usual or [{}])[0] if label is None else label
     sources = {None: chosen} if isinstance(chosen, str) else dict(chosen)
-    read = [text, *([text_pair] if text_pair else []), *sources.values(), *more]
+    read = [text, *([text_pair] if text_pair else []), *sources.values(), *(record.columns if record else ())]
     has = f"the dataset has {', '.join(columns)}; name it: text=, label= (a file's first line names its columns)"
     for wrong, why in (
         (not is_stream(part) and len(part) == 0, "the dataset has zero examples; nothing to tokenize"),
+        (transforms(part), "a transform (with_transform) would not be applied: apply it with map first"),
         (label is None and len(usual) > 1, "columns 'label' and 'labels': say which is meant, label="),
         (text not in columns and "input_ids" in columns, "already tokenized: it has 'input_ids'; pass it to fit"),
         *((column not in columns, f"no column {column!r}: {has}") for column in read),

@@ -103,8 +103,7 @@ class Bottleneck(_Adapter):
             nn.init.zeros_(zero)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        hidden = self.base_layer(x)
-        return hidden + self.up(F.gelu(self.down(hidden)))
+        return (hidden := self.base_layer(x)) + self.up(F.gelu(self.down(hidden)))
 
 
 class Int8Linear(nn.Module):
@@ -131,8 +130,7 @@ class Int8Linear(nn.Module):
     def whole(self) -> nn.Module:
         """A layer of the kind it was made of, with the rounded weights."""
         sizes = (self.in_features, self.out_features, self.bias is not None)
-        turned_too = not issubclass(self.kind, nn.Linear)  # Conv1D names its sizes the other way round
-        linear = self.kind(self.out_features, self.in_features) if turned_too else self.kind(*sizes)
+        linear = self.kind(*(sizes if issubclass(self.kind, nn.Linear) else sizes[1::-1]))  # Conv1D takes (out, in)
         linear.weight.data = self.weight.T.contiguous() if turned(linear) else self.weight
         if self.bias is not None:
             linear.bias.data = self.bias.data
@@ -144,14 +142,10 @@ def _four_bits(linear: nn.Module) -> nn.Module:
         import bitsandbytes
     except ImportError:
         raise ValueError("base_bits=4 needs bitsandbytes (pip install bitsandbytes); base_bits=8 does not") from None
-    options = dict(compute_dtype=linear.weight.dtype, quant_type="nf4")
-    new = bitsandbytes.nn.Linear4bit(*_sizes(linear), linear.bias is not None, **options)
+    new = bitsandbytes.nn.Linear4bit(*_sizes(linear), linear.bias is not None, linear.weight.dtype, quant_type="nf4")
     new.support_avx512bf16_for_cpu = False  # its layout for this, once made by evaluating, has no gradients
     new.load_state_dict({n: p.detach().T if turned(linear) else p.detach() for n, p in linear.named_parameters()})
     return new.requires_grad_(False).to(linear.weight.device)  # quantizes on the way to the device
-
-
-# ------------------------------------------------------------------------------------- putting them in, and out
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -232,10 +226,7 @@ def adapters_of(model: nn.Module) -> dict[str, _Adapter]:
 
 
 def merge_own(model: nn.Module) -> None:
-    """Fold every LoRA into the layer it holds, in place; 8-bit layers become whole ones.
-
-    Raises ValueError for bottlenecks, which are not linear.
-    """
+    """Fold every LoRA into its layer, in place, 8-bit layers made whole; ValueError for bottlenecks: not linear."""
     own = adapters_of(model)
     if fixed := [name for name, module in own.items() if isinstance(module, Bottleneck)]:
         raise ValueError(f"{fixed[0]}: a bottleneck adapter is not linear and can't be merged; save it as it is")

@@ -56,10 +56,6 @@ class MultiHeadAttention(nn.Module):
 
     hidden_size: features per token, a multiple of num_heads. `dropout` zeroes weights in training mode only.
     Source: Vaswani et al. 2017, section 3.2.2.
-
-    >>> layer = MultiHeadAttention(hidden_size=8, num_heads=2)
-    >>> layer(torch.zeros(3, 5, 8)).shape
-    torch.Size([3, 5, 8])
     """
 
     def __init__(self, hidden_size: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True):
@@ -123,8 +119,7 @@ class MultiHeadAttention(nn.Module):
         inner = attention.self
         layers = (inner.query, inner.key, inner.value, attention.output.dense)
         ours = cls(inner.query.in_features, inner.num_attention_heads, dropout=inner.dropout.p)
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        return ours._copy(weights, biases, attention.training)
+        return ours._copy([layer.weight for layer in layers], [layer.bias for layer in layers], attention.training)
 
     def _copy(self, weights: list, biases: list, training: bool) -> "MultiHeadAttention":
         self.to(weights[0])  # same device and dtype
@@ -141,8 +136,7 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
 
     inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt", padding=True)`.
     Returns float32 (layers, batch, heads, queries, keys); each row of keys sums to 1, and those of padded queries mean
-    nothing. Meanwhile the model is in eval mode, without gradients, with "eager" attention (fused kernels store no
-    weights); all comes back afterwards, also when the model raises.
+    nothing. Meanwhile the model is in eval mode, with "eager" attention; all comes back, also when the model raises.
     Raises TypeError for a model that is not from Transformers, ValueError when it gives no full maps.
     """
     if not hasattr(model, "set_attn_implementation"):

@@ -1,9 +1,8 @@
 """When tasks pull one encoder in several directions: what each task's loss weighs, and how their gradients are joined.
 
-Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss with respect to the
-shared parameters, and returns one gradient (parameters,), as TorchJD's aggregators do: here a weighted sum of the rows,
-by weights that follow from their inner products, the Gramian (tasks, tasks).  Loss weighting, `Weighting` and
-`TaskWeights`, is one number a task: one backward pass serves all tasks.
+Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss, and returns one
+gradient (parameters,), as TorchJD's aggregators do: here a weighted sum of the rows, by weights that follow from their
+inner products, the Gramian (tasks, tasks).  Loss weighting is one number a task: one backward pass serves all.
 
 To copy: this file alone.
 Source, named as in TrainConfig: pcgrad: Yu et al. 2020 (arXiv:2001.06782), algorithm 1; cagrad: Liu et al. 2021
@@ -72,11 +71,7 @@ def cagrad(jacobian: Tensor, c: float = 0.5) -> Tensor:
 
 
 def cosines(jacobian: Tensor) -> Tensor:
-    """The cosine between every two rows, float64 (tasks, tasks); nan for a row of zeros.
-
-    >>> cosines(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))[0, 1].item()
-    -0.7071067811865475
-    """
+    """The cosine between every two rows, float64 (tasks, tasks); nan for a row of zeros."""
     gramian = _gramian(jacobian)
     with np.errstate(invalid="ignore"):
         lengths = np.sqrt(np.diag(gramian))
@@ -172,9 +167,8 @@ class Weighting:
 class TaskWeights:
     """The weights of a `Weighting` while they change; `state` is all they go by, to save and put back.
 
-    factors: 1 for a task of classes, 1/2 for one of numbers, whose likelihood is Gaussian.  All tensors are float64
-    (tasks,) on the CPU.  Ask for `weights` before a step, and tell `learn` after it what came of it; a loss of nan is a
-    task that was not in the step.
+    factors: 1 for a task of classes, 1/2 for one of numbers (Gaussian).  Tensors are float64 (tasks,) on the CPU.  Ask
+    for `weights` before a step, and tell `learn` after it what came of it; a loss of nan: the task was not in the step.
     """
 
     def __init__(self, weighting: Weighting, factors: Sequence[float], *, seed: int = 0):
@@ -212,8 +206,7 @@ class TaskWeights:
     def learn(self, losses: Tensor, *, lengths: Tensor | None = None, after: Tensor | None = None) -> None:
         """Go on from a step's mean losses.
 
-        lengths: of the gradients of the losses (without weights) on the last shared layer, for "gradnorm".
-        after: the losses on the same batch after the step, for "famo".
+        lengths ("gradnorm"): of the gradients on the last shared layer; after ("famo"): the losses after the step.
         """
         weighting, state, there = self.weighting, self.state, ~losses.isnan()
         if weighting.how == "uncertainty":

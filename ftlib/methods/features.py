@@ -113,7 +113,8 @@ def extract_features(
     own = pooling is None and layer == -1
     dense, unit = nn.Sequential(*recipe.dense if own else ()).to(device), own and recipe.normalize
     unit = unit if normalize is None else normalize
-    width = dense(torch.zeros(1, base.config.hidden_size, device=device)).shape[-1]
+    wide = getattr(base.config, "word_embed_proj_dim", base.config.hidden_size)  # OPT's may be narrower
+    width = dense(torch.zeros(1, wide, device=device)).shape[-1]
     size = len(texts) if hasattr(texts, "__len__") else None
     shape = (width,) if layers == [layer] else (len(layers), width)
     _check_out(out, size, shape)
@@ -259,9 +260,11 @@ def _vectors(
             output = base(**batch, output_hidden_states=any(i not in last for i in layers))
             states = [output.last_hidden_state if i in last else output.hidden_states[i] for i in layers]
             mask = batch["attention_mask"]  # the last layer's output may be on another device
+            if any(hidden.shape[:2] != mask.shape for hidden in states):
+                raise ValueError(f"{anatomy.kind_of(base)}: this layer has fewer places than tokens; take layer=-1")
             pooled = dense(torch.stack([pool(hidden.float().to(device), mask, pooling) for hidden in states], dim=1))
             pooled = nn.functional.normalize(pooled, dim=-1) if unit else pooled  # (batch, layers, width)
-            chunk[places] = pooled.view(-1, *shape)
+            chunk[places] = pooled.view(len(places), *shape)
             done += len(places)
             bar.update(len(places))
             if done == rows:

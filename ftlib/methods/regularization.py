@@ -91,6 +91,14 @@ def remove_mixout(model: nn.Module) -> None:
         anatomy.take_forward(module)
 
 
+def dropout_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, attribute) of every dropout rate, also of those that are handed to functions, as in BART."""
+    places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in model.modules():
+        places += [(module, n) for n, v in vars(module).items() if n.endswith("dropout") and isinstance(v, float)]
+    return places
+
+
 @contextmanager
 def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
     """Inside, all of the model's dropout, that of the attention weights too, has probability p; None: its own.
@@ -101,9 +109,7 @@ def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
     if p is None:
         yield
         return
-    places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
-    for module in model.modules():  # and rates that are handed to functions, as in BART
-        places += [(module, n) for n, v in vars(module).items() if n.endswith("dropout") and isinstance(v, float)]
+    places = dropout_places(model)
     if not places:
         raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
     before = [(module, name, getattr(module, name)) for module, name in places]

@@ -31,8 +31,7 @@ def task_type(model: nn.Module) -> str:
 def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
     """Apply any PEFT configuration to a task model, in place, with its head's modules trainable and saved.
 
-    Returns the PeftModel.  It holds a shallow copy of the model, which has the same modules; so the model itself stays
-    what it was.  Prompts come before the tokens, so for them the model's forward goes through PEFT.
+    Returns the PeftModel, around a shallow copy of the model.  With a prompt the model's forward goes through PEFT.
     """
     import peft
 
@@ -42,9 +41,10 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
         raise TypeError(f"{config!r} is no strategy and no PEFT configuration; pass e.g. peft.LoraConfig(r=8)")
     if config.is_prompt_learning and TASKS[kind_of(model) or DEFAULT].columns:
         raise ValueError(f"{config.peft_type.value} moves the tokens whose positions the head reads; use LoRA, say")
+    if config.is_prompt_learning and getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.peft_type.value} does not go into {anatomy.kind_of(model)}'s head; use LoRA, say")
     config = copy.deepcopy(config)
-    config.inference_mode = False
-    config.task_type = config.task_type or task_type(model)
+    config.inference_mode, config.task_type = False, config.task_type or task_type(model)
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))
     longest = anatomy.max_positions(model.config) or float("inf")
     prompt = (getattr(config, "num_virtual_tokens", 0) or 0) if config.is_prompt_learning else 0
@@ -129,15 +129,11 @@ def peft_marks(wrapper: Any) -> tuple[str, ...]:
     return ("prompt_encoder.",) if wrapper.active_peft_config.is_prompt_learning else (f".{wrapper.base_model.prefix}",)
 
 
-# --------------------------------------------------------------------------------------------------------- on disk
-
-
 def peft_config(model: nn.Module, head: list[str]) -> dict[str, Any]:
     """The adapter_config.json of our own adapters, as PEFT writes it; it does not know the type BOTTLENECK."""
     own = adapters_of(model)
-    first = next(iter(own.values()))
-    config = {"inference_mode": True, "modules_to_save": head or None, "target_modules": sorted(own)}
-    config["task_type"] = task_type(model)
+    first, config = next(iter(own.values())), {"inference_mode": True, "task_type": task_type(model)}
+    config |= {"modules_to_save": head or None, "target_modules": sorted(own)}
     if isinstance(first, Bottleneck):
         return config | {"peft_type": "BOTTLENECK", "size": first.down.out_features}
     return config | {

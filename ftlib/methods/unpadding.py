@@ -1,16 +1,14 @@
 """Run a Transformers encoder on real tokens only: same numbers, no work on padding.
 
-`unpad(model)` hooks the encoder: before it, padded positions are dropped, so that each layer sees one long row of
-real tokens, (1, N_tokens, hidden); after it, they are put back as zeros.  Attention is told where an example ends
-through Transformers' `AttentionInterface`.  The model stays the same object, for `Trainer`, PEFT and others.
+`unpad(model)` hooks the encoder: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
+an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
 With padding on the right, attention runs on the packed tokens: on a CPU in float32 by `speedups.attend`, on a CUDA GPU
 of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.  Otherwise
 the heads are padded again for it.
 
 To copy: this file, methods/speedups.py, core/anatomy.py, torch and transformers.
-Source of the idea: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT,
-arXiv:2412.13663).
+Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
 
 import inspect
@@ -34,8 +32,7 @@ _ENCODER = (
     "albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "mobilebert", "roberta",
     "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
-# With rotary positions, which the base model itself computes: its inputs are packed, and keyword arguments it doesn't
-# know go through its layers to the attention function.
+# With rotary positions, which the base model computes: its inputs are packed; other keywords go on to the attention.
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
 _KNOWN = (*_ENCODER, *_ROTARY)
 
@@ -62,8 +59,7 @@ class Packing(NamedTuple):
         indices = kept.flatten().nonzero_static(size=total).flatten()
         on_cpu = mask.device.type == "cpu"
         spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
-        rows = lengths.tolist() if on_cpu and on_the_right else None
-        return cls(indices, mask, cu_seqlens, longest, rows, spare)
+        return cls(indices, mask, cu_seqlens, longest, lengths.tolist() if on_cpu and on_the_right else None, spare)
 
 
 def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
@@ -89,12 +85,7 @@ def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
 
 
 def pad_input(packed: Tensor, packing: Packing) -> Tensor:
-    """Put (1, N_tokens, ...) back into (batch, tokens, ...); zeros where there was padding.
-
-    >>> packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
-    >>> pad_input(packed, packing)[0, :, 0].tolist()
-    [1.0, 0.0]
-    """
+    """Put (1, N_tokens, ...) back into (batch, tokens, ...); zeros where there was padding."""
     flat, positions = packed[0, : len(packing.indices)], packing.mask.numel()
     if len(flat) != positions:
         flat = flat.new_zeros(positions, *flat.shape[1:]).index_copy(0, packing.indices, flat)
@@ -148,9 +139,7 @@ def _attention(
     if packing is None:
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
-    local = (
-        sliding_window is not None and sliding_window < packing.mask.shape[1]
-    )  # a window that holds every row is none
+    local = sliding_window is not None and sliding_window < packing.mask.shape[1]  # one that holds every row is none
     window = sliding_window - 1 if local else None
     if window is None and speedups.usable(query) and packing.lengths is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -254,9 +243,8 @@ def unpad(model: nn.Module) -> nn.Module:
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
     positions the hidden states are zero; a stock question-answering head reads them, so its loss differs.
 
-    Raises ValueError naming the model type for what can't be unpadded: decoders, encoder-decoders, cross-attention,
-    and relative position biases.  The unpadded model raises it for an attention_mask that isn't (batch, tokens) and
-    for `output_attentions`: call `repad(model)` first.
+    Raises ValueError naming the model type for what can't be unpadded: decoders, cross-attention, relative position
+    biases.  The unpadded model raises it for `output_attentions` and an attention_mask that isn't (batch, tokens).
     """
     base = anatomy.base_of(model)
     if why := _obstacle(base):

@@ -75,9 +75,8 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     """Values of a run's history against the optimizer step; a colour for each run, a line style for each key.
 
     runs: a Run (anything with `.history`), a list of history records (dicts with "step" and values), or {name: either}.
-    Keys that begin with "eval_" get markers. `smooth` > 1 averages each training value with the `smooth` - 1 before it,
-    says so in the title, and keeps the raw values as a pale line. A value that is nan or infinite leaves a gap, and the
-    legend names the first such step. Raises ValueError for a key that no record of a run has.
+    `smooth` > 1 averages each training value with the `smooth` - 1 before it; the raw values stay as a pale line. One
+    that is nan or infinite leaves a gap, and the legend names it. Raises ValueError for a key that a run has nowhere.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     named = runs if isinstance(runs, Mapping) else {"": runs}
@@ -95,8 +94,7 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     for i, j, label, key, points in lines:
         steps, values = np.array(points, dtype=float).T
         color = PALETTE[(i if len(named) > 1 else j) % len(PALETTE)]
-        broken = ~np.isfinite(values)
-        if broken.any():
+        if (broken := ~np.isfinite(values)).any():
             label += f" (not finite from step {steps[broken][0]:g})"
             values = np.where(broken, np.nan, values)
         if smooth > 1 and not key.startswith("eval_"):
@@ -120,8 +118,7 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
     if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
         raise ValueError(f"labels {labels.shape} and predictions {predictions.shape}: expected the same (n,)")
     for what, ids in (("labels", labels), ("predictions", predictions)):
-        bad = np.flatnonzero(~np.isin(ids, range(len(names))))
-        if len(bad):
+        if len(bad := np.flatnonzero(~np.isin(ids, range(len(names))))):
             raise ValueError(f"{what} row {bad[0]} is {ids[bad[0]]:g}: expected an id from 0 to {len(names) - 1}")
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
@@ -131,10 +128,9 @@ def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
 def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normalize: bool = True):
     """True classes in rows, predicted in columns; shares of each row, or counts when `normalize` is False.
 
-    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12 classes the
-    cells carry no numbers, the axes show ids and the colours are stretched towards small values; with `ax` None a
-    second panel then lists the commonest errors by name. Returns the Axes of the matrix.
-    Raises ValueError for ids outside `names`.
+    labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12 classes cells
+    carry no numbers, axes show ids, and with `ax` None a second panel lists the commonest errors by name. Returns the
+    Axes of the matrix. Raises ValueError for ids outside `names`.
     """
     from matplotlib.colors import PowerNorm
 
@@ -164,8 +160,7 @@ def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
     """The left Axes of a new figure whose right panel shows the eight commonest errors as bars."""
     import matplotlib.pyplot as plt
 
-    size = dict(figsize=(9.0, 4.4), dpi=90, width_ratios=(1, 0.45))
-    ax, bars = plt.subplots(1, 2, layout="constrained", **size)[1]
+    ax, bars = plt.subplots(1, 2, layout="constrained", figsize=(9.0, 4.4), dpi=90, width_ratios=(1, 0.45))[1]
     wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
     most = np.argsort(-wrong, axis=None, kind="stable")[: min(8, np.count_nonzero(wrong))]
     pairs = [[textwrap.shorten(str(names[i]), 32, placeholder="…") for i in divmod(k, len(names))] for k in most]
@@ -174,7 +169,7 @@ def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
     bars.invert_yaxis()
     bars.locator_params(axis="x", integer=True, nbins=5)
     bars.spines[["top", "right"]].set_visible(False)
-    bars.set(xlabel="examples")
+    bars.set_xlabel("examples")
     bars.set_title("commonest errors, true → predicted", fontsize=11, loc="right")
     return ax
 
@@ -218,8 +213,7 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
         return f"{value:+.3f}" + (f"\n± {spread:.3f}" if np.isfinite(spread) else "")
 
     size, top = (2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows)), max(np.abs(values[np.isfinite(values)]).max(), 1e-12)
-    look = dict(cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
-    ax = _cells(ax, values, size, label, text, 0.6 * top, **look)
+    ax = _cells(ax, values, size, label, text, 0.6 * top, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
     ax.set_yticks(range(len(rows)), rows)
     _describe(ax, label)
@@ -230,9 +224,8 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
     """Vectors in two dimensions, a colour and a marker for each label.
 
     features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the directions of most
-    variance; the axes say how much) or "tsne" (keeps neighbours together; its axes and the distances between groups
-    mean nothing). Beyond `top` labels the most frequent are coloured and the rest are grey.
-    Raises ValueError for another method, wrong shapes, values that are not finite, ids outside `names`.
+    variance) or "tsne" (keeps neighbours together; its axes and distances between groups mean nothing). Beyond `top`
+    the rarer labels are grey. Raises ValueError for another method, shapes, values not finite, ids outside `names`.
     """
     features, labels = _numbers(features), _numbers(labels)
     if features.ndim != 2 or len(labels) != len(features) or len(features) < 3 or features.shape[1] < 2:
@@ -258,10 +251,8 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
     ax = _axes(ax, 7.0, 4.2)
     dots = dict(s=float(np.clip(16_000 / len(points), 5, 16)), linewidths=0)
     shown = sorted(label for label, _ in Counter(labels.tolist()).most_common(top))
-    rest = ~np.isin(labels, shown)
-    if rest.any():
-        label = f"{len(np.unique(labels[rest]))} other labels"
-        ax.scatter(*points[rest].T, color="0.85", label=label, **dots)
+    if (rest := ~np.isin(labels, shown)).any():
+        ax.scatter(*points[rest].T, color="0.85", label=f"{len(np.unique(labels[rest]))} other labels", **dots)
     for i, label in enumerate(shown):
         ax.scatter(*points[labels == label].T, label=str(names[int(label)]), **_style(i), **dots)
     title = f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}"
@@ -288,8 +279,8 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
         bar = dict(label=method, color=PALETTE[i % len(PALETTE)], error_kw=dict(elinewidth=1.1, capsize=2.5))
         ax.bar(x, means, 0.92 * width, yerr=stds, **bar)
         if len(tasks) * len(table) <= 16:
+            above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
             for left, mean, std in zip(x, means, np.nan_to_num(stds), strict=True):
-                above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
                 ax.annotate(f"{mean:.2f}", (left, mean + std), **above)
     wide = max(map(len, tasks)) > 12
     ax.set_xticks(range(len(tasks)), tasks, rotation=30 if wide else 0, ha="right" if wide else "center")

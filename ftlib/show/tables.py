@@ -35,11 +35,7 @@ def stored_results(name: str) -> dict:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (over n - 1), nan for a single value; ValueError for none.
-
-    >>> mean_std([0.5, 1.0, 1.5])
-    (1.0, 0.5)
-    """
+    """Mean and sample standard deviation (over n - 1), nan for a single value; ValueError for none."""
     mean = statistics.fmean(values)
     return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else math.nan
 
@@ -48,8 +44,7 @@ def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, 
     """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
 
     A tie is where the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the difference
-    between one run of each: one more pair of runs could easily come out the other way round. It is not a significance
-    test. With a single value on a side there is no spread: a tie.
+    between one run of each. It is not a significance test. With a single value on a side there is no spread: a tie.
 
     >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
     (True, False)
@@ -136,8 +131,7 @@ def results_table(
         raise ValueError("results_table got no rows")
     headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns or rows[0]}
     for i, row in enumerate(rows):
-        missing = [key for key in headings if key not in row]
-        if missing:
+        if missing := [key for key in headings if key not in row]:
             raise ValueError(f"row {i} has no {missing[0]!r} (only {', '.join(row)}); None means not measured")
     places = {key: digits if isinstance(digits, int) else digits.get(key, 3) for key in headings}
     cells = [[format_cell(row[key], places[key]) for key in headings] for row in rows]

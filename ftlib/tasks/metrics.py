@@ -208,7 +208,7 @@ def _token_scores(predictions, labels, label_names: Sequence[str] | None) -> dic
         raise ValueError(f"no token has a label other than {IGNORE}: nothing to score")
     guesses, truths = zip(*rows, strict=True)
     names = list(label_names or [])
-    if any(_is_entity_tag(name) and name != "O" for name in names):
+    if set(names) - {"O"} and all(map(_is_entity_tag, names)):
         return entity_scores(*([[names[i] for i in row] for row in side] for side in (guesses, truths)))
     flat = np.concatenate(guesses), np.concatenate(truths)
     return {score.__name__: score(*flat) for score in _FITTING["token-classification"]}

@@ -388,13 +388,17 @@ def test_the_names_of_the_metrics_are_known_before_the_first_step(tiny_model, ta
             fit(model, make_rows(4) if task != "several" else rows, eval_dataset=rows, config=quick(patience=1))
 
 
-def test_names_of_tags_that_cannot_be_scored_are_refused_before_the_first_step(tiny_model):
-    """Entities and other classes mixed: seqeval can't read a prediction of "verb", which may come in any epoch."""
+def test_tags_that_are_not_all_of_entities_are_scored_as_classes(tiny_model):
+    """seqeval can't read a "verb", nor BILOU's "L-"; without patience too a wrong set of rows is refused first."""
     model, rows = tiny_model("token-classification", 3), make_rows(9, "token-classification")
-    model.config.id2label = {0: "O", 1: "B-city", 2: "verb"}
+    for names in ("O B-city verb", "O B-city L-city"):
+        model.config.id2label = dict(enumerate(names.split()))
+        run = fit(model, rows, eval_dataset=rows, config=quick(epochs=1))
+        assert set(run.metrics) == {"loss", "accuracy", "f1_macro", "precision", "recall"}
     model.register_forward_hook(lambda *given: pytest.fail("a forward pass"))
-    with pytest.raises(ValueError, match="row 0 has the tag 'verb'"):
-        fit(model, rows, eval_dataset=rows, config=quick(patience=1))
+    ignored = [row | {"labels": [-100] * len(row["labels"])} for row in rows]
+    with pytest.raises(ValueError, match="eval_dataset: every label is -100"):
+        fit(model, rows, eval_dataset=ignored, config=quick())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "exponential"])
@@ -644,7 +648,8 @@ def test_a_batch_without_a_label_moves_nothing(tiny_model):
     rows = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 4
     model = tiny_model("token-classification", 3)
     before = weights(model)
-    run = fit(model, rows, config=quick(epochs=1, weight_decay=0.0))
+    with pytest.warns(UserWarning, match="train_dataset: every label is -100 .*, nothing is learnt"):
+        run = fit(model, rows, config=quick(epochs=1, weight_decay=0.0))
     assert steps(run) == [0.0] and same(weights(model), before)
 
 
