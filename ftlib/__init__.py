@@ -54,7 +54,7 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "tasks": ("classification", "metrics", "relations", "tagging", "task"),
     "show": ("logging", "measuring", "plots", "setup", "tables"),
     "inputs": (
-        "agreement", "assets", "corpora", "files", "labels", "pretrained", "reading", "rows", "sentence_folders",
+        "agreement", "assets", "corpora", "files", "pretrained", "reading", "rows", "sentence_folders",
         "tokenizing",
     ),
     "methods": (

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .engine.runfile import EVERY, LENGTH, checked, keys, read_run, strategy_of
+from .engine.runfile import EVERY, LENGTH, checked, keys, labelled, read_run, strategy_of
 
 
 def train(path: str) -> int:
@@ -20,6 +20,9 @@ def train(path: str) -> int:
     run = read_run(path)
     output = Path(os.path.expanduser(run["output"]))
     config = checked(path, run, output)
+
+    import datasets
+    import transformers
 
     from .engine import checkpoints, distributed
     from .engine.untrusted import refuse_other_files
@@ -34,19 +37,23 @@ def train(path: str) -> int:
                 tempfile.TemporaryDirectory(prefix=".try-", dir=output / "model").cleanup()
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
-        _train(path, run, output, config)
+        if not (shown := sys.stdout.isatty() and sys.stderr.isatty()):  # in a file they are not wanted
+            datasets.disable_progress_bars()
+            transformers.utils.logging.disable_progress_bar()
+        _train(path, run, output, config, shown)
     distributed.stop()
     return 0
 
 
-def _train(path: str, run: dict[str, Any], output: Path, config: Any) -> None:
+def _train(path: str, run: dict[str, Any], output: Path, config: Any, shown: bool) -> None:
+    """shown: whether somebody sees bars."""
     import ftlib
 
     from .engine import distributed, saving
     from .inputs import assets
     from .show import logging
 
-    shown, first = _watched(), distributed.rank() == 0  # the first writes and prints; the others compute
+    first = distributed.rank() == 0  # writes and prints; the others compute
     say = partial(print, flush=True) if first else lambda *words: None
     tokens, model, tokenizer = _ready(path, run, config, say)
     strategy, options = strategy_of(run)
@@ -70,12 +77,8 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any) -> None:
         say(f"stopped at step {result.steps}, which {config.checkpoint_dir} holds; to go on: {command}{also}")
         raise KeyboardInterrupt
     licence = assets.manifest().get(run["corpus"], {}).get("licence")
-    numbers = {
-        "validation": tidy(result.metrics) or None,
-        "test": None,
-        "seconds": result.seconds,
-        "steps": result.steps,
-    }
+    numbers = {"validation": tidy(result.metrics) or None, "test": None}
+    numbers |= {"seconds": result.seconds, "steps": result.steps}
 
     def note_down() -> None:
         parts = [(split, numbers[split] or {}) for split in ("validation", "test")]
@@ -152,25 +155,11 @@ def _unpad(model: Any, say: Any) -> None:
         say(f"with padding: {reason}")
 
 
-def _watched() -> bool:
-    """Whether somebody sees bars; in a file or a pipe they are not wanted, those of the libraries neither."""
-    import datasets
-    import transformers
-
-    seen = sys.stdout.isatty() and sys.stderr.isatty()
-    if not seen:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    return seen
-
-
 def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any:
     """What a corpus has of train, validation and test, with labels for the task in the column "label".
 
     What is made of the corpus is said.  Raises ValueError with what there is, and the key of a run.toml that mends it.
     """
-    from .inputs.labels import labelled
-
     wanted, usual = run.get("validation"), ("validation", "valid", "val", "dev")
     share = isinstance(wanted, float)
     held_out = None if share else wanted or next((name for name in usual if name in data), None)

@@ -38,7 +38,6 @@ SNIPPETS = {
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
     "inputs/assets.py": "assert is_safe('a/b') and not is_safe('../b')",
     "inputs/corpora.py": "assert callable(load_corpus)",
-    "inputs/labels.py": "assert callable(labelled)",
     "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
     "inputs/pretrained.py": "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"

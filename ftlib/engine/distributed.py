@@ -145,7 +145,7 @@ def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype 
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel when there are several processes; alone, or sharded, the model itself."""
-    if world_size() == 1 or is_sharded(model):
+    if world_size() == 1 or hasattr(model, "set_requires_gradient_sync"):  # `shard` made it
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
@@ -180,11 +180,6 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
     for module in [*(layer for stack in anatomy.stacks(shards) for layer in stack), shards]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return shards
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` made it."""
-    return hasattr(model, "set_requires_gradient_sync")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

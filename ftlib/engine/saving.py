@@ -153,8 +153,6 @@ def _with_heads(encoder: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- adapters
-
 _OURS, _ADAPTER = ("lora", "houlsby", "pfeiffer"), "adapter_model.safetensors"
 
 
@@ -241,8 +239,6 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, base: Any, no
         raise ValueError(f"{path} has weights that the model lacks: {', '.join(extra[:3])}")
 
 
-# -------------------------------------------------------------------------------------------------- model card
-
 _MARK = "<!-- Written by ftlib.save, which replaces it; take this line away to keep your own. -->"
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or data set on the Hub; of a licence
 
@@ -274,10 +270,7 @@ def write_card(model: nn.Module, folder: Path, about: dict[str, Any] | None, pla
         "metrics": ", ".join(f"{name} {number}" for name, number in (about.get("metrics") or {}).items()),
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }  # fmt: skip
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items() if value),
-        "---",
-    ]
-    lines += [_MARK, f"\n# Fine-tuned {Path(home).name or 'model'}\n", *(f"- {k}: {v}" for k, v in body.items() if v)]
+    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items() if value)]
+    lines += ["---", _MARK, f"\n# Fine-tuned {Path(home).name or 'model'}\n"]
+    lines += [f"- {key}: {value}" for key, value in body.items() if value]
     (place / "README.md").write_text("\n".join(lines) + "\n", "utf-8")

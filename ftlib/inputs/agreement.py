@@ -96,8 +96,6 @@ def vocabulary(model: nn.Module) -> int | None:
         return getattr(base.config, "vocab_size", None)
 
 
-# ------------------------------------------------------------------------------------------------------------- columns
-
 _A_TOKEN = {  # inputs with a value a token, and the config's name for the number below which values must be
     "bbox": "max_2d_position_embeddings", "global_attention_mask": "", "input_mask": "",
     "input_pronunciation_ids": "pronunciation_vocab_size", "input_shape_ids": "shape_vocab_size", "langs": "n_langs",
@@ -220,9 +218,6 @@ def trimmed(out: Row, mask: Any, pad: int | None, where: str) -> tuple[Row, slic
             cut[name] = list(value[kept]) if np.shape(numbers)[:1] == (length,) else value
     hidden = found[kept].astype(int).tolist()
     return cut if all(hidden) else cut | {"attention_mask": hidden}, kept
-
-
-# ------------------------------------------------------------------------------------------------------- class names
 
 
 def class_names(features: Any, under: str = "") -> dict[str, list[str]]:

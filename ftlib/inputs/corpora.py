@@ -1,9 +1,5 @@
 """Corpora as `datasets.DatasetDict` with fixed train, validation and test splits that share no text.
 
-    data = load_corpus("rotten-tomatoes")
-    data["train"][0]                            # {"text": "...", "label": 1}
-    data["train"].features["label"].names       # ["neg", "pos"]
-
 To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets (for own files inputs/reading.py and what
 that names).
 

@@ -267,9 +267,6 @@ def parts_for(
     return parts
 
 
-# ------------------------------------------------------------------------------------------------------- texts
-
-
 def token_limit(max_length: Any, tokenizer: Any, config: Any) -> Any:
     """Tokens a text may have: as asked for, or as the tokenizer knows, but no more than the model takes."""
     limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)

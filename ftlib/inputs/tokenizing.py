@@ -46,10 +46,7 @@ def tokenize(
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and
     `labels` if there were any.  Labels that are text are numbered, over all splits together, in the order of their
     names (the tag O first, whole numbers by size), with a warning that states it.  The names, or those of a ClassLabel,
-    stay in the features, `ClassLabel`, `List(ClassLabel)` for tags, of fixed length for several labels:
-
-        data = ftlib.tokenize("reviews.csv", tokenizer)
-        model = ftlib.load_model("minilm", "sequence-classification", label_names=data.features["labels"].names)
+    stay in the features, `ClassLabel`, `List(ClassLabel)` for tags, of fixed length for several labels.
 
     Raises ValueError or TypeError naming row, column and value for None, empty text or none in Unicode, labels that are
     None or a stream's text, tags not as many as the words, and, with truncation=False, for text that is too long.

@@ -3,9 +3,8 @@
 For each task we build the stock model (`AutoModelFor...`) and give it, instead of an encoder of its own, a stand-in
 that hands it the shared encoder's output.  So the trunk runs once for a batch that mixes tasks, every head runs on its
 own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.  Where a stock model
-hands its encoder more than its own inputs (T5 the shifted text, Longformer global attention on the first token) or
-stands on a part of it (Funnel's text classifier, T5's tagger), the trunk runs for that task's rows alone.
-Whose gradient wins where tasks disagree is the subject of `balancing`.
+hands its encoder more than its own inputs (T5, Longformer), or stands on a part of it (Funnel's text classifier, T5's
+tagger), the trunk runs for that task's rows alone.  Whose gradient wins is the subject of `balancing`.
 
 To copy: this file, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
 Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;

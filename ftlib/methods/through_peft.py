@@ -122,13 +122,6 @@ def merge_peft(wrapper: Any) -> None:
         raise ValueError(f"PEFT can't merge {wrapper.active_peft_config.peft_type.value}: {error}") from error
 
 
-def peft_marks(wrapper: Any) -> tuple[str, ...]:
-    """What stands in the names of PEFT's own parameters."""
-    if wrapper is None:
-        return ()
-    return ("prompt_encoder.",) if wrapper.active_peft_config.is_prompt_learning else (f".{wrapper.base_model.prefix}",)
-
-
 def peft_config(model: nn.Module, head: list[str]) -> dict[str, Any]:
     """The adapter_config.json of our own adapters, as PEFT writes it; it does not know the type BOTTLENECK."""
     own = adapters_of(model)

@@ -204,7 +204,9 @@ def report(model: nn.Module, strategy: str = "as set") -> TuneReport:
     base, below = anatomy.base_of(model), {id(p) for p in anatomy.embeddings(model)}
     inside = {id(p) for p in base.parameters()}
     own = {id(p) for adapter in adapters.adapters_of(model).values() for p in adapter.own().values()}
-    marks = through_peft.peft_marks(getattr(tuning_of(model), "peft", None))
+    peft, marks = getattr(tuning_of(model), "peft", None), ()  # what stands in the names of PEFT's own parameters
+    if peft:
+        marks = ("prompt_encoder." if peft.active_peft_config.is_prompt_learning else f".{peft.base_model.prefix}",)
     for name, p in model.named_parameters():
         if ".original_module." in name:  # PEFT keeps the head as it came beside the one that trains
             continue

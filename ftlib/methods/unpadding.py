@@ -165,7 +165,10 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
     output = type(base).forward(base, **_checked(base, kwargs))
     packing = vars(_encoder_of(base)).pop("_packing", None)
-    return output if packing is None else _padded(output, packing)
+    if packing is None:
+        return output
+    shape, back = packing.mask.shape, partial(pad_input, packing=packing)  # every (1, N_tokens, hidden) in it
+    return tree_map_only(lambda x: isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] != shape, back, output)
 
 
 def _checked(base: nn.Module, kwargs: dict) -> dict:
@@ -217,12 +220,6 @@ def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
         output.last_hidden_state = pad_input(output.last_hidden_state, args[1])
         encoder._packing = args[1]  # for the hidden states of the layers, which the base model returns
     return output
-
-
-def _padded(output: Any, packing: Packing) -> Any:
-    """The base model's output, with every (1, N_tokens, hidden) in it put back into (batch, tokens, hidden)."""
-    shape, back = packing.mask.shape, partial(pad_input, packing=packing)
-    return tree_map_only(lambda x: isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] != shape, back, output)
 
 
 def _encoder_of(base: nn.Module) -> nn.Module:

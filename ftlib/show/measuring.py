@@ -43,11 +43,6 @@ def measure() -> Iterator[Measurement]:
     when the block starts; where that isn't allowed a thread reads the resident memory every 5 ms, which can miss a
     short peak (outside Linux with psutil; nan without it). On CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated`
     (tensors, not the allocator's reserve), and the clock waits for the GPU. Blocks may be nested.
-
-    >>> with measure() as cost:
-    ...     total = sum(range(1000))
-    >>> cost.seconds > 0 and cost.peak_mb > 0
-    True
     """
     cuda = torch.cuda.is_available()
     _note_peaks(cuda)  # before the marks go back, so that an outer block keeps what it has seen

@@ -24,9 +24,6 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# --------------------------------------------------------------------------------------------------- what labels may be
-
-
 def check_class(label: Any, num_labels: int, length: int, where: str) -> int:
     """A class number, or -100; ValueError or TypeError saying where, what and the remedy for anything else."""
     if isinstance(label, (list, tuple)):
@@ -80,9 +77,6 @@ def count_numbers(labels: Any) -> int:
     return labels.reshape(-1).shape[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
-
-
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy; logits (..., classes), labels int64 (...).  TypeError for labels that are floats."""
     if labels.is_floating_point():
@@ -128,9 +122,6 @@ def divergence_of_labels(first: Tensor, second: Tensor, labels: Tensor) -> Tenso
     both = ((first.float(), second.float()), (second.float(), first.float()))
     each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
     return each[labels != IGNORE].sum() / 4
-
-
-# --------------------------------------------------------------------------------------------------- from logits onward
 
 
 def largest(logits: Tensor) -> Tensor:

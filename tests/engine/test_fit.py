@@ -464,6 +464,43 @@ def test_looking_at_an_own_loss_changes_nothing(tiny_model, monkeypatch):
     assert fit(tiny_model(), make_rows(8), config=quick(), loss=pairs).stopped == "finished"
 
 
+def test_an_own_loss_that_pairs_every_row_with_all(tiny_model):
+    """(n, 1) against (n,) is n x n differences."""
+    rows, model = make_rows(8, "regression"), tiny_model("regression", 1)
+    with pytest.raises(ValueError, match=r"pairs logits \(4, 1\) against labels \(4,\): each with all"):
+        fit(model, rows, config=quick(), loss=lambda x, y: ((x - y) ** 2).sum())
+    own = fit(tiny_model("regression", 1), rows, config=quick(), loss=lambda x, y: ((x[:, 0] - y) ** 2).sum())
+    assert steps(own) == pytest.approx(steps(fit(tiny_model("regression", 1), rows, config=quick())), rel=1e-6)
+
+
+def test_cross_entropy_takes_tags(tiny_model):
+    """PyTorch's wants the classes second."""
+    rows, loss = make_rows(8, "token-classification"), torch.nn.CrossEntropyLoss(reduction="sum")
+    own = fit(tiny_model("token-classification", 3), rows, eval_dataset=rows, config=quick(), loss=loss)
+    wanted = fit(tiny_model("token-classification", 3), rows, eval_dataset=rows, config=quick())
+    assert steps(own) == pytest.approx(steps(wanted), rel=1e-6)
+    assert own.metrics == pytest.approx(wanted.metrics, rel=1e-6)
+
+
+def test_what_is_idle_is_said(tiny_model):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, y):
+            return torch.nn.functional.cross_entropy(x * self.temperature, y, reduction="sum")
+
+    with pytest.warns(UserWarning, match="the loss has parameters of its own, which do not train"):
+        fit(tiny_model(), make_rows(4), config=quick(epochs=1), loss=Own())
+    with pytest.warns(UserWarning, match=r"r_drop=1.0 only costs time: all dropout rates of the model are 0"):
+        fit(tiny_model(), make_rows(4), config=quick(epochs=1, r_drop=1.0))
+    rows = [row | {"labels": 1.0} for row in make_rows(4)]
+    with pytest.warns(UserWarning, match="pearson is not a number at step 1"):
+        config = quick(epochs=1, patience=1, metric="pearson")
+        fit(tiny_model("regression", 1), rows, eval_dataset=rows, config=config)
+
+
 def test_label_smoothing_and_an_own_loss(tiny_model):
     """Used where the loss knows it, as in the task's own loss; else refused; evaluation is without it."""
     rows, config = make_rows(12), quick(epochs=1, label_smoothing=0.3)

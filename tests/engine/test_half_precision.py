@@ -114,3 +114,21 @@ def test_resuming_is_exact(tiny_model, tmp_path):
     model = tiny_model().to(torch.bfloat16)
     run = fit(model, rows, config=config)
     assert steps(run) == steps(wanted) and same(weights(model), weights(undisturbed))
+
+
+def test_a_head_in_float32_on_a_body_in_bfloat16(tiny_model):
+    model = tiny_model(vocab_size=400).to(torch.bfloat16)
+    model.classifier.float()
+    tune(model, "head-only")
+    model.bert.pooler.requires_grad_(False)
+    run = fit(model, make_rows(8), config=quick())
+    assert run.precision == "bf16" and model.classifier.weight.dtype == torch.float32
+    assert model.bert.pooler.dense.weight.dtype == torch.bfloat16
+
+
+def test_an_own_loss_is_evaluated_in_float32(tiny_model):
+    """Beside autocast the logits are bfloat16, whose sum over many rows has 8 bits."""
+    rows, config = make_rows(32), quick(precision="bf16", epochs=1, learning_rate=0.0)
+    own = fit(tiny_model(), rows, eval_dataset=rows, config=config, loss=torch.nn.CrossEntropyLoss(reduction="sum"))
+    wanted = fit(tiny_model(), rows, eval_dataset=rows, config=config)
+    assert own.metrics["loss"] == pytest.approx(wanted.metrics["loss"], rel=1e-5)

@@ -520,3 +520,12 @@ def test_bad_rows_of_several_tasks_are_found_before_training(build, data, messag
 def test_two_tasks_of_one_name_are_refused(tiny_model):
     with pytest.raises(ValueError, match="each name once"):
         MultiTaskModel(tiny_model("encoder"), [("a", Head()), ("a", Head("regression", 1))])
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("task_weighting", "gradnorm"), ("task_weighting", "famo"), ("task_gradients", "pcgrad")]
+)
+def test_one_task_has_nothing_to_weigh(tiny_model, name, how):
+    model = MultiTaskModel(tiny_model("encoder"), {"a": Head()})
+    with pytest.raises(ValueError, match="the model has one task, so there is nothing to weigh or join"):
+        fit(model, {"a": make_rows(4)}, config=quick(**{name: how}))

@@ -3,6 +3,7 @@
 The right value is always the stock model on the row alone, in a batch of one, without padding.
 """
 
+import copy
 import random
 import warnings
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 import ftlib
 from ftlib.inputs.agreement import Padding, agree, matched, name_classes, vocabulary
+from ftlib.inputs.rows import rows_for
 from ftlib.methods.multitask import Head, MultiTaskModel
 
 LAYERS = dict(vocab_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32)
@@ -37,7 +39,7 @@ OPT = dict(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_a
 
 
 def built(model_type, auto="SequenceClassification", **options):
-    config = transformers.AutoConfig.for_model(model_type, num_labels=2, **options)
+    config = transformers.AutoConfig.for_model(model_type, **{"num_labels": 2, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, f"AutoModelFor{auto}").from_config(config).eval()
@@ -405,3 +407,51 @@ def test_names_of_several_tasks():
     name_classes(model, {"a": ["n", "o"], "b": ["p", "q"]})
     assert model.heads["a"].config.id2label == {0: "x", 1: "y"}  # given ones stay
     assert model.heads["b"].config.label2id == {"p": 0, "q": 1} and model.specs["b"].label_names == ("p", "q")
+
+
+def test_names_that_are_numbers_are_names_beside_numbers_alone():
+    """Of "0", "1", … beside words only the number counts; beside other numbers each is a name."""
+    rows = {"input_ids": [[7, 8], [9, 7]] * 2, "labels": [0, 1] * 2}
+    for own, names, right in (
+        (["0", "1", "2"], ["1", "2"], [1, 2]), (["1", "0"], ["0", "1"], [1, 0]), (["neg", "pos"], ["0", "1"], [0, 1]),
+        (["0", "1"], ["neg", "pos"], [0, 1]),
+    ):  # fmt: skip
+        model = built("bert", **BERT | {"num_labels": len(own)})
+        model.config.id2label = dict(enumerate(own))
+        data = Dataset.from_dict(rows).cast_column("labels", ClassLabel(names=names))
+        (part,) = rows_for(data, model, name="data")
+        assert [row["labels"] for row in part] == right * 2
+
+
+def test_more_names_than_classes_and_names_for_numbers_are_refused():
+    data = Dataset.from_dict({"input_ids": [[7, 8]], "labels": [0]})
+    data = data.cast_column("labels", ClassLabel(names=["a", "b", "c"]))
+    for options, said in (({"num_labels": 2}, "has 2 classes in the model"), ({"num_labels": 1}, "needs numbers")):
+        with pytest.raises(ValueError, match=rf"labels are the classes \['a', 'b', 'c'\], but .* {said}"):
+            rows_for(data, built("bert", **BERT | options), name="data")
+
+
+def test_a_transform_is_refused():
+    data = Dataset.from_dict({"input_ids": [[7, 8]], "labels": [0]}).with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match=r"has a transform .* apply it with map first"):
+        rows_for(data, built("bert", **BERT), name="data")
+
+
+@pytest.mark.parametrize("model_type", ["funnel", "big_bird"])
+def test_models_that_read_padding_get_rows_of_one_length(model_type):
+    """BigBird, which a short row switches to full attention for good, answers the same the second time."""
+    sizes = dict(vocab_size=64, pad_token_id=0, num_labels=2, hidden_dropout=0.0, initializer_range=0.5)
+    sizes |= dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=2,
+                  num_random_blocks=1, max_position_embeddings=64) if model_type == "big_bird" else dict(
+        d_model=16, n_head=2, d_head=8, d_inner=16, block_sizes=[1, 1], num_decoder_layers=1)  # fmt: skip
+    rows = [{"input_ids": list(range(5, 5 + n))} for n in (30, 29, 28, 7, 6)]
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForTokenClassification.from_config(config).eval()
+    found = [ftlib.predict(model, rows, output="logits", batch_size=size) for size in (5, 2)]
+    for row, *values in zip(rows, *found, strict=True):
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(torch.tensor([row["input_ids"]])).logits[0]
+        for value in values:
+            assert_close(torch.tensor(value), expected, atol=1e-5, rtol=0)

@@ -591,3 +591,14 @@ JUNK = st.recursive(
 ROWS = st.lists(
     JUNK | st.fixed_dictionaries({"input_ids": JUNK}, optional={"labels": JUNK, "token_type_ids": JUNK}), max_size=3
 )
+
+
+def test_regression_takes_no_text_and_tags_are_read_from_words(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"regression needs numbers, .* are .*'10.5'.*; convert the column"):
+        tokenize({"text": ["good", "bad"], "label": ["10.5", "2.5"]}, tiny_tokenizer, task="regression")
+    words = {"text": ["good film"], "tokens": [["good", "film"]], "label": [[0, 1]]}
+    rows = tokenize(words, tiny_tokenizer, task="token-classification")
+    assert rows[0]["labels"] == [-100, 0, 1, -100]
+    data = Dataset.from_dict({"text": ["good"]}).with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match=r"a transform .* apply it with map first"):
+        tokenize(data, tiny_tokenizer)

@@ -707,3 +707,23 @@ def test_long_texts_are_tokenized_a_few_at_a_time(tiny_model, tiny_tokenizer, mo
         tiny_model("encoder"), ["good " * 100, *(["good " * 10] * 4), *(["bad"] * 9)], tokenizer=tiny_tokenizer
     )
     assert seen == [1, 2, 2, 9]
+
+
+def test_an_encoder_saved_alone_and_an_output_narrower_than_the_layers(tmp_path, tiny_tokenizer):
+    """What sentence-transformers saves of a T5; the small OPT, whose last output is projected."""
+    sizes = dict(vocab_size=len(tiny_tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    encoder.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    opt = dict(vocab_size=len(tiny_tokenizer), hidden_size=32, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    narrow = transformers.OPTModel(
+        transformers.OPTConfig(**opt, word_embed_proj_dim=16, max_position_embeddings=40)
+    ).eval()
+    texts = ["good film", "bad"]
+    for named, model in ((str(tmp_path), encoder), (narrow, narrow)):
+        found = extract_features(named, texts, tokenizer=tiny_tokenizer)
+        for text, vector in zip(texts, found, strict=True):
+            ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].mean(0)
+            assert_close(torch.tensor(vector), expected, atol=1e-5, rtol=0)

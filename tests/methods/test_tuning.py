@@ -703,3 +703,12 @@ def test_a_printed_report(tiny_model):
         "all                    562         6,738  (8.34 % trainable)",
         "strategy lora (rank=2); AdamW keeps 0.0 MiB of moments",
     ]
+
+
+@pytest.mark.parametrize("prompts", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_of_encoder_decoders_are_refused(prompts):
+    peft = pytest.importorskip("peft")
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5ForSequenceClassification(config)
+    with pytest.raises(ValueError, match="_TUNING does not go into t5's head; use LoRA, say"):
+        tune(model, getattr(peft, prompts)(num_virtual_tokens=2))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 
-from ftlib.inputs.labels import labelled
+from ftlib.engine.runfile import labelled
 from ftlib.inputs.tokenizing import tokenize
 
 CLASSES, SEVERAL, TAGS = "sequence-classification", "multi-label-classification", "token-classification"
