@@ -71,8 +71,6 @@ def fit(
     distributed.start()
     names: dict[str, list[str]] = {}  # of the classes, for a model without, and for both datasets alike
     parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None, names=names)
-    if config.patience and eval_dataset is None:
-        raise ValueError("patience needs eval_dataset")
     held_out = [] if eval_dataset is None else rows_for(eval_dataset, model, name="eval_dataset", names=names)
     name_classes(model, names)
     padding = agree(model, tokenizer, bool(held_out) or (config.micro_batch_size or config.batch_size) > 1)
@@ -327,14 +325,13 @@ class Training:
 def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list, parts: list) -> None:
     """Refuse what is asked for and has no meaning for this model, or these rows."""
     records, smoothing = [TASKS[kind] for kind, _ in tasks.values()], config.label_smoothing
-    kinds = ", ".join(sorted({kind for kind, _ in tasks.values()}))
     names = metric_names(model, held_out) if held_out else []
-    streams = any(isinstance(part, Stream) for part in parts)
     for wrong, why in (
         (smoothing and loss is None and not any(record.smooths for record in records),
-         f"label_smoothing={smoothing} has no meaning for {kinds}"),
+         f"label_smoothing={smoothing} has no meaning for {', '.join(sorted({kind for kind, _ in tasks.values()}))}"),
         (config.r_drop and any(record.divergence is None for record in records),
          f"r_drop={config.r_drop} compares predicted distributions; regression has none"),
+        (config.patience and not held_out, "patience needs eval_dataset"),
         (config.patience and config.metric not in names,
          f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),
         (config.eval_every and not held_out, f"eval_every={config.eval_every} needs eval_dataset"),
@@ -345,7 +342,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
         (not config.patience and config.metric != "loss", f"metric={config.metric!r} has no effect without patience"),
         (config.r_drop and not any(getattr(*place) for place in dropout_places(model)),
          f"r_drop={config.r_drop} only costs time: all dropout rates of the model are 0"),
-        (not streams and not labelled(model, parts), "train_dataset: every label is -100 (ignored), nothing is learnt"),
+        (not (isinstance(parts[0], Stream) or labelled(model, parts)),
+         "train_dataset: every label is -100 (ignored), nothing is learnt"),
     ):  # fmt: skip
         if idle:
             warnings.warn(what, stacklevel=4)
