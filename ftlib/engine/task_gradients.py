@@ -31,7 +31,7 @@ from .recovery import random_state, set_random_state
 
 def begin(model: nn.Module, config: Any, parts: dict, precision: str, epoch: int) -> "Joint | None":
     """What keeps the tasks of a run, None for a model of one task; `epoch`: steps an epoch.  ValueError as `Joint`."""
-    if len(parts) < 2 and (config.task_sampler, config.temperature) != ("temperature", 1):
+    if "" in parts and (config.task_sampler, config.temperature) != ("temperature", 1):
         what = f"task_sampler={config.task_sampler!r}, temperature={config.temperature}"
         raise ValueError(f"{what}: need several datasets, {{task: dataset}}")
     if hasattr(model, "tasks"):
