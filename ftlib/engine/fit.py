@@ -54,8 +54,8 @@ def fit(
     its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With
     distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
     When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
-    A step whose loss or gradient is not finite is skipped (fp16's overflow: by the loss scaler), with a warning and a
-    record that name its rows.
+    A step whose loss or gradient is not finite is skipped, with a warning and a record that name its rows; fp16's
+    overflow is left to the loss scaler.
     Raises ValueError or TypeError naming row, column and value before training for data that does not fit the model;
     ValueError after `max_bad_steps` such steps in a row, MemoryError when a single row does not fit; both with the
     weights of the last good step, and the former with a checkpoint if checkpoints are on.

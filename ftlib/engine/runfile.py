@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 LENGTH, EVERY = 128, 50  # tokens of a text, steps between lines, where nothing is said
-IGNORE = -100  # the label PyTorch's losses skip
 _KEYS = {  # key: (types, default, meaning)
     "model": ((str,), "needed", "a short name, a folder or a hub id"),
     "task": ((str,), "needed", "what is learned: "),
@@ -153,6 +152,7 @@ def labelled(
     """
     from datasets import List, Value
 
+    from ..core.batches import IGNORE
     from ..tasks.task import TASKS
 
     record, columns = TASKS[task], [column] if isinstance(column, str) else column
@@ -210,6 +210,7 @@ def _none(value: Any, hidden: tuple = (), tags: bool = False) -> bool:
 
 def _checked(values: dict[str, list], column: Any, task: str, names: Any) -> bool:
     """Whether the labels are numbers that stay numbers; ValueError where they are not of the task's kind."""
+    from ..core.batches import IGNORE
     from ..tasks.task import TASKS
 
     record, several = TASKS[task], isinstance(column, list)

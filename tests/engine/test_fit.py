@@ -15,9 +15,9 @@ from ftlib.core.device import choose_device, choose_precision
 from ftlib.core.loop import schedule_factor
 from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
-from ftlib.engine.prediction import evaluate, metric_names
+from ftlib.engine.prediction import evaluate, labelled, metric_names
 from ftlib.engine.settings import Run, TrainConfig
-from ftlib.inputs.rows import rows_for
+from ftlib.inputs.rows import Rows, rows_for
 from ftlib.methods.losses import focal_loss
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
@@ -1053,3 +1053,13 @@ def test_embeddings_of_a_type_the_model_lacks_are_refused(tiny_model):
     rows = [{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": 0}]
     with pytest.raises(ValueError, match=r"column 'token_type_ids': id 1 is outside 0..0"):
         fit(tiny_model(type_vocab_size=1), rows, config=quick())
+
+
+def test_a_task_is_looked_for_in_its_own_rows_first(tiny_model, monkeypatch):
+    """Else the rows of all other tasks would be read to their end before the first step."""
+    model = MultiTaskModel(tiny_model("encoder"), {"a": Head(), "b": Head()})
+    parts = rows_for({"a": make_rows(9), "b": make_rows(9)}, model, name="rows")
+    read, real = [], Rows.__iter__
+    monkeypatch.setattr(Rows, "__iter__", lambda self: [read.append(self.door.under), real(self)][1])
+    assert list(labelled(model, parts)) == ["a", "b"] == read
+    assert list(labelled(model, parts[:1])) == ["a"]
