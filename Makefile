@@ -17,7 +17,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install data notebooks lab refresh test test-cpus lint unit gate nbval bench url clean
+.PHONY: help install data notebooks lab refresh test test-cpus lint unit gate nbval bench gpu-day url clean
 
 help:  ## this list
 	@echo 'make TARGET [ONLY="03 03b"] [PYTHON=python3.12] [FTLIB_SIZE=full]'
@@ -87,13 +87,18 @@ nbval: data  ## every notebook and every solution, outputs compared where tagged
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
 	  --durations 10 --durations-min 5 $$chosen
 
-BENCH := fine_tuning strategies multitask task_growth speed memory million_rows step_profile bert_base
+BENCH := fine_tuning strategies multitask task_growth speed memory million_rows step_profile
 
-# bert_base needs a GPU; without one it leaves what was last measured. fine_tuning, strategies and multitask measure what
-# is missing. Not in the list, as they take long: faults, long_features, pins.
+# fine_tuning, strategies and multitask measure what is missing. Not in the list, as they take long: faults,
+# long_features, pins. What needs a GPU is gpu-day.
 bench: data  ## programs of tests/benchmarks, then the tables of their README (ONLY="speed memory": these)
 	@for p in $(ONLY); do test -f tests/benchmarks/$$p.py || { echo "no program $$p; there are: $(BENCH)"; exit 1; }; done
 	for p in $(or $(ONLY),$(BENCH)); do $(PY) tests/benchmarks/$$p.py || exit 1; done
+	$(PY) tests/benchmarks/report.py
+
+gpu-day: data  ## everything that needs a GPU, in nine minutes, then the tables; without a GPU it says how
+	test -d build/gpu-day || $(PY) tests/benchmarks/gpu_accuracy.py --pack
+	$(PY) tests/benchmarks/gpu_day.py || echo "a part did not come to its end, see tests/benchmarks/results/gpu-day-log.json"
 	$(PY) tests/benchmarks/report.py
 
 url: install  ## URL=https://github.com/NAME/ftlib into every badge and set-up cell; no URL: repeat the present one

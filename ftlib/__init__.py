@@ -10,62 +10,28 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> room and module that define it
-    "load_corpus": "inputs.corpora",
-    "load_tokenizer": "inputs.pretrained",
-    "load_model": "inputs.pretrained",
-    "tokenize": "inputs.tokenizing",
-    "collate": "core.batches",
-    "split_by_size": "core.batches",
-    "to_device": "core.batches",
-    "steps": "core.loop",
-    "schedule_factor": "core.loop",
-    "choose_precision": "core.device",
-    "TaskSampler": "methods.multitask",
-    "count_labelled": "tasks.task",
-    "task_loss": "tasks.task",
-    "unpad": "methods.unpadding",
-    "repad": "methods.unpadding",
-    "tune": "methods.tuning",
-    "merge": "methods.tuning",
-    "r_drop": "methods.regularization",
-    "extract_features": "methods.features",
-    "pool": "methods.features",
-    "MultiTaskModel": "methods.multitask",
-    "Head": "methods.multitask",
-    "TrainConfig": "engine.settings",
-    "Run": "engine.settings",
-    "fit": "engine.fit",
-    "find_learning_rate": "engine.range_test",
-    "evaluate": "engine.prediction",
-    "predict": "engine.prediction",
-    "save": "engine.saving",
-    "load": "engine.saving",
-    "setup": "show.setup",
-    "measure": "show.measuring",
-    "stored_results": "show.tables",
-    "results_table": "show.tables",
-    "format_cell": "show.tables",
-    "mean_std": "show.tables",
-    "tie": "show.tables",
-}
-_ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
-    "core": ("anatomy", "batches", "device", "loop", "sampling"),
-    "tasks": ("classification", "metrics", "relations", "tagging", "task"),
-    "show": ("logging", "measuring", "plots", "setup", "tables"),
-    "inputs": (
-        "agreement", "assets", "corpora", "files", "pretrained", "reading", "rows", "sentence_folders",
-        "tokenizing",
-    ),
-    "methods": (
-        "adapters", "attention", "balancing", "features", "losses", "masking", "multitask", "optimizing",
-        "regularization", "speedups", "through_peft", "tuning", "unpadding",
-    ),
-    "engine": (
-        "bases", "checkpoints", "compiling", "distributed", "feeding", "fit", "prediction", "range_test",
-        "recovery", "runfile", "saving", "settings", "task_gradients", "untrusted",
-    ),
+_PUBLIC = {  # room and module -> the public names it defines
+    "inputs.corpora": "load_corpus", "inputs.pretrained": "load_tokenizer load_model", "inputs.tokenizing": "tokenize",
+    "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
+    "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
+    "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
+    "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
+    "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
+    "engine.prediction": "evaluate predict", "engine.saving": "save load", "show.setup": "setup",
+    "show.measuring": "measure", "show.tables": "stored_results results_table format_cell mean_std tie",
 }  # fmt: skip
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+_ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
+    "core": "anatomy batches device loop sampling",
+    "tasks": "classification metrics relations tagging task",
+    "show": "logging measuring plots setup tables",
+    "inputs": "agreement assets corpora files pretrained reading rows sentence_folders tokenizing",
+    "methods": "adapters attention balancing features losses masking multitask optimizing regularization speedups "
+    "through_peft tuning unpadding",
+    "engine": "bases checkpoints compiling distributed feeding fit prediction range_test recovery runfile saving "
+    "settings task_gradients untrusted",
+}
+_ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}
 
 __all__ = ["__version__", *_HOME]

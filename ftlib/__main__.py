@@ -9,30 +9,29 @@ import tempfile
 import warnings
 from contextlib import ExitStack
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .engine.runfile import EVERY, LENGTH, checked, keys, labelled, read_run, strategy_of
+import ftlib  # modules of it are imported when they are first asked for
 
 
 def train(path: str) -> int:
     """Train what a run.toml describes; the model ends in output/model, its numbers in output/metrics.json."""
-    run = read_run(path)
+    run = ftlib.runfile.read_run(path)
     output = Path(os.path.expanduser(run["output"]))
-    config = checked(path, run, output)
+    config = ftlib.runfile.checked(path, run, output)
 
     import datasets
     import transformers
 
-    from .engine import checkpoints, distributed
-    from .engine.untrusted import refuse_other_files
-
-    distributed.start()
+    ftlib.distributed.start()
     with ExitStack() as held:  # a second run would replace the first one's model and take its checkpoints away
+        held.enter_context(ftlib.distributed.explained())
         try:
             for folder in (output, *([config.checkpoint_dir] if "checkpoint_dir" in run.get("train", {}) else [])):
-                held.enter_context(checkpoints.held(folder))
-            refuse_other_files(output / "model")
+                held.enter_context(ftlib.checkpoints.held(folder))
+            ftlib.untrusted.refuse_other_files(output / "model")
             if (output / "model").is_dir():  # it may be mounted read-only
                 tempfile.TemporaryDirectory(prefix=".try-", dir=output / "model").cleanup()
         except (ValueError, OSError) as error:
@@ -41,32 +40,25 @@ def train(path: str) -> int:
             datasets.disable_progress_bars()
             transformers.utils.logging.disable_progress_bar()
         _train(path, run, output, config, shown)
-    distributed.stop()
+    ftlib.distributed.stop()
     return 0
 
 
 def _train(path: str, run: dict[str, Any], output: Path, config: Any, shown: bool) -> None:
     """shown: whether somebody sees bars."""
-    import ftlib
-
-    from .engine import distributed, saving
-    from .inputs import assets
-    from .show import logging
-
-    first = distributed.rank() == 0  # writes and prints; the others compute
+    first = ftlib.distributed.rank() == 0  # writes and prints; the others compute
     say = partial(print, flush=True) if first else lambda *words: None
     tokens, model, tokenizer = _ready(path, run, config, say)
-    strategy, options = strategy_of(run)
+    strategy, options = ftlib.runfile.strategy_of(run)
     try:
         say(ftlib.tune(model, strategy, **options))
     except ValueError as error:
         raise ValueError(f"{path}: [tune] {error}") from None
-    note = logging.lines(run.get("log_every", EVERY)) if config.progress and not shown else None
+    every = run.get("log_every", ftlib.runfile.EVERY)
+    note = ftlib.logging.lines(every) if config.progress and not shown else None
     config = dataclasses.replace(config, progress=config.progress and shown)
-    held_out, test = tokens.get("validation"), tokens.get("test")
-    result = ftlib.fit(
-        model, tokens["train"], eval_dataset=held_out, tokenizer=tokenizer, config=config, on_record=note
-    )
+    held_out, more = tokens.get("validation"), dict(tokenizer=tokenizer, config=config, on_record=note)
+    result, test = ftlib.fit(model, tokens["train"], eval_dataset=held_out, **more), tokens.get("test")
     command = f"python -m ftlib train {path}"
 
     def tidy(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -76,7 +68,7 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any, shown: boo
         also = "" if config.resume else ', with resume = "auto"'
         say(f"stopped at step {result.steps}, which {config.checkpoint_dir} holds; to go on: {command}{also}")
         raise KeyboardInterrupt
-    licence = assets.manifest().get(run["corpus"], {}).get("licence")
+    licence = ftlib.assets.manifest().get(run["corpus"], {}).get("licence")
     numbers = {"validation": tidy(result.metrics) or None, "test": None}
     numbers |= {"seconds": result.seconds, "steps": result.steps}
 
@@ -85,7 +77,7 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any, shown: boo
         found = [(f"{split} {name}", value) for split, own in parts for name, value in own.items()]
         metrics = {name: f"{value:.4f}" for name, value in found if value is not None}
         about = {"data": run["corpus"], "licence": licence, "command": command, "metrics": metrics}
-        saving.write_card(model, output / "model", about)
+        ftlib.saving.write_card(model, output / "model", about)
         (output / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
     if first:  # before anything else may fail
@@ -108,17 +100,11 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
     import numpy as np
     import transformers
 
-    import ftlib
-
-    from .engine import distributed
-    from .inputs import assets, pretrained
-    from .inputs.rows import rows_for, token_limit
-
-    note = assets.say if distributed.rank() == 0 else lambda words: None  # on stderr
-    with distributed.one_first():
+    note = ftlib.assets.say if ftlib.distributed.rank() == 0 else lambda words: None  # on stderr
+    with ftlib.distributed.one_first():
         data = ftlib.load_corpus(run["corpus"])
         tokenizer = ftlib.load_tokenizer(run["model"])
-    with pretrained._explain(run["model"], place := tokenizer.name_or_path):
+    with ftlib.pretrained._explain(run["model"], place := tokenizer.name_or_path):
         settings = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     try:
         parts = prepared(run, data, config.seed, note)
@@ -127,7 +113,7 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
     columns = {key: column_of(run, key, data) for key in ("text", "text_pair") if key == "text" or key in run}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*labels that are text are numbered")  # said below
-        limit = run.get("max_length") or token_limit(LENGTH, tokenizer, settings)
+        limit = run.get("max_length") or ftlib.rows.token_limit(ftlib.runfile.LENGTH, tokenizer, settings)
         tokens = ftlib.tokenize(parts, tokenizer, max_length=limit, **columns, label="label", task=run["task"])
     feature, label = tokens["train"].features["labels"], column_of(run, "label", data)
     names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)
@@ -135,31 +121,26 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
         order = ", ".join(f"{i} = {name!r}" for i, name in enumerate(names[:20]))
         note(f"{label!r} holds {len(names)} classes: {order}{', …' * (len(names) > 20)}")
     count = len(names or ()) or np.size(tokens["train"][0]["labels"])
-    with distributed.one_first():
+    with ftlib.distributed.one_first():
         model = ftlib.load_model(run["model"], run["task"], count, label_names=names, seed=config.seed)
     _unpad(model, say)
     if run.get("limit"):
         rows = tokens["train"].shuffle(seed=config.seed, keep_in_memory=True)
         tokens["train"] = rows.select(range(min(run["limit"], len(rows))))
     if "test" in tokens:
-        rows_for(tokens["test"], model, name="test")
+        ftlib.rows.rows_for(tokens["test"], model, name="test")
     return tokens, model, tokenizer
 
 
 def _unpad(model: Any, say: Any) -> None:
-    from .methods.unpadding import unpad
-
     try:
-        unpad(model)
+        ftlib.unpad(model)
     except ValueError as reason:  # slower, and the same numbers
         say(f"with padding: {reason}")
 
 
 def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any:
-    """What a corpus has of train, validation and test, with labels for the task in the column "label".
-
-    What is made of the corpus is said.  Raises ValueError with what there is, and the key of a run.toml that mends it.
-    """
+    """A corpus's train, validation and test, with their labels in "label"; ValueError says which key mends it."""
     wanted, usual = run.get("validation"), ("validation", "valid", "val", "dev")
     share = isinstance(wanted, float)
     held_out = None if share else wanted or next((name for name in usual if name in data), None)
@@ -170,7 +151,7 @@ def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any
     if unused := [name for name in data if name not in found.values()]:
         say(f"not used: {', '.join(unused)}")
     parts = {split: data[name] for split, name in found.items() if name in data}
-    parts = labelled(parts, column_of(run, "label", data), run["task"], say)
+    parts = ftlib.runfile.labelled(parts, column_of(run, "label", data), run["task"], say)
     if share:
         rows = parts["train"].shuffle(seed=seed, keep_in_memory=True)  # train_test_split would write beside the data
         count = min(max(round(wanted * len(rows)), 1), len(rows) - 1)
@@ -199,9 +180,7 @@ def column_of(run: dict[str, Any], key: str, data: Any) -> Any:
 
 def print_assets(names: list[str] | None = None) -> None:
     """One line an asset: name, whether it is here, size of the download, what it is, licence."""
-    from .inputs import assets
-
-    for row in assets.describe(names):
+    for row in ftlib.assets.describe(names):
         here = "here" if row["present"] else "to fetch"
         licence = row["licence"].split(";")[0]  # of the data; the rest is the package's own
         print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
@@ -209,13 +188,8 @@ def print_assets(names: list[str] | None = None) -> None:
 
 def doctor() -> int:
     """Print versions, device, precision and why, the cache, and what is missing."""
-    import importlib.metadata as metadata
-
-    from .inputs import assets
-    from .show import setup as environment
-
-    environment.setup()
-    print(f"cache       {assets.cache_dir()}")
+    ftlib.setup()
+    print(f"cache       {ftlib.assets.cache_dir()}")
     print_assets()
     there = {name for names in metadata.packages_distributions().values() for name in names}
     for package in ("datasets", "evaluate", "scikit-learn", "seqeval", "matplotlib", "peft", "sentence-transformers"):
@@ -233,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("train", help="train what a run.toml describes; --help lists its keys")
     run.add_argument("file", help="a run.toml")
     plain = run.format_help
-    run.format_help = lambda: f"{plain()}\n{keys()}\n"
+    run.format_help = lambda: f"{plain()}\n{ftlib.runfile.keys()}\n"
     commands.add_parser("doctor", help="versions, device, precision, cache, what is missing")
     options = parser.parse_args(arguments)
     try:
@@ -241,10 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
             return train(options.file)
         if options.command == "doctor":
             return doctor()
-        from .inputs import assets
-
         if options.action == "fetch":
-            for name, path in assets.fetch(options.names or None).items():
+            for name, path in ftlib.assets.fetch(options.names or None).items():
                 print(f"{name:<18} {path}")
         else:
             print_assets(options.names or None)

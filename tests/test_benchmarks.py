@@ -1,7 +1,9 @@
 """The speed programs run, at toy size; their FLOPs, ratios and grouping agree with counts by hand and by torch."""
 
+import copy
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,17 +122,19 @@ def test_report_picks_the_best_method_against_the_fastest_rival(program, monkeyp
         row("ftlib.x", dict(zip(encodes, (3.0, 2.0), strict=True)), 0.3),
         row("ftlib.y", dict(zip(encodes, (9.0, 1.5), strict=True)), 0.4),
     ]
-    monkeypatch.setattr(report, "speed_rows", lambda part: rows if part == "features" else [])
+    other = [rows[0] | {"device": "CPU, Y (avx2, amx_bf16)"}]
+    monkeypatch.setattr(report, "speed_rows", lambda part: [*rows, *other] if part == "features" else [])
     value, best = report.reached("features", "", report.ENCODE)
     assert (value["median"], best["method"]) == (2.0, "ftlib.x")
     value, best = report.reached("features", "w", None)
     assert (value["median"], best["method"]) == (0.4, "ftlib.y")
     assert report.reached("features", "v", None) is None and report.reached("features", "", "ONNX") is None
-    lines = [line for line in report.goals().splitlines() if line.startswith("|")]
-    [encode] = [line for line in lines if "CPU" in line and "`encode`" in line]
-    assert "2.00 × (1.00 × to 3.00 ×)" in encode and "GPU X" in encode
-    [missing] = [line for line in lines if "ONNX" in line]
-    assert "not measured yet" in missing
+    heading, _, *lines = [line for line in report.goals().splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in heading.split("|")]
+    assert columns[4:6] == ["GPU X", "CPU, Y (avx2, amx_bf16)"]  # side by side
+    [encode] = [[cell.strip() for cell in line.split("|")] for line in lines if "`encode`" in line]
+    assert encode[3:6] == ["≥ 1.40 ×, with AMX ≥ 2.00 ×", "2.00 × (1.00 × to 3.00 ×), ftlib.x", ""]
+    assert not any("ONNX" in line or "fine-tune" in line for line in lines)  # what nobody measured has no line
     search = {"work": "w", "tried": [{"change": {"a": 1}, "faster": {"median": 1.2}, "kept": True}], "best": {"a": 1}}
     shown = report.measured([search | stamp, *rows])
     assert "a=1: 1.20 ×" in shown and "`c`; GPU X, 4 threads; torch 2; 2026-01-01" in shown
@@ -177,32 +181,195 @@ def test_many_rows_program_at_toy_size(tmp_path):
 def toy(folder: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(PROGRAMS / arguments[0]), "--toy", "--results", str(folder), *arguments[1:]]
     subprocess.run(command, check=True, capture_output=True)
-    [path] = folder.glob("speed-*.json")
+    [path] = folder.glob("*.json")
     return json.loads(path.read_text())["rows"]
 
 
-def test_gpu_program_trains_at_toy_size(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["bert_base.py", "gpu_day.py"])
+def test_gpu_programs_leave_stored_rows_alone_without_a_gpu(name):
+    done = subprocess.run([sys.executable, str(PROGRAMS / name)], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("no GPU")
+
+
+def test_rounds_end_with_the_time_and_a_method_that_fails_is_a_row(program, monkeypatch):
+    bert_base = program("bert_base")
+    clock = iter([0.0] * 3 + [1.0, 9.0, 9.0])  # of three warm-ups; before round 2; before round 3 the time is over
+    monkeypatch.setattr(bert_base.time, "monotonic", lambda: next(clock))
+    turns, stored = iter(range(100)), []
+
+    def breaks():
+        raise ValueError("no\nsuch kernel")
+
+    def later():
+        if next(turns) == 2:
+            raise RuntimeError("out of memory")
+        return {"seconds": 2.0}
+
+    rivals = {"good": lambda: {"seconds": 1.0}, "breaks": breaks, "later": later}
+    rate = {"rate": 1.0, "shape": "a"}
+    put = lambda results, missing: stored.append((copy.deepcopy(results), dict(missing)))  # noqa: E731
+    bert_base.rounds_until(rivals, 5, lambda: rate, 5.0, put)
+    assert [(len(results["good"]), sorted(results)) for results, _ in stored] == [(2, ["good", "later"]), (3, ["good"])]
+    assert stored[0][1] == {"breaks": "ValueError: no such kernel"}
+    assert stored[1][1] == stored[0][1] | {"later": "RuntimeError: out of memory"}
+    monkeypatch.setattr(bert_base.time, "monotonic", lambda: 9.0)
+    bert_base.rounds_until({"good": rivals["good"]}, 5, lambda: rate, 5.0, put)
+    assert stored[2] == ({}, {"good": "no time was left"})
+
+
+def test_cpus_in_names(program, monkeypatch):
+    record = program("record")
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(record.os, "cpu_count", lambda: 2)
+    text = "model name\t: Intel(R) Xeon(R) Processor @ 2.70GHz\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n" * 2
+    monkeypatch.setattr(record.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(record.Path, "exists", lambda self: True)
+    assert record.device_name() == "CPU, 2 cores, Intel Xeon (avx2, avx512f, avx512_bf16, amx_bf16)"
+    assert record.device_slug() == "cpu-2-cores-intel-xeon-amx-bf16"
+    text = "model name\t: AMD EPYC 7B13 64-Core Processor\nflags\t\t: fpu avx2\n"
+    assert record.device_slug() == "cpu-2-cores-amd-epyc-7b13-avx2"
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory):
+    """Every part of the GPU day, tiny, without `datasets`, as on the machines it is for."""
+    folder = tmp_path_factory.mktemp("day")
+    blocked = 'import sys\nsys.modules["datasets"] = sys.modules["evaluate"] = None\n'
+    (folder / "sitecustomize.py").write_text(blocked)
+    command = [sys.executable, str(PROGRAMS / "gpu_day.py"), "--toy", "--results", str(folder / "results")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "results"
+
+
+def rows_of(folder: Path, part: str) -> list[dict]:
+    [path] = folder.glob(f"gpu-day-{part}-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["device"] and row["date"] and row["command"] and row["versions"]["torch"] for row in rows)
+    return rows
+
+
+def test_the_gpu_day_at_toy_size(day):
     pytest.importorskip("accelerate", reason="the Trainer needs it")
-    search, *rows = toy(tmp_path, "bert_base.py", "--work", "train, batch 32")
+    log = json.loads((day / "gpu-day-log.json").read_text())["rows"]
+    assert [(row["part"], row["outcome"]) for row in log] == [(part, "done") for part in range(1, 6)]
+    assert len([*day.iterdir()]) == 6 and all(path.stat().st_size < 16 * 2**20 for path in day.iterdir())
+    tests = rows_of(day, "1-tests")
+    assert len(tests) > 40 and {row["outcome"] for row in tests} <= {"passed", "skipped"}
+    if not torch.cuda.is_available():
+        skipped = [row for row in tests if row["test"].startswith("tests/test_cuda.py")]
+        assert all("needs a CUDA GPU" in row["message"] for row in skipped) and len(skipped) > 30
+    speed = rows_of(day, "2-speed")
+    assert {row["work"] for row in speed} == {"train, batch 32", "features, batch 32"}
+    assert not [row for row in speed if "missing" in row]
+    profile, memory = rows_of(day, "3-profile"), rows_of(day, "4-memory")
+    assert [row["method"] for row in profile] == ["ftlib.fit, unpad", "Trainer, bf16, grouped by length"]
+    assert {one["name"]: one["times"] for one in profile[0]["operators"]}["aten::addmm"] == 14  # 2 * 6 + pooler + head
+    assert all(row["seconds_a_step"] > 0 and 0.5 < row["loss"] < 0.9 for row in memory)
+    accuracy = rows_of(day, "5-accuracy")
+    assert not [row for row in accuracy if "missing" in row]
+    found = {(row["table"], row.get("part")) for row in accuracy}
+    tables = {
+        (f"strategies-{corpus}", part) for corpus in ("banking77", "rotten-tomatoes") for part in ("search", "accuracy")
+    }
+    assert found == tables | {(part, part) for part in ("methods-atis", "methods-four", "transfer")}
+    [pair] = [row for row in accuracy if row.get("tasks") == "sentiment+similarity"]
+    alone = {row["tasks"]: row["scores"] for row in accuracy if row["table"] == "transfer" and row is not pair}
+    assert pair["gain"]["sentiment"] == pair["scores"]["sentiment"] - alone["sentiment"]["sentiment"]
+
+
+def test_part_2_trains_at_toy_size(day):
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    search, *rows = [row for row in rows_of(day, "2-speed") if row["work"] == "train, batch 32"]
     assert search["best"] in ({}, search["tried"][0]["change"])
-    assert [r["method"] for r in rows[:2]] == ["Trainer, as it comes", "Trainer, best settings found"]
+    methods = ["Trainer, as it comes", "Trainer, bf16=True", "Trainer, best settings found"]
+    assert [row["method"] for row in rows[:3]] == methods
     assert {"ftlib.fit", "ftlib.fit, unpad"} <= {row["method"] for row in rows}
     for row in rows:
         assert row["steps"] == 3 and 0.5 < row["loss"] < 0.9
         assert 0 < row["utilisation"]["median"] < 1 and row["against"]["Trainer, as it comes"]["median"] > 0
 
 
-def test_gpu_program_extracts_features_at_toy_size(tmp_path):
-    rows = toy(tmp_path, "bert_base.py", "--work", "features, batch 32")
+def test_part_2_extracts_features_at_toy_size(day):
+    rows = [row for row in rows_of(day, "2-speed") if row["work"] == "features, batch 32"]
     assert len(rows) == 5 and all(row["difference"] < 0.05 for row in rows)  # bfloat16
 
 
-def test_gpu_program_leaves_stored_rows_alone_without_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    command = [sys.executable, str(PROGRAMS / "bert_base.py")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("no GPU: the GPU rows stay")
+def test_the_gpu_day_becomes_tables(program, monkeypatch, day):
+    report = program("report")
+    assert report.NO_GPU in report.gpu_day() or [*report.RESULTS.glob("gpu-day-*")]
+    monkeypatch.setattr(report, "RESULTS", day)
+    text = report.gpu_day()
+    headings = ("Tests that need CUDA", "Where the time", "Which parameters move", "Balancing several", "Transfer")
+    assert all(f"**{heading}" in text for heading in headings), text
+    assert "not measured yet" not in text + report.speed() + report.memory() and "nan" not in text
+    assert "fine-tune BERT-base, GPU, batch 32" in report.speed() and "micro-batches of 8" in report.memory()
+
+
+def test_a_part_that_hangs_or_dies_is_told_and_the_others_go_on(program, monkeypatch, tmp_path, capsys):
+    gpu_day = program("gpu_day")
+    script = tmp_path / "day.py"
+    script.write_text(
+        "import sys, time\npart = sys.argv[sys.argv.index('--alone') + 1]\n"
+        "time.sleep(60) if part == '2' else sys.exit('no luck') if part == '3' else print('fine')\n"
+    )
+    monkeypatch.setattr(gpu_day, "__file__", str(script))
+    monkeypatch.setattr(gpu_day, "SHARES", {1: 1, 2: 1, 3: 50})
+    args = SimpleNamespace(part=[1, 2, 3], seconds=100.0, toy=True, results=tmp_path, earlier=tmp_path)
+    assert gpu_day.whole(args) == 2
+    rows = json.loads((tmp_path / "gpu-day-log.json").read_text())["rows"]
+    assert [row["outcome"] for row in rows] == ["done", "stopped after 2 s", "ended with 1"]
+    assert "no luck" in rows[2]["said"] and gpu_day.numbers("2,1") == [1, 2]
+
+
+def test_rows_that_are_there_are_not_made_again(program):
+    accuracy = program("gpu_accuracy")
+    sent = []
+    table = accuracy.Rows("transfer", [{"table": "transfer", "seed": 0, "score": 5}], sent.append)
+    assert table.row({"seed": 0}, None)["score"] == 5 and sent == []
+    assert table.row({"seed": 1}, lambda: {"score": 7})["score"] == 7
+    assert sent == [{"table": "transfer", "seed": 1, "score": 7}] and table.row({"seed": 1}, None)["score"] == 7
+
+
+def test_items_wait_for_what_they_need(program):
+    accuracy = program("gpu_accuracy")
+    todo = accuracy.items("full", 2)
+    lora = [item for item in todo if item.what == "lora" and item.table == "strategies-banking77"]
+    assert accuracy.needs(lora[1])(lora[0]) and not accuracy.needs(lora[0])(lora[1])  # the rate is searched once
+    alone, *pairs = [item for item in todo if item.table == "transfer" and item.seed == 1]
+    assert (
+        len(pairs) == 6 and all(accuracy.needs(pair)(alone) for pair in pairs) and not accuracy.needs(alone)(pairs[0])
+    )
+    order = [item.table for item in sorted(todo)]
+    assert order.index("methods-atis") > 2 * 2 * 17 - 1 and order[-1] == "methods-four"
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/minilm/model.safetensors").is_file(), reason="packs MiniLM: make data fetches it"
+)
+def test_what_is_packed_is_what_the_corpora_give(program, monkeypatch, tmp_path):
+    accuracy, strategies, multitask = program("gpu_accuracy"), program("strategies"), program("multitask")
+    for module in (strategies, multitask):
+        monkeypatch.setattr(module, "MODEL", module.MODEL)  # reading a pack sets them
+    monkeypatch.setattr(strategies, "SIZES", {"banking77": {}})
+    monkeypatch.setattr(multitask, "CORPORA", {"similarity": "stsb"})
+    packed = accuracy.Packed(accuracy.pack(tmp_path / "pack"))
+    assert 40e6 < sum(path.stat().st_size for path in packed.folder.rglob("*") if path.is_file()) < accuracy.LIMIT
+    expected, found = strategies.tokenized("banking77"), packed.strategies("banking77")
+    assert {split: len(rows) for split, rows in found.items()} == {s: len(rows) for s, rows in expected.items()}
+    assert found["test"][7] == expected["test"][7]
+    for part, own, split, row in (("methods-atis", multitask.atis(), "train", 11),
+                                  ("transfer", multitask.classes(multitask.CORPORA), "test", 3)):  # fmt: skip
+        heads, tokens = packed.tasks(part)
+        theirs = own[1]
+        if part == "transfer":
+            tokens, theirs = tokens["similarity"], theirs["similarity"]
+        assert heads == own[0] and tokens[split][row] == theirs[split][row]
+    monkeypatch.undo()
+    model = program("ftlib").load_model(str(packed.folder / "model"))
+    gap = model.get_input_embeddings().weight - program("ftlib").load_model("minilm").get_input_embeddings().weight
+    assert 0 < gap.abs().max() < 1e-3  # float16's rounding
 
 
 def test_memory_program_at_toy_size(tmp_path):

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ftlib
-from ftlib.__main__ import column_of, main, prepared, read_run
+from ftlib.__main__ import column_of, main, prepared
 from ftlib.engine import runfile
+from ftlib.engine.runfile import read_run
 from ftlib.engine.settings import TrainConfig
 from ftlib.inputs import assets
 from ftlib.methods.tuning import OPTIONS

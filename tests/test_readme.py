@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ftlib
-from ftlib.__main__ import read_run
+from ftlib.engine.runfile import read_run
 from ftlib.engine.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -54,10 +54,7 @@ def stacks(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The stack next to the head, first layer first: the decoder's where there is an encoder's too.
-
-    Raises ValueError where there is none, for XLM, which keeps layers in parts, and for ALBERT, whose layers are one.
-    """
+    """The stack next to the head, first layer first; ValueError for none, XLM's in parts, ALBERT's that are one."""
     base, found = base_of(model), _found(model)
     if kind_of(model) == "albert":
         raise ValueError("ALBERT's layers share one set of weights; there are no last layers to train alone")
@@ -109,9 +106,7 @@ def max_positions(config: Any) -> int | None:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Dropout off and no gradients inside; afterwards every module is in the mode (train or eval) it was in."""
     modes = {module: module.training for module in model.modules()}
-    kinds = {
-        m: m.attention_type for m in modes if hasattr(m, "set_attention_type")
-    }  # BigBird's, which a short row sets
+    kinds = {m: m.attention_type for m in modes if hasattr(m, "set_attention_type")}  # BigBird's, set by a short row
     try:
         with torch.no_grad():
             yield model.eval()
@@ -123,10 +118,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def put_forward(module: nn.Module, function: Callable, *given: Any, signature: bool = False) -> None:
-    """Let `function(module, *given, ...)` answer the module's calls; in a deep copy, with the copy as module.
-
-    `type(module).forward` stays the module's own.  signature: show its arguments, which Trainer and PEFT look at.
-    """
+    """Let `function(module, *given, ...)` answer the module's calls; signature: show its own, for the Trainer."""
     module.forward = functools.partial(function, module, *given)
     if signature:
         module.forward.__signature__ = inspect.signature(type(module).forward.__get__(module))
@@ -150,12 +142,12 @@ def forwards(functions: dict[nn.Module, Callable]) -> Iterator[None]:
     ...     double(3)
     6
     """
-    before = {module: {"forward": taken_by(module)} for module in functions if taken_by(module) is not None}
+    before = {module: taken_by(module) for module in functions}
     try:
         for module, function in functions.items():
             put_forward(module, function)
         yield
     finally:
-        for module in functions:
+        for module, own in before.items():
             take_forward(module)
-            vars(module).update(before.get(module, {}))
+            vars(module).update({} if own is None else {"forward": own})

@@ -1,8 +1,7 @@
 """From rows to batches: pad as late as possible, cut by size; and the checks of numbers that settings share.
 
-A *row* is a dict: `input_ids` (whole numbers, no padding), other inputs of the model with one value a token or a row,
-and `labels`: an int (class), a float (regression), a list of floats (multi-label), as many ints as `input_ids` (one a
-token, -100 where there is none), or a dict {task name: one of these}.
+A *row* is a dict: `input_ids` (no padding), other inputs with a value a token or a row, and `labels`: an int (class), a
+float (regression), a list of floats (multi-label), an int a token (-100: none), or {task name: one of these}.
 
 To copy: this file alone.
 """
@@ -28,8 +27,8 @@ def collate(
 
     Returns `input_ids`, `attention_mask`: int64 (batch, tokens); `labels`: int64 (batch,) for classes, (batch, tokens)
     for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is {task: tensor (rows of the
-    task, ...)} and `rows` is {task: int64 (rows of the task,)}: where in the batch they are.  Other columns are inputs
-    of the model: padded with 0 where each row has a value (or a list of them) a token, else stacked.
+    task, ...)} and `rows` {task: int64 (rows of the task,)}: their places.  Other columns are padded with 0 where each
+    row has a value (or a list of them) a token, else stacked.
     stack: {task: (labels, lengths, padding side) -> tensor}; default: `stacked`, which goes by what the labels are.
     Raises ValueError for no rows, and for rows that do not go together.
 
@@ -76,10 +75,9 @@ def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[
 
 def padded(values: Sequence, sizes: Sequence, side: str = "right", fill: int = 0, kind: Any = np.int64) -> torch.Tensor:
     """Rows of numbers, or lists of them, under each other, (rows, the largest of sizes, …), filled up on one side."""
-    width = max(sizes)
-    out = np.full((len(values), width, *np.shape(values[0])[1:]), fill, dtype=kind)
+    out = np.full((len(values), max(sizes), *np.shape(values[0])[1:]), fill, dtype=kind)
     for row, value in zip(out, values, strict=True):
-        row[slice(len(value)) if side == "right" else slice(width - len(value), width)] = value
+        row[slice(len(value)) if side == "right" else slice(len(row) - len(value), len(row))] = value
     return torch.from_numpy(out)
 
 
@@ -93,14 +91,18 @@ def stacked(values: list[Any], sizes: Sequence[int], side: str = "right") -> tor
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move a batch (tensors in nested dicts) to a device; to CUDA from pinned memory, so that nobody waits."""
+    """Move a batch (tensors in nested dicts) to a device; to CUDA from pinned memory, so that nobody waits.
+
+    What was moved has the tensor it came from as `host`: whoever needs a number of it need not ask the GPU.
+    """
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if not isinstance(batch, torch.Tensor):
+    if not isinstance(batch, torch.Tensor) or batch.device == device:
         return batch
-    if device.type == "cuda" and batch.device.type == "cpu":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+    host = batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
+    moved = host.to(device, non_blocking=True)
+    moved.host = host
+    return moved
 
 
 def split_by_size(
@@ -109,20 +111,18 @@ def split_by_size(
 ) -> list[list[int]]:  # fmt: skip
     """Cut indices into batches of at most `batch_size` rows and at most `max_tokens` padded tokens, longest first.
 
-    Sorted by length, so that padding is low, the longest first, so that memory trouble shows in the first batch.
-    alike: only rows of one length go together.
+    So padding is low, and memory trouble shows in the first batch.  alike: only rows of one length go together.
     Raises ValueError for a size that is no whole number of at least 1, and for a row longer than `max_tokens`.
 
     >>> split_by_size([0, 1, 2, 3], [5, 2, 4, 3], max_tokens=10)
     [[0, 2], [3, 1]]
     """
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        whole(name, 1 if value is None else value)
+    whole("batch_size", 1 if batch_size is None else batch_size)
+    whole("max_tokens", 1 if max_tokens is None else max_tokens)
     ordered = sorted(indices, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     if max_tokens is not None and ordered and (longest := lengths[ordered[0]]) > max_tokens:
         raise ValueError(f"row {ordered[0]} has {longest} tokens, over max_tokens={max_tokens}; raise it or cut it")
-    out: list[list[int]] = []
-    width = 0  # tokens of the longest row in the batch being filled
+    out, width = [], 0  # tokens of the longest row in the batch being filled
     for i in ordered:
         full = not out or (batch_size is not None and len(out[-1]) >= batch_size) or (alike and lengths[i] < width)
         if full or (max_tokens is not None and width * (len(out[-1]) + 1) > max_tokens):
@@ -156,6 +156,12 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, choices))}")
     return value
+
+
+def refuse(*cases: tuple[Any, str], what: str = "") -> None:
+    """ValueError for the first (wrong, why) that is wrong: `what`, and why."""
+    if found := [why for wrong, why in cases if wrong]:
+        raise ValueError(what + found[0])
 
 
 def short(value: Any) -> str:

@@ -4,6 +4,7 @@ To copy: this file alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -12,10 +13,7 @@ Place = tuple[str, Any]  # a dataset's name ("" where there is one), and the row
 
 
 def plan(sizes: dict[str, int], config: Any, draw: Callable[[int], list[str]] | None = None) -> Iterator[list[Place]]:
-    """The rows of every step, [(dataset, number)], without end; the same for the same seed.
-
-    sizes: {"": rows}, passed over epoch by epoch; or {task: rows}, where `draw`, of a TaskSampler, says which come.
-    """
+    """The rows of every step, [(dataset, number)], without end: of {"": rows} by epochs, of {task: rows} by `draw`."""
     orders = {name: _orders(size, config, place) for place, (name, size) in enumerate(sizes.items())}
     if draw is None:
         for order in orders[""]:
@@ -26,25 +24,18 @@ def plan(sizes: dict[str, int], config: Any, draw: Callable[[int], list[str]] | 
         yield [(name, next(endless[name])) for name in draw(config.batch_size)]
 
 
-def _orders(count: int, config: Any, stream: int) -> Iterator[Any]:
+def _orders(size: int, config: Any, stream: int) -> Iterator[Any]:
     """The rows' order in every epoch."""
-    epoch = stream * 10_007
-    while True:
+    for epoch in count(stream * 10_007):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
-        yield torch.randperm(count, generator=generator).numpy() if config.shuffle else range(count)
-        epoch += 1
+        yield torch.randperm(size, generator=generator).numpy() if config.shuffle else range(size)
 
 
 def stream_plan(rows: Iterable[Any], config: Any) -> Iterator[list[Place]]:
     """The rows of every step from a stream, [("", row)]; again from its start where it ends, if it has a new start."""
     generator = torch.Generator().manual_seed(config.seed % 2**63)
-    step: list[Place] = []
-    for row in _buffered(_repeated(rows), config.shuffle_buffer if config.shuffle else 1, generator):
-        step.append(("", row))
-        if len(step) == config.batch_size:
-            yield step
-            step = []
-    if step:
+    drawn = _buffered(_repeated(rows), config.shuffle_buffer if config.shuffle else 1, generator)
+    while step := [("", row) for row in islice(drawn, config.batch_size)]:
         yield step
 
 

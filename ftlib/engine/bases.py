@@ -27,10 +27,9 @@ _FREE = ("_name_or_path", "architectures", "is_encoder_decoder", "dtype", "torch
 def _own(base: nn.Module) -> dict[str, torch.Tensor]:
     """The base model's weights under the names they have without adapters; those in 8 bits as the floats they are."""
     own = {_HELD.sub("", name): tensor for name, tensor in base.state_dict().items()}
-    for name, module in base.named_modules():
-        if isinstance(module, adapters.Int8Linear):
-            own[_HELD.sub("", f"{name}.weight")] = module.weight if module.kind is nn.Linear else module.weight.T
-    return own
+    eight = {name: module for name, module in base.named_modules() if isinstance(module, adapters.Int8Linear)}
+    weights = {n: m.weight if m.kind is nn.Linear else m.weight.T for n, m in eight.items()}
+    return own | {_HELD.sub("", f"{name}.weight"): weight for name, weight in weights.items()}
 
 
 def _rest(model: nn.Module, state: Any) -> tuple[dict[str, torch.Tensor], str, str]:
@@ -58,8 +57,7 @@ def _differing(one: dict, other: dict) -> list[str]:
 def put_down(model: nn.Module, state: dict, folder: Path, target: Path) -> tuple[str | None, dict, dict]:
     """(what an adapter calls its base, the base's identity, embeddings that go with the adapter), for a folder.
 
-    Where the frozen weights are not those on disk under the model's name, the whole base goes into `base/`, with a
-    warning; embeddings alone may differ.  state: the adapter's weights; target: where the folder will be.
+    Frozen weights other than on disk, but for embeddings, go into `base/`, with a warning.  state: the adapter's.
     """
     base, place, words = base_of(model), getattr(model.config, "_name_or_path", ""), {}
     (left, at, table), home = _rest(model, state), Path(place).resolve()
@@ -95,10 +93,7 @@ def put_down(model: nn.Module, state: dict, folder: Path, target: Path) -> tuple
 
 
 def fit_to(model: nn.Module, tensors: dict, note: Any, folder: Path, given: bool) -> None:
-    """Make room in a base for the words of an adapter, and see that it is the one the adapter was trained on.
-
-    note: its identity, None where it is not known; given: the user named this base, so another one is only said.
-    """
+    """Fit a base to an adapter's words; ValueError, or, for one the user gave, a warning, if `note` names another."""
     left, at, table = _rest(model, tensors)
     ends = [tensor for name, tensor in tensors.items() if _HELD.sub("", name).endswith(f".{at}{table}")]
     if ends and len(ends[0]) != len(base_of(model).get_input_embeddings().weight):

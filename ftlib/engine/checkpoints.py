@@ -61,10 +61,7 @@ def prepare(parent: str | os.PathLike, *, going_on: bool) -> None:
 
 @contextmanager
 def held(folder: str | os.PathLike) -> Iterator[None]:
-    """A context in which no other process writes into a folder; ValueError naming the one that does.
-
-    Process 0 has the lock (flock on .lock), which ends with it, however that ends; where there is none, that is said.
-    """
+    """A context in which no other process writes into a folder (flock on .lock); ValueError naming one that does."""
     path, file, new = Path(folder) / ".lock", None, not os.path.exists(folder)
     try:
         if distributed.rank() == 0:
@@ -78,8 +75,8 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
             print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
     except BlockingIOError:
         file.seek(0)
-        remedy = "wait for it, end it, or choose another folder"
-        raise ValueError(f"{folder} is in use by {file.read() or 'another process'}; {remedy}") from None
+        who = file.read() or "another process"
+        raise ValueError(f"{folder} is in use by {who}; wait for it, end it, or choose another folder") from None
     except (ImportError, OSError) as error:
         if file is None and isinstance(error, OSError):
             raise OSError(f"{folder} can't be written to ({error.strerror or error}); choose another") from error
@@ -98,11 +95,9 @@ _SLOTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD:
 
 
 class OptimizerState:
-    """An optimizer's state by the names of the parameters: of any number of processes, however the weights are spread.
+    """An optimizer's state by the names of the parameters, for any number of processes, however weights are spread."""
 
-    `torch.distributed.checkpoint.state_dict` does the same, but takes a step with zero gradients to fill an optimizer
-    that has no state yet, and so runs the hooks of ours (L2-SP, L1).
-    """
+    # torch.distributed.checkpoint.state_dict would first take a step with zero gradients, and so run our hooks
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
         self.optimizer = optimizer
@@ -132,10 +127,7 @@ class ModelState:
     """A model's weights, also where they are spread over processes."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
+        self.model, self.state_dict = model, model.state_dict
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         own = self.model.state_dict()
@@ -152,8 +144,7 @@ class Checkpoints:
     def save(self, step: int, best: int | None = None) -> Path:
         """Write what the parts hold after so many steps; OSError where the disk is full.
 
-        Older ones are deleted, except the last `keep_last` and that of step `best`.  Process 0 writes, whole tensors
-        also where the weights are spread over processes: any number of them can go on.
+        Process 0 writes, whole tensors, and deletes older ones, except the last `keep_last` and that of step `best`.
         """
         folder = self.folder / f"step-{step:08d}"
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -173,17 +164,15 @@ class Checkpoints:
                 remedy = "make room, or mend the disk, and go on with resume='auto'"
                 raise OSError(f"{error}. The last checkpoint is {last}; {remedy}") from error
             written = [path for path in _folders(self.folder) if _step(path) <= step]  # later ones: damaged, skipped
-            for old in written[: -self.keep_last]:
-                if _step(old) != best:
-                    shutil.rmtree(old, ignore_errors=True)
+            for old in (path for path in written[: -self.keep_last] if _step(path) != best):
+                shutil.rmtree(old, ignore_errors=True)
         distributed.barrier()
         return folder
 
     def resume(self) -> int | None:
         """Load the newest whole checkpoint into the parts; returns its step, or None where there is none.
 
-        Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.  The number
-        of processes, and how they share the work, may differ from before; only dropout then draws other numbers.
+        Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
         """
         step = None
         own = {name: part.state_dict() for name, part in self.parts.items()}  # all processes take part in it
@@ -199,8 +188,8 @@ class Checkpoints:
             warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
         found = [int(part) for part in distributed.gather(torch.tensor(step or 0), self.device)]
         if len(set(found)) > 1:
-            both = f"the processes find checkpoints of the steps {found} in {self.folder}"
-            raise ValueError(f"{both}; it must be one folder that all machines share")
+            need = "it must be one folder that all machines share"
+            raise ValueError(f"the processes find checkpoints of the steps {found} in {self.folder}; {need}")
         return step
 
     def _unfit(self, folder: Path, state: dict, tensors: dict[str, torch.Tensor], states: dict) -> str | None:
@@ -246,9 +235,8 @@ def _alike(own: Any, found: Any) -> bool:
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run."""
-    free = ("epochs", "progress", "checkpoint_dir", "checkpoint_every", "keep_last", "resume")
-    same = ("distributed", "gradient_checkpointing")  # the same numbers
-    kept = {name: value for name, value in asdict(config).items() if name not in free + same}
+    free = "epochs progress checkpoint_dir checkpoint_every keep_last resume distributed gradient_checkpointing".split()
+    kept = {name: value for name, value in asdict(config).items() if name not in free}  # the others change no numbers
     if callable(kept["task_gradients"]):  # in words that are the same in the next process
         kept["task_gradients"] = re.sub(" at 0x[0-9a-f]+", "", repr(kept["task_gradients"]))
     return {"config": kept} | more

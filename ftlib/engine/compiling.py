@@ -1,6 +1,6 @@
 """How a model runs while it trains: compiled, with gradient checkpointing, in TF32; and as it came afterwards.
 
-To copy: this file, methods/{adapters,optimizing,regularization,speedups}.py, core/{anatomy,batches}.py and torch.
+To copy: this file, methods/{adapters,optimizing,regularization,speedups}.py, core/{anatomy,batches,device}.py, torch.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..core import anatomy
+from ..core.device import asked
 from ..methods.adapters import adapters_of
 from ..methods.optimizing import tuning_of
 from ..methods.regularization import dropout_rate
@@ -30,7 +31,7 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
         with ExitStack() as stack:
             if config.gradient_checkpointing:
                 checkpoint_layers(model)
-            if config.precision == "tf32":
+            if asked(config.precision) == "tf32":
                 torch.set_float32_matmul_precision("high")
             if config.compile:
                 stack.enter_context(compiled_layers(model))
@@ -60,7 +61,7 @@ def float32_weights(model: nn.Module, config: Any) -> Iterator[tuple[str, str] |
         yield None
         return
     keep = sum(p.numel() for p in frozen) > sum(p.numel() for p in moving) and config.distributed != "fsdp"
-    keep = keep and config.precision in ("auto", "bf16") and {p.dtype for p in frozen} == {torch.bfloat16}
+    keep = keep and asked(config.precision) in ("auto", "bf16") and {p.dtype for p in frozen} == {torch.bfloat16}
     owners = {module: list(module.parameters(recurse=False)) for module in model.modules()} if keep else {}
     mixed = [module for module, own in owners.items() if any(p.requires_grad for p in own)]
     held = {*adapters_of(model).values()}  # these know two types; in others, Funnel's attention, children would differ

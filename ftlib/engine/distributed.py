@@ -11,6 +11,7 @@ Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023
 import copy
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +25,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import anatomy
 
-TIMEOUT = timedelta(minutes=30)  # of waiting for the others, one of which may fetch a model or write a checkpoint
+
+def patience() -> timedelta:
+    """How long to wait for the others, one of which may fetch a model or write a checkpoint: FTLIB_TIMEOUT seconds."""
+    said = os.environ.get("FTLIB_TIMEOUT") or "600"
+    if not (said.isdecimal() and int(said)):
+        raise ValueError(f"FTLIB_TIMEOUT={said!r} must be a number of seconds")
+    return timedelta(seconds=int(said))
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do when a process, a machine or the link between them is lost: the RuntimeErrors of gloo and NCCL."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = re.search("(?i)gloo|nccl|timed? ?out|pair closure|connection", str(error))
+        if world_size() == 1 or not known or "FTLIB_TIMEOUT" in str(error):
+            raise
+        wait = f"FTLIB_TIMEOUT={patience().total_seconds():.0f} seconds"
+        lost = f"lost another process, or waited more than {wait} for it ({error}); its own output may say why"
+        remedy = "start all again: with checkpoints and resume='auto' they go on from the last whole one"
+        raise RuntimeError(f"{lost}. To go on, {remedy}") from error
 
 
 def start() -> None:
@@ -44,16 +66,21 @@ def start() -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives the processes: in a corner of its own, a restart finds no addresses of dead ones
         own, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=TIMEOUT)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=patience())
         corner = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         where = {"store": corner, "rank": own, "world_size": world}
-    # device_id: it connects now, so that trouble shows now
-    dist.init_process_group("nccl" if device else "gloo", timeout=TIMEOUT, device_id=device, **where)
+    way = "nccl" if device else "gloo"
+    try:  # device_id: it connects now, so that trouble shows now
+        dist.init_process_group(way, timeout=patience(), device_id=device, **where)
+    except RuntimeError as error:
+        remedy = f"name the network interface by which the machines reach each other, {way.upper()}_SOCKET_IFNAME=eth0"
+        raise RuntimeError(f"the processes can't reach each other ({error}); {remedy}") from error
 
 
 def stop() -> None:
     """Leave the process group, if in one, once all are here.  After an error just end: torchrun stops the others."""
-    barrier()
+    with explained():
+        barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,14 +160,15 @@ def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype 
 
     The model is then on `device`.  After an error it is as it came: the weights of a lost run are its checkpoints'.
     """
-    if how != "fsdp" or world_size() == 1:
-        yield model
-        return
-    yield (shards := shard(model, device, dtype))
-    own = model.to(device).state_dict()
-    with torch.no_grad():
-        for name, tensor in shards.state_dict().items():
-            own[name].copy_(whole(tensor))
+    with explained():
+        if how != "fsdp" or world_size() == 1:
+            yield model
+            return
+        yield (shards := shard(model, device, dtype))
+        own = model.to(device).state_dict()
+        with torch.no_grad():
+            for name, tensor in shards.state_dict().items():
+                own[name].copy_(whole(tensor))
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.batches import refuse
 from ..core.device import choose_device, choose_precision, computing
 from ..core.loop import schedule_factor, steps
 from ..inputs.agreement import agree, name_classes
@@ -186,7 +187,8 @@ class Training:
         rows = {name: self.feed.rows.get(name, 0) for name in parts}
         described = hashlib.sha256(optimizing.described(model).encode()).hexdigest()
         data = self.feed.digest(self.held_out)
-        same = checkpoints.fingerprint(config, steps=self.total, rows=rows, data=data, model=described)
+        run = {"steps": self.total, "precision": self.result.precision, "rows": rows, "data": data}
+        same = checkpoints.fingerprint(config, **run, model=described)
         resumable = {
             "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
             "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
@@ -326,7 +328,7 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     """Refuse what is asked for and has no meaning for this model, or these rows."""
     records, smoothing = [TASKS[kind] for kind, _ in tasks.values()], config.label_smoothing
     names = metric_names(model, held_out) if held_out else []
-    for wrong, why in (
+    refuse(
         (smoothing and loss is None and not any(record.smooths for record in records),
          f"label_smoothing={smoothing} has no meaning for {', '.join(sorted({kind for kind, _ in tasks.values()}))}"),
         (config.r_drop and any(record.divergence is None for record in records),
@@ -335,9 +337,7 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
         (config.patience and config.metric not in names,
          f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),
         (config.eval_every and not held_out, f"eval_every={config.eval_every} needs eval_dataset"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(why)
+    )  # fmt: skip
     for idle, what in (
         (not config.patience and config.metric != "loss", f"metric={config.metric!r} has no effect without patience"),
         (config.r_drop and not any(getattr(*place) for place in dropout_places(model)),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.batches import whole
+from ..show.plots import axes_of
 from .fit import fit
 from .settings import TrainConfig
 
@@ -23,10 +24,7 @@ class RangeTest:
 
     def plot(self, ax: Any = None) -> Any:
         """Draw loss against learning rate, and the suggestion; returns the matplotlib Axes."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(figsize=(7, 3.4), dpi=90, layout="constrained")[1]
+        ax = axes_of(ax, 7, 3.4)
         ax.plot(self.rates, self.losses, color="0.8", label="loss of the step's batch")
         ax.plot(self.rates, self.smoothed, label="running mean")
         ax.axvline(self.suggestion, color="0.4", linestyle="--", label=f"suggestion {self.suggestion:.1e}")

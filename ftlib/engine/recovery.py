@@ -68,8 +68,8 @@ class RandomState:
 def uninterrupted() -> Iterator[None]:
     """Hold an interrupt (Ctrl-C) back until the block, a short one, is done as a whole."""
     before, held = signal.getsignal(signal.SIGINT), []
-    elsewhere = threading.current_thread() is not threading.main_thread()  # which alone is ever interrupted
-    if elsewhere or before is not signal.default_int_handler:  # also inside another such block
+    here = threading.current_thread() is threading.main_thread()  # which alone is ever interrupted
+    if not here or before is not signal.default_int_handler:  # also inside another such block
         yield
         return
     signal.signal(signal.SIGINT, lambda *what: held.append(what))
@@ -84,8 +84,7 @@ def uninterrupted() -> Iterator[None]:
 class Together:
     """A context for what must go together, as `steps` wants one; `whole` is False while, and after, it went wrong."""
 
-    def __init__(self) -> None:
-        self.whole = True
+    whole = True
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -102,10 +101,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def halving(gradient: Gradient, device: torch.device) -> Gradient:
-    """The gradient function, with micro-batches half as large, and the whole step done again, when memory runs out.
-
-    Such a step has `halve()`, which says so or raises MemoryError, and `cut()`, which makes its micro-batches anew.
-    """
+    """The gradient function, that does a step again, halved by its `halve()` and `cut()`, when memory runs out."""
 
     def careful(model: nn.Module, step: Any) -> torch.Tensor:
         begun = random_state(device)
@@ -127,6 +123,9 @@ def halving(gradient: Gradient, device: torch.device) -> Gradient:
     return careful
 
 
+_BAD = "step {step}: loss {loss}, gradient norm {grad_norm} on the rows {skipped} of train_dataset"
+
+
 def hopeless(history: list[dict], config: Any, total: int) -> str | None:
     """Why a run must end that has skipped its last `max_bad_steps` steps, or all `total`; None where it has not."""
     taken = [one for one in reversed(history) if "loss" in one]
@@ -134,18 +133,13 @@ def hopeless(history: list[dict], config: Any, total: int) -> str | None:
     if in_a_row < min(config.max_bad_steps, total):
         return None
     return (
-        f"{_bad(taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good step. Look "
-        f"for bad labels, or for numbers in the weights that are not finite; or begin anew, in another checkpoint_dir, "
-        f"with a lower learning_rate ({config.learning_rate:g}) and with max_grad_norm"
+        f"{_BAD.format(**taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good "
+        "step. Look for bad labels, or for numbers in the weights that are not finite; or begin anew, in another "
+        f"checkpoint_dir, with a lower learning_rate ({config.learning_rate:g}) and with max_grad_norm"
     )
 
 
 def warn_of(record: dict[str, Any]) -> None:
     """Say which rows were in a step that was skipped."""
     if distributed.rank() == 0:
-        warnings.warn(f"{_bad(record)}; the step is skipped", stacklevel=4)
-
-
-def _bad(record: dict[str, Any]) -> str:
-    numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-    return f"step {record['step']}: {numbers} on the rows {record['skipped']} of train_dataset"
+        warnings.warn(f"{_BAD.format(**record)}; the step is skipped", stacklevel=4)

@@ -1,12 +1,19 @@
 """What a run.toml may say, checked before anything is loaded; and labels of own data, made ready for `tokenize`."""
 
-import difflib
 import inspect
 import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import transformers
+
+from ..core.batches import IGNORE, refuse
+from ..inputs.assets import did_you_mean
+from ..methods.tuning import OPTIONS, tune
+from ..tasks.task import KINDS, TASKS
+from .settings import TrainConfig
 
 LENGTH, EVERY = 128, 50  # tokens of a text, steps between lines, where nothing is said
 _KEYS = {  # key: (types, default, meaning)
@@ -42,14 +49,13 @@ def read_run(path: str | Path) -> dict[str, Any]:
         kinds = _KEYS[key][0]
         fits = isinstance(value, kinds) and not isinstance(value, bool)
         columns = isinstance(value, list) and not (value and all(isinstance(name, str) for name in value))
-        for wrong, need in (
+        refuse(
             (not fits, f"a {' or a '.join(kind.__name__ for kind in kinds)}"),
             (columns, "a str or a list of names of columns"),
             (isinstance(value, int) and value < 1, "at least 1"),
             (isinstance(value, float) and not 0 < value < 1, "a share between 0 and 1, or the name of a split"),
-        ):
-            if wrong:
-                raise ValueError(f"{path}: {key} = {value!r} must be {need}")
+            what=f"{path}: {key} = {value!r} must be ",
+        )
     if missing := [key for key, (_, default, _) in _KEYS.items() if default == "needed" and not run.get(key)]:
         raise ValueError(f"{path}: {missing[0]!r} is missing")
     return run
@@ -57,21 +63,17 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 def strategy_of(run: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What `tune` gets: tune = "lora", or a table [tune] with strategy = "lora" and its options."""
-    tune = run.get("tune", "full")
-    options = {"strategy": tune} if isinstance(tune, str) else {"strategy": "", **tune}
+    asked = run.get("tune", "full")
+    options = {"strategy": asked} if isinstance(asked, str) else {"strategy": "", **asked}
     return options.pop("strategy"), options
 
 
 def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
     """The run's TrainConfig; errors come before anything is loaded and name the file."""
-    from ..methods.tuning import OPTIONS
-    from ..tasks.task import KINDS
-    from .settings import TrainConfig
-
     strategy, options = strategy_of(run)
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, tuple(OPTIONS))):
         if value not in choices:
-            hint = f"{_near(value, choices)}choose one of {', '.join(choices)}"
+            hint = f"{did_you_mean(value, choices, 0.6)}choose one of {', '.join(choices)}"
             raise ValueError(f"{path}: unknown {key} {value!r}; {hint}")
     settings, takes = run.get("train", {}), OPTIONS[strategy] or ("no options",)
     _refuse_unknown(path, options, takes, " in [tune]", f"{strategy!r} takes")
@@ -85,29 +87,19 @@ def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _near(word: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=2)
-    return f"did you mean {' or '.join(near)}? " if near else ""
-
-
 def _refuse_unknown(path: Any, given: Any, known: Any, where: str = "", what: str = "known are") -> None:
     """Say to a key that is not known where it belongs, or what may have been meant."""
-    from ..methods.tuning import OPTIONS
-
-    tune = {"strategy", *(option for options in OPTIONS.values() for option in options)}
-    places = {"above the tables": _KEYS, "under [train]": _fields(), "under [tune]": tune}
+    options = {"strategy", *(option for own in OPTIONS.values() for option in own)}
+    places = {"above the tables": _KEYS, "under [train]": _fields(), "under [tune]": options}
     for key in given:
         if key not in known:
-            hint = [f"it belongs {place}; " for place, keys in places.items() if key in keys] or [_near(key, known)]
-            raise ValueError(f"{path}: unknown key {key!r}{where}; {hint[0]}{what} {', '.join(known)}")
+            hints = [f"it belongs {place}; " for place, its in places.items() if key in its]
+            hint = [*hints, did_you_mean(key, known, 0.6)][0]
+            raise ValueError(f"{path}: unknown key {key!r}{where}; {hint}{what} {', '.join(known)}")
 
 
 def _try(strategy: str, options: dict[str, Any]) -> None:
     """The options' own checks, on a model of a few weights; what depends on the layers' names, the real one says."""
-    import transformers
-
-    from ..methods.tuning import tune
-
     targets, depth = options.get("targets"), options.get("layers")
     if isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets):
         options = options | {"targets": "all-linear"}
@@ -118,17 +110,12 @@ def _try(strategy: str, options: dict[str, Any]) -> None:
 
 def _fields() -> dict[str, tuple[str, ...]]:
     """{field of TrainConfig: (type, default, meaning)}, as its source has them."""
-    from .settings import TrainConfig
-
     source = re.findall(r"^    (\w+): (.+?) = (.+?)(?:  # (.*))?$", inspect.getsource(TrainConfig), re.MULTILINE)
     return {name: tuple(rest) for name, *rest in source}
 
 
 def keys() -> str:
     """What a run.toml may say: every key, with type, default and meaning."""
-    from ..methods.tuning import tune
-    from ..tasks.task import KINDS
-
     lines = ["keys of a run.toml (type; default): meaning"]
     for key, (kinds, default, meaning) in _KEYS.items():
         kinds = " or ".join(kind.__name__ for kind in kinds)
@@ -140,20 +127,14 @@ def keys() -> str:
     return "\n".join(lines)
 
 
-def labelled(
-    parts: dict[str, Any], column: str | list[str], task: str, say: Callable[[str], Any] = print
-) -> dict[str, Any]:
+def labelled(parts: dict[str, Any], column: str | list[str], task: str, say: Callable = print) -> dict[str, Any]:
     """The splits of a corpus with a column "label", which `tokenize` numbers and names for the task.
 
-    column: classes as a ClassLabel, words or whole numbers, lists of them for tags or several labels a text; lists of 0
-    and 1, or a list of columns of those; for regression numbers, or lists of them.  Rows outside "train" whose label is
-    hidden (none, or -1 where train has no such class) are left out, as is a split with no others; that is said.
-    Raises ValueError for labels of another kind, with the remedy.
+    column: classes as a ClassLabel, words or whole numbers, or lists of them; lists or columns of 0 and 1; for
+    regression numbers, or lists of them.  Rows outside "train" whose label is hidden (none, or -1 where train has no
+    such class) are left out, which is said.  Raises ValueError for labels of another kind, with the remedy.
     """
     from datasets import List, Value
-
-    from ..core.batches import IGNORE
-    from ..tasks.task import TASKS
 
     record, columns = TASKS[task], [column] if isinstance(column, str) else column
     values = {split: _read(part, columns, column) for split, part in parts.items()}
@@ -210,9 +191,6 @@ def _none(value: Any, hidden: tuple = (), tags: bool = False) -> bool:
 
 def _checked(values: dict[str, list], column: Any, task: str, names: Any) -> bool:
     """Whether the labels are numbers that stay numbers; ValueError where they are not of the task's kind."""
-    from ..core.batches import IGNORE
-    from ..tasks.task import TASKS
-
     record, several = TASKS[task], isinstance(column, list)
     items = [item for item in _items(_items(values.values())) if not _none(item, (-1, IGNORE))]
     lengths = {len(value) if isinstance(value, list) else 0 for value in values["train"] if value is not None}
@@ -222,7 +200,7 @@ def _checked(values: dict[str, list], column: Any, task: str, names: Any) -> boo
     shown = f"{min(items, key=lambda item: (item in (0, 1), str(item)), default=None)!r:.60}"
     each = ', or name columns of 0 and 1: label = ["a", "b"]' if record.multi_hot else ""
     words = {isinstance(item, str) for item in items}
-    for wrong, why in (
+    refuse(
         (len(words) > 1, f"words and numbers, {shown} among them; make them alike in all splits"),
         (items and not numbers and lists != (record.a_token or record.multi_hot),
          "lists, not one label a row" if lists else f"one label a row, no lists (JSON Lines){each}"),
@@ -232,7 +210,6 @@ def _checked(values: dict[str, list], column: Any, task: str, names: Any) -> boo
          f"{IGNORE}, which is no class; give the column a datasets.ClassLabel, beside which {IGNORE} is ignored"),
         (odd and not (numbers or yes_no),
          f"{shown}; write whole numbers or words for classes, 0 or 1 in several columns, or set task = 'regression'"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(f"task {task!r} does not fit the corpus: its {column!r} holds {why}")
+        what=f"task {task!r} does not fit the corpus: its {column!r} holds ",
+    )  # fmt: skip
     return numbers or yes_no

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -32,21 +33,17 @@ from .bases import PREFIX
 from .untrusted import refuse_large_numbers, refuse_other_files, refuse_sizes
 
 
-def save(
-    model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, about: dict[str, Any] | None = None
-) -> Path:
+def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, about: dict | None = None) -> Path:
     """Write a model to a folder that `load`, and for stock models `from_pretrained`, opens.
 
-    An adapter ("lora", "houlsby", "pfeiffer", a PEFT configuration) becomes adapter_config.json, PEFT's format,
-    adapter_model.safetensors with the head inside, and ftlib.json: which head, which base.  PEFT opens it, but for
-    bottleneck adapters.  Embeddings that were changed travel with it; any other base that is not what lies on disk
-    under its name (trained and merged before, say) is saved too, in `base/`, with a warning; `merge` makes one whole.
-    A MultiTaskModel becomes `encoder/` (opens with AutoModel), `heads.safetensors` and `multitask.json`.
+    An adapter ("lora", "houlsby", "pfeiffer", a PEFT configuration) becomes adapter_config.json and
+    adapter_model.safetensors, PEFT's format, the head inside, and ftlib.json: which head, which base.  Embeddings that
+    were changed travel with it; any other base that is not what lies on disk under its name is saved in `base/` too,
+    with a warning.  A MultiTaskModel becomes `encoder/` (for AutoModel), `heads.safetensors` and `multitask.json`.
     about: {"data": ..., "licence": ..., "metrics": {...}, "command": ...}, all optional, for README.md, the model card.
 
-    What was written is opened again before it takes the place of an older model: all of that model's files go, the
-    tokenizer's only where `tokenizer` is given, any other file, and a README.md of your own, stays.  Killed or out of
-    disk, the folder holds the old model or, once loaded, the new one.
+    What was written is opened again before it takes the place of an older model, whose files go, the tokenizer's only
+    where `tokenizer` is given; any other file stays.  Killed or out of disk, the folder holds the old or the new one.
     Raises ValueError for what would not come back, OSError where the folder can't be written; what was there stays.
     """
     for what in (model, *([] if tokenizer is None else [tokenizer])):
@@ -93,9 +90,10 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
         if base is not None and not adapted:
             raise ValueError(f"base={base!r}: {folder} holds a whole model, which needs none")
         note = read_json(inner / "ftlib.json") if adapted and (inner / "ftlib.json").is_file() else {}  # PEFT has none
-        model = trunk = _base_of(inner, base, note) if adapted else _load_stock(inner)
-        if several:
-            model = _with_heads(trunk, folder)
+        trunk, wrong = (_base_of(inner, base, note), []) if adapted else _opened(inner, dtype=torch.float32)
+        if wrong:
+            raise ValueError(f"{inner}: weights missing or of another shape: {', '.join(wrong[:3])}")
+        model = _with_heads(trunk, folder) if several else trunk
         if adapted:
             _put_adapter(model, trunk, inner, base, note)
     return model.eval()
@@ -107,13 +105,6 @@ def _opened(folder: Path, **options: Any) -> tuple[nn.Module, list[str]]:
     with said(f"{folder}: can't read the weights; damaged, or not those of config.json"):
         model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     return model, sorted(str(name) for how in ("missing", "mismatched") for name in info[f"{how}_keys"])
-
-
-def _load_stock(folder: Path) -> nn.Module:
-    model, wrong = _opened(folder, dtype=torch.float32)
-    if wrong:
-        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:3])}")
-    return model.eval()
 
 
 def _save_whole(model: nn.Module, folder: Path) -> None:
@@ -245,8 +236,6 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or data set on the Hub; of
 
 def write_card(model: nn.Module, folder: Path, about: dict[str, Any] | None, place: Path | None = None) -> None:
     """Write a card, in the Hub's form, for a folder (in `place`), unless it has its own; about: as `save` takes it."""
-    import transformers
-
     there, place, about = folder / "README.md", place or folder, about or {}
     if there.exists() and _MARK not in there.read_text("utf-8", "replace"):
         return warnings.warn(f"{there} is your own and stays; no model card", stacklevel=3) if about else None

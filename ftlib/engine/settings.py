@@ -5,11 +5,12 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..core.batches import number, one_of, whole
+from ..core.batches import number, one_of, refuse, whole
 from ..core.device import PRECISIONS
 from ..core.loop import SCHEDULES
 from ..methods.balancing import GRADIENTS, Combine, Weighting
 from ..methods.multitask import SAMPLERS
+from ..show.plots import learning_curves
 
 _RANGES = {  # of the numbers that may not be just any from 0
     "label_smoothing": (0, 1), "warmup_fraction": (0, 1), "temperature": (1e-6, math.inf), "dropout": (0, 0.99),
@@ -80,9 +81,8 @@ class TrainConfig:
             one_of("task_gradients", self.task_gradients, (None, *GRADIENTS, "a function: jacobian -> gradient"))
         folder = self.checkpoint_dir
         named = folder is None or (isinstance(folder, (str, os.PathLike)) and os.fspath(folder))
-        for wrong, why in (
-            (not isinstance(self.metric, str),
-             f"metric={self.metric!r}: need the name of a metric, e.g. 'loss' or 'accuracy'"),
+        refuse(
+            (not isinstance(self.metric, str), f"metric={self.metric!r}: need the name of a metric, 'loss' say"),
             (type(self.seed) is not int or abs(self.seed) >= 2**40,
              f"seed={self.seed!r}: need a whole number below 2**40"),
             (not named, f"checkpoint_dir={folder!r}: need the path of a folder, or None"),
@@ -94,9 +94,7 @@ class TrainConfig:
             (self.r_drop and self.dropout == 0, "r_drop compares two passes with other dropout: dropout=0 leaves none"),
             (self.resume and not folder, "resume='auto' needs checkpoint_dir"),
             (self.checkpoint_every and not folder, "checkpoint_every needs checkpoint_dir"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(why)
+        )  # fmt: skip
 
 
 @dataclass
@@ -135,8 +133,6 @@ class Run:
 
     def plot(self, **options: Any) -> Any:
         """Draw loss and evaluation metrics against steps; returns the matplotlib Axes."""
-        from ..show.plots import learning_curves
-
         return learning_curves(self, **options)
 
 

@@ -4,8 +4,7 @@ The step's loss is Σ over tasks: Head.weight × the task's weight × its share 
 items.  With a `task_weighting` or `task_gradients` every task of the step has the same share, as in the papers, however
 many of its rows were drawn (draw them alike: task_sampler="uniform").  It costs one forward and one backward pass, and
 - `task_gradients`: a row of the Jacobian (4 bytes a shared parameter) for each task, and a backward pass for each task
-  a row has.  Only rows of the same tasks go through the encoder together, each once.
-- `task_cosines`: the same in the steps that record them, over all rows at once.
+  a row has; rows of the same tasks go through the encoder together.  `task_cosines`: this where they are recorded.
 - "gradnorm": a backward pass through the last layer for each task.
 - "famo": a forward pass after the step; one more before it where the step is cut into micro-batches.
 """
@@ -87,10 +86,7 @@ def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool =
 
 
 class Losses:
-    """What the tasks lose.  functions: {task: (logits, labels) -> loss summed over items}; r_drop: its strength.
-
-    check: look on the first batch whether a function takes a mean.
-    """
+    """What tasks lose, by {task: (logits, labels) -> sum over items}; check: look on a first batch for a mean."""
 
     def __init__(self, functions: dict, tasks: dict, r_drop: float, autocast: Callable, check: bool = False):
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
@@ -126,10 +122,8 @@ class Losses:
         with torch.no_grad(), _random_state_kept(logits):
             twice = self.functions[task](torch.cat([logits, logits]), torch.cat([labels, labels]))
         if abs(twice - 4 * value) < 1e-3 * abs(value) and logits.shape != labels.shape and logits.dim() == 2:
-            what = (
-                f"logits {tuple(logits.shape)} against labels {tuple(labels.shape)}: each with all; take logits[:, 0]"
-            )
-            raise ValueError(f"the loss pairs {what}")
+            shapes = f"logits {tuple(logits.shape)} against labels {tuple(labels.shape)}"
+            raise ValueError(f"the loss pairs {shapes}: each with all; take logits[:, 0]")
         if abs(twice - value) < 1e-3 * abs(value):
             what = f"{float(value):.4g} for {len(labels)} rows and {float(twice):.4g} for the same rows twice"
             raise ValueError(f"the loss gives {what}: a mean; fit needs the sum over items, reduction='sum'")
@@ -142,8 +136,8 @@ class Joint:
     """
 
     def __init__(self, model: nn.Module, config: Any, precision: str, epoch: int):
-        weighting = config.task_weighting
-        weighting = weighting if isinstance(weighting, Weighting) else Weighting(weighting)
+        asked = config.task_weighting
+        weighting = asked if isinstance(asked, Weighting) else Weighting(asked)
         self.model, self.config, self.epoch, self.how = model, config, epoch, weighting.how
         one = len(model.tasks) < 2
         needs = [f"task_weighting={self.how!r}"] if self.how == "gradnorm" or (one and self.how != "fixed") else []
@@ -180,8 +174,7 @@ class Joint:
         if self.how != "famo" or len(step) > 1:
             self.weight = self.weights.weights(step.number, self._look() if self.how == "famo" else None)
         self.due = self.config.task_cosines is not None and step.number % self.config.task_cosines == 0
-        self.apart = self.combine is not None or self.due
-        self.cosines: dict[str, float] = {}
+        self.apart, self.cosines = self.combine is not None or self.due, {}
         if self.how == "gradnorm":  # gradients of the mean losses on the last layer
             last = {id(p) for stack in anatomy.stacks(self.model)[-1:] for p in stack[-1].parameters()}
             self.layer = [p for p in shared if id(p) in last] or shared
@@ -191,10 +184,7 @@ class Joint:
             self.used = self.means.new_zeros(len(self.parameters))
 
     def add(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Take a micro-batch's share of the mean losses; returns its share of the step's loss, to go backward from.
-
-        Where gradients are taken apart that is done here, and what is returned has none.
-        """
+        """Take a micro-batch's share of the mean losses; returns that of the step's, without gradients if `apart`."""
         row = self._row(losses)
         self.means += row
         if self.weight is None:
@@ -237,8 +227,8 @@ class Joint:
             torch.manual_seed((self.config.seed * 1_000_003 + self.step.number) % 2**63)
             joined = self.combine(rows)
         if (got := _what(joined)) != (wanted := f"shape {tuple(rows.shape[1:])}"):
-            must = f"it must give one gradient, {wanted}"
-            raise ValueError(f"task_gradients gives {got} for a jacobian {tuple(rows.shape)}; {must}")
+            given = f"task_gradients gives {got} for a jacobian {tuple(rows.shape)}"
+            raise ValueError(f"{given}; it must give one gradient, {wanted}")
         return joined.detach().to(rows)
 
     def end(self) -> dict[str, float]:

@@ -32,10 +32,7 @@ def refuse_other_files(folder: Path) -> None:
 
 
 def refuse_sizes(folder: Path) -> type:
-    """The class of the model that config.json describes; ValueError where that is larger than the weights are.
-
-    It is built on no device; what Python itself would count to before (layers, labels, lists) is looked at first.
-    """
+    """The class of the model that config.json describes, built on no device; ValueError if larger than its weights."""
     config = read_json(folder / "config.json")
     refuse_kernels(config, f"{folder}/config.json")
     names = config.get("architectures")

@@ -1,10 +1,9 @@
 """What a model takes, compared once with what it is given: tokenizer, columns of rows, names of classes.
 
-A padding id that the tokenizer knows otherwise than the config, or classes numbered in another order, change answers
-without an error.  Every door (fit, evaluate, predict, extract_features) asks here; right is the stock model on each row
-alone.
+Another padding id, or classes in another order, change answers without an error.  Every door (fit, evaluate, predict,
+extract_features) asks here; right is the stock model on each row alone.
 
-To copy: this file, core/anatomy.py and core/batches.py.
+To copy: this file, core/anatomy.py, core/batches.py and tasks/.
 """
 
 import inspect
@@ -19,6 +18,7 @@ from torch import nn
 
 from ..core import anatomy
 from ..core.batches import Row, short
+from ..tasks.task import given_names, names_of
 
 # Convolutions, blocks, hashes or Fourier sums over the whole row, padding included, whatever the mask says.
 _MIXING = "big_bird bigbird_pegasus canine convbert fnet funnel mobilebert nystromformer reformer yoso".split()
@@ -35,9 +35,8 @@ class Padding(NamedTuple):
 def agree(model: nn.Module, tokenizer: Any = None, several: bool = True) -> Padding:
     """Compare tokenizer, config and embeddings, and say how to pad.  several: whether a batch may have two rows.
 
-    A padding id that only the tokenizer knows, or that lies outside the embeddings, is written into the config, with a
-    warning; of two good ones the config's is taken, since the model's forward reads it, with a warning.
-    Raises ValueError with the remedy where the model needs one and there is none.
+    Of two padding ids within the embeddings the config's is taken, which the forward reads; the tokenizer's, if it is
+    the only one, is written there; both with a warning.  ValueError where one is needed and there is none.
     """
     if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
         raise TypeError(f"tokenizer is {short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('minilm')")
@@ -96,12 +95,13 @@ def vocabulary(model: nn.Module) -> int | None:
         return getattr(base.config, "vocab_size", None)
 
 
-_A_TOKEN = {  # inputs with a value a token, and the config's name for the number below which values must be
+_SIZES = {  # inputs with a value a token, and the config's name for the number below which values must be
     "bbox": "max_2d_position_embeddings", "global_attention_mask": "", "input_mask": "",
     "input_pronunciation_ids": "pronunciation_vocab_size", "input_shape_ids": "shape_vocab_size", "langs": "n_langs",
     "position_ids": "max_position_embeddings", "task_type_ids": "task_type_vocab_size",
     "token_type_ids": "type_vocab_size", "xpath_subs_seq": "", "xpath_tags_seq": "",
 }  # fmt: skip
+A_TOKEN = frozenset(_SIZES)
 _OF_TOKENIZERS = frozenset(  # what tokenizers make for every model, for other models, or for people
     "attention_mask input_ids labels offset_mapping special_tokens_mask token_type_ids word_ids word_starts".split()
 )
@@ -116,7 +116,7 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
     """{input: number below which its values must be}, where it is known."""
-    found = {name: getattr(anatomy.base_of(model).config, field, None) for name, field in _A_TOKEN.items()}
+    found = {name: getattr(anatomy.base_of(model).config, field, None) for name, field in _SIZES.items()}
     return {n: size for n, size in found.items() if isinstance(size, int) and size > 0} | {"global_attention_mask": 2}
 
 
@@ -169,14 +169,14 @@ def checked_input(name: str, value: Any, length: int, size: int | None, where: s
     if found is None or (whole and found.dtype.kind == "f") or (places and bad):
         what = "positions of the row's tokens" if places else "numbers"
         why = f"expected {what}, got {short(value)}; drop the column or mend it"
-    elif name in _A_TOKEN and shape[:1] != (length,):
+    elif name in A_TOKEN and shape[:1] != (length,):
         why = f"{len(value) if shape else 1} {name} values for {length} input_ids; must be equal"
     elif bad:
         why = f"{'id' if name.endswith('_ids') else 'value'} {bad}"
     if why:
         raise ValueError(f"{where}, column {name!r}: {why}")
     forms = {(-1, *shape[1:])} if shape[:1] == (length,) else {shape}
-    return forms if name in _A_TOKEN else forms | {shape}
+    return forms if name in A_TOKEN else forms | {shape}
 
 
 def check_alike(first: dict, ids: Sequence[int], forms: dict[str, set[tuple]], end: int | None, where: str) -> None:
@@ -225,19 +225,12 @@ def class_names(features: Any, under: str = "") -> dict[str, list[str]]:
     label = (features or {}).get("labels")
     kinds = label if isinstance(label, dict) else {under: label}  # the inner ones of tags: a list of classes
     found = {task: getattr(getattr(kind, "feature", kind), "names", None) for task, kind in kinds.items()}
-    return {task: list(names) for task, names in found.items() if names and not numbered(names)}
-
-
-def numbered(names: Sequence[str]) -> bool:
-    """Whether these are no names: LABEL_0, LABEL_1, …"""
-    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
+    return {task: list(names) for task, names in found.items() if names and given_names(dict(enumerate(names)))}
 
 
 def matched(own: Sequence[str], names: Sequence[str], where: str) -> list[int]:
-    """Which class of the model each name of the data is, in any order, capitals aside; ValueError where one is none.
-
-    "0", "1", … beside words are no names.
-    """
+    """Which class of the model each name of the data is, in any order, capitals aside; ValueError where one is none."""
+    # "0", "1", … beside words are no names
     digits = [all(map(str.isdecimal, one)) for one in (own, names)]
     if digits[0] != digits[1] and [str(i) for i in range(len(names))] in (list(own), list(names)):
         return list(range(len(names)))
@@ -253,9 +246,9 @@ def matched(own: Sequence[str], names: Sequence[str], where: str) -> list[int]:
 def name_classes(model: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
     """Give a model whose classes nobody named the data's names, as `parts_for` found them: {task: names}."""
     for task, own in names.items():
-        config = (model.heads[task] if task else model).config
-        if numbered(former := [name for _, name in sorted(config.id2label.items())]):
-            own = [*own, *former[len(own) :]]
+        config, former = (model.heads[task] if task else model).config, names_of(model, task)
+        if given_names(former) is None:
+            own = [*own, *(f"LABEL_{i}" for i in range(len(own), len(former)))]
             config.id2label, config.label2id = dict(enumerate(own)), {name: i for i, name in enumerate(own)}
             if task:  # what `save` writes down
                 model.specs[task] = replace(model.specs[task], label_names=tuple(own))

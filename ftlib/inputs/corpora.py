@@ -1,12 +1,10 @@
 """Corpora as `datasets.DatasetDict` with fixed train, validation and test splits that share no text.
 
-To copy: this file, core/batches.py, inputs/assets.py, numpy and datasets (for own files inputs/reading.py and what
-that names).
+To copy: this file, core/batches.py, inputs/assets.py and datasets (own files: inputs/reading.py and what that names).
 
-What every corpus goes through, in six steps that data/README.md counts: white space is collapsed, rows that cannot be
-read are dropped; so are texts whose copies carry different labels; of equal texts one is kept (test, else validation);
-missing splits are drawn from train, stratified by label; pairs that share a sentence with one held out are dropped from
-the other splits; rows are shuffled, so the first n of a split are a fair sample.  All seeds are fixed.
+Six steps, counted in data/README.md, all seeds fixed: white space is collapsed, rows that cannot be read go; so do
+texts whose copies carry different labels; of equal texts one is kept (test, else validation); missing splits are drawn
+from train, stratified; pairs that share a sentence with one held out go; rows are shuffled.
 """
 
 import csv
@@ -53,9 +51,8 @@ def load_corpus(name: str, *, source: str = "auto"):
     Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
     (List(ClassLabel), BIO), intent (ClassLabel).
     source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
-    splits, so other numbers), "auto" is "wheel" for our names. A folder written by `save_to_disk` or holding csv, json
-    or parquet files, such a file, or a hub id with a slash, is loaded as it is: `reading.load_folder`. A name of ours
-    wins over a folder of that name, and a folder over a hub id.
+    splits, so other numbers), "auto" is "wheel" for our names. Then comes a folder or file (`reading.load_folder`),
+    as it is, and then a hub id with a slash.
     Raises ValueError for an unknown name or source, RuntimeError when nothing can be fetched.
     """
     from ..core.batches import one_of  # here, where datasets is loaded next: a list of the corpora needs no torch
@@ -103,8 +100,7 @@ def _read(name: str, source: str) -> dict[str, list[dict]]:
             raise ValueError("no rows")
         return splits
     except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{place} does not read as {name!r} ({reason}); {mend}") from error
+        raise ValueError(f"{place} does not read as {name!r} ({type(error).__name__}: {error}); {mend}") from error
 
 
 def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
@@ -151,8 +147,7 @@ def _read_atis(path: Path) -> list[dict]:
     return rows
 
 
-def _read_stsb(path: Path) -> list[dict]:
-    # No quoting in this format: a quotation mark is part of the sentence.
+def _read_stsb(path: Path) -> list[dict]:  # no quoting in this format: a quotation mark is part of the sentence
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [{"text": row[5], "text_pair": row[6], "label": float(row[4])} for row in rows]
 
@@ -270,12 +265,10 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
 
 def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
     splits, seen = dict(splits), set()
-    for split in reversed(SPLITS):
-        sentences = [_key(row) for row in splits[split]]
-        kept = [row for row, pair in zip(splits[split], sentences, strict=True) if seen.isdisjoint(pair)]
-        dropped["sentence shared with a held-out pair"] += len(splits[split]) - len(kept)
-        splits[split] = kept
-        seen.update(*sentences)
+    for split, rows in reversed(splits.items()):
+        splits[split] = [row for row in rows if seen.isdisjoint(_key(row))]
+        dropped["sentence shared with a held-out pair"] += len(rows) - len(splits[split])
+        seen.update(*map(_key, rows))
     return splits
 
 

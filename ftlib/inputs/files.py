@@ -23,10 +23,7 @@ MARK = "[0-9a-f]{8}"  # between the name of a folder and .new or .old
 
 @contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to `folder` that takes its place, safe against a power cut, when all went well.
-
-    Raises OSError naming the folder where it can't be written; what was there before stays.
-    """
+    """A folder beside `folder`, that takes its place, safe against power cuts, if all went well; OSError naming it."""
     mark = uuid.uuid4().hex[:8]
     temporary, old = folder.with_name(f".{folder.name}.{mark}.new"), folder.with_name(f".{folder.name}.{mark}.old")
     try:
@@ -61,8 +58,8 @@ _STAGE, _WHOLE = ".saving", "whole"  # where new files wait in a folder; what go
 def replacing(folder: Path) -> Iterator[Path]:
     """A folder inside `folder`, whose files take the places of the model's (and tokenizer's) there when all went well.
 
-    Killed at any moment, or out of disk, it leaves all of the old or, after `settled`, all of the new; others wait.
-    The folder itself is never renamed: it may be a mount point.  Raises OSError naming it where it can't be written.
+    Killed or out of disk, it leaves all of the old or, after `settled`, all of the new; others wait.  The folder is
+    never renamed: it may be a mount point.  Raises OSError naming it where it can't be written.
     """
     stage = folder / _STAGE
     try:

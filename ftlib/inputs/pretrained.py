@@ -5,8 +5,7 @@
 
 To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
 
-Weights are float32 and the model is in eval mode unless you ask otherwise. No remote code is ever run, and
-safetensors files are preferred to pickles.
+Weights are float32, the model in eval mode, unless you ask otherwise. No remote code is run; safetensors come first.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.batches import one_of, whole
+from ..core.batches import one_of, refuse, whole
 from ..tasks.task import TASKS, auto_class
 from . import assets, files
 
@@ -28,9 +27,8 @@ _POOLER = r"(^|\.)(pooler|pooling_layer)(\.|$)"  # may start new although it lie
 def load_tokenizer(name, **kwargs):
     """The fast tokenizer of a model named as in `load_model`; `kwargs` go to AutoTokenizer.from_pretrained.
 
-    Truncation and padding happen only where the caller asks for them: settings baked into tokenizer.json are removed.
-    `model_max_length` is the length of the model's position table: 512 for minilm, which was trained on 128 tokens
-    and which sentence-transformers cuts at 256. A folder without tokenizer files raises ValueError.
+    It truncates and pads only where the caller asks for it. `model_max_length` is the length of the model's position
+    table: 512 for minilm, trained on 128. A folder without tokenizer files raises ValueError.
     """
     from transformers import AutoTokenizer
 
@@ -47,24 +45,16 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
-def load_model(
-    name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed: int = 0, **kwargs
-):
+def load_model(name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed=0, **kwargs):
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
-    name: a short name ("minilm"), an existing folder, or a hub id. task: "sequence-classification",
-    "multi-label-classification", "regression", "token-classification". num_labels may come from `label_names` (which
-    fill config.id2label); regression defaults to 1; a folder saved with a head for this task keeps its own. New head
-    weights are drawn from `seed`; the global random state is left alone. `kwargs` go to from_pretrained: dtype,
-    attn_implementation, values of the config.
+    name: a short name ("minilm"), an existing folder, or a hub id. task: a kind of task, "sequence-classification" say.
+    num_labels may come from `label_names` (which fill config.id2label); regression defaults to 1; a folder saved with a
+    head for this task keeps its own. New head weights are drawn from `seed`; the global random state is left alone.
+    `kwargs` go to from_pretrained: dtype, attn_implementation, values of the config.
 
     Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
     fit, or a checkpoint that lacks weights of the encoder itself.
-
-    >>> load_model("minilm", task="classify")
-    Traceback (most recent call last):
-        ...
-    ValueError: task='classify': choose one of encoder, sequence-classification, ...
     """
     kind = TASKS.get(one_of("task", task or "encoder", ("encoder", *TASKS)))
     num_labels, label_names = _check_labels(kind, num_labels, label_names)
@@ -74,8 +64,8 @@ def load_model(
     place = _locate(name, kwargs)
     if kind is not None:
         if num_labels is None:  # a checkpoint with this kind of head knows
-            places = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-            where = {key: kwargs[key] for key in places if key in kwargs} | {"trust_remote_code": False}
+            places = kwargs.keys() & {"revision", "subfolder", "cache_dir", "local_files_only", "token"}
+            where = {key: kwargs[key] for key in places} | {"trust_remote_code": False}
             with _explain(name, place):
                 config = transformers.AutoConfig.from_pretrained(place, **where)
             if not any(name.endswith(kind.architecture) for name in config.architectures or []):
@@ -83,8 +73,7 @@ def load_model(
             num_labels = config.num_labels
         kwargs |= {"num_labels": num_labels, "problem_type": kind.problem_type}
     if label_names is not None:
-        kwargs["id2label"] = dict(enumerate(label_names))
-        kwargs["label2id"] = {label: i for i, label in enumerate(label_names)}
+        kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     kwargs.setdefault("dtype", torch.float32)  # Transformers 5 would keep whatever type the file has
     auto = auto_class(task) if kind else transformers.AutoModel
     if kind is None and (path := Path(place, "config.json")).is_file():  # T5's encoder alone, say
@@ -107,14 +96,12 @@ def _check_labels(kind, num_labels, label_names):
         return (1 if kind and kind.probabilities is None else None), None
     one = whole("num_labels", count) == 1 and kind and kind.problem_type == "single_label_classification"
     repeated = [label for label, times in Counter(names).items() if times > 1]
-    for wrong, why in (
+    refuse(
         (repeated, f"label_names has {str(repeated[:1])[1:-1]} more than once; each label needs its own name"),
         (num_labels not in (None, count), f"num_labels={num_labels} but label_names has {count} names"),
         (kind is None, "num_labels and label_names belong to a head; give a task as well"),
         (one, "one label leaves nothing to classify; use num_labels=2, or task='regression'"),
-    ):
-        if wrong:
-            raise ValueError(why)
+    )
     return count, names
 
 
@@ -132,7 +119,7 @@ def _locate(name, kwargs) -> str:
     if kind:
         raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
     local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
-    if local or ("/" not in name and assets.near_names(name, _models())):
+    if local or ("/" not in name and assets.did_you_mean(name, _models())):
         raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, _models()))
     return name
 

@@ -156,8 +156,8 @@ def load_folder(place: str | Path) -> Any:
     """A datasets.DatasetDict of a folder or file; nothing is written there, and no older copy of a file is read.
 
     A folder: train.csv, dev.csv (valid, val, validation) and test.csv, of any kind that `as_dataset` takes; where no
-    name is a split's, all files are "train".  Several files for one split keep their own names, but parts of one
-    (train-00000-of-00002) are joined.  What lies in folders inside is for `datasets.load_dataset`.
+    name is a split's, all are "train".  Several files for one split keep their names; parts (train-00000-of-00002) are
+    joined.  What lies in folders inside is for `datasets.load_dataset`.
     Raises ValueError or OSError naming the folder.
     """
     import datasets

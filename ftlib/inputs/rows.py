@@ -1,8 +1,7 @@
 """The door for data: texts, and rows of token ids and labels, checked against a model once, in one pass.
 
-A label outside the model's classes, a float label, a row padded by hand: all of it is found here, before any training,
-and said with row, column, value and remedy; behind the door rows are trusted.  A Dataset's rows stay in Arrow and are
-read when a step needs them; a stream's are checked as they come.
+All that is wrong is found here, before any training, and said with row, column, value and remedy; behind the door rows
+are trusted.  A Dataset's rows stay in Arrow and are read when a step needs them; a stream's are checked as they come.
 
 To copy: this file, inputs/agreement.py, core/anatomy.py, core/batches.py and tasks/.
 """
@@ -19,7 +18,7 @@ from torch import nn
 from ..core.anatomy import max_positions
 from ..core.batches import Row, short
 from ..tasks.classification import plain
-from ..tasks.task import TASKS, names_of, tasks_of
+from ..tasks.task import TASKS, given_names, names_of, tasks_of
 from . import agreement
 from .agreement import inputs_of
 
@@ -46,13 +45,10 @@ class Door:
     known: dict = field(default_factory=dict)  # {task: which of `names` each of the data's classes is}
 
     @classmethod
-    def of(
-        cls, model: nn.Module, name: str, labels_needed: bool = True, under: str = "", names: dict | None = None
-    ) -> "Door":
+    def of(cls, model: nn.Module, name: str, labels_needed=True, under: str = "", names: dict | None = None) -> "Door":
         """names: {task: names of its classes} that stand for those of a model without; further ones are added."""
         tasks, names = tasks_of(model), {} if names is None else names
-        own = {task: [name for _, name in sorted(names_of(model, task).items())] for task in tasks}
-        names |= {task: given for task, given in own.items() if not agreement.numbered(given)}
+        names |= {task: given for task in tasks if (given := given_names(names_of(model, task)))}
         return cls(
             tasks, name, agreement.vocabulary(model), max_positions(model.config), labels_needed,
             inputs_of(model), under, agreement.sizes_of(model), agreement.end_id(model),
@@ -123,10 +119,7 @@ class Door:
 
 
 class Rows(Sequence):
-    """Rows that passed a door.  lengths: tokens of each, int32 (rows,).
-
-    A Dataset stays where it is: rows are read, and made plain, when they are asked for.
-    """
+    """Rows that passed a door; those of a Dataset are read when asked for.  lengths: tokens of each, int32 (rows,)."""
 
     def __init__(self, source: Any, door: Door):
         self.door, self.table, self.kept = door, None, []
@@ -246,7 +239,6 @@ def parts_for(
     """{name: checked rows} from {name: dataset}; plain labels under a task's name become {task: label}.
 
     stream: what has no length stays a `Stream`; else it is read to its end, a datasets.IterableDataset if `whole`.
-    names: as in `Door.of`.
     """
     names = {} if names is None else names
     if not isinstance(dataset, dict) or hasattr(dataset, "column_names"):
@@ -305,8 +297,8 @@ def checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any
             raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
         return [checked_text(word, row, f"{column}[{i}]", inside=True) for i, word in enumerate(value)]
     if not isinstance(value, str):
-        got = f"{short(value)} ({type(value).__name__})"
-        raise TypeError(f"{where}: expected text, got {got}; drop the row or fill it in")
+        kind = type(value).__name__
+        raise TypeError(f"{where}: expected text, got {short(value)} ({kind}); drop the row or fill it in")
     if not value.strip():
         raise ValueError(f"{where}: the text is empty; drop the row or give it text")
     try:

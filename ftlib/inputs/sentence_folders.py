@@ -1,7 +1,6 @@
 """What a sentence-transformers folder says beside the weights: how its vectors are made of hidden states.
 
-modules.json lists the steps: the encoder, a pooling, then Dense and Normalize.  Only JSON and safetensors are read;
-anything else is refused by name, since it would give other vectors.
+modules.json lists the steps: encoder, pooling, Dense, Normalize.  Only JSON and safetensors are read; others refused.
 
 To copy: this file, inputs/files.py, torch and transformers.
 Source: sentence-transformers 6.2 (Reimers & Gurevych 2019, arXiv:1908.10084); older folders have the same files.
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .files import read_tensors
+from .files import read_tensors, said
 
 _ENCODER_FILES = [f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "xlm-roberta", "xlnet")]
 _ACTIVATIONS = {f"{k.__module__}.{k.__name__}": k for k in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.Sigmoid)}
@@ -65,8 +64,8 @@ def recipe_of(place: str) -> Recipe:
     kinds, paths = [str(step.get("type")) for step in steps], [str(step.get("path") or "") for step in steps]
     kinds = [kind.rsplit(".", 1)[-1] if kind.startswith("sentence_transformers.") else kind for kind in kinds]
     encoder = next(filter(None, (_said(place, paths[0], file) for file in _ENCODER_FILES)), {})
-    said = [encoder, *(_said(place, path, "config.json") for path in paths[1:]), {}]
-    whole, pooling = _said(place, "config_sentence_transformers.json"), said[1]
+    own = [encoder, *(_said(place, path, "config.json") for path in paths[1:]), {}]
+    whole, pooling = _said(place, "config_sentence_transformers.json"), own[1]
     modes = [mode for key, mode in _OLDER.items() if pooling.get(key)] or ["mean"]
     pooling.setdefault("pooling_mode", modes if len(modes) > 1 else modes[0])
     prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name")) or ""
@@ -74,28 +73,28 @@ def recipe_of(place: str) -> Recipe:
     odd += [] if whole.get("model_type") in (None, "SentenceTransformer") else [str(whole["model_type"])]
     odd += ["Pooling (include_prompt)"] if prompt and pooling.get("include_prompt") is False else []
     odd += ["Normalize before Dense"] if "Normalize" in kinds[:-1] else []
-    for i, (kind, own) in enumerate(zip(kinds, said, strict=False)):
+    for i, (kind, settings) in enumerate(zip(kinds, own, strict=False)):
         right = kind in (("Transformer",), ("Pooling",), ("Dense", "Normalize"))[min(i, 2)]
-        wrong = [k for k, v in own.items() if v and _KNOWN.get(k, ()) is not None and v not in _KNOWN.get(k, ())]
-        odd += [f"{kind} ({key}: {own[key]})" for key in wrong] if right else [kind]
+        wrong = [k for k, v in settings.items() if v and _KNOWN.get(k, ()) is not None and v not in _KNOWN.get(k, ())]
+        odd += [f"{kind} ({key}: {settings[key]})" for key in wrong] if right else [kind]
     if odd:
         why = "is not done here; use sentence-transformers, or pass the model itself, and pooling="
         raise ValueError(f"{place}/modules.json: {', '.join(odd)} {why}")
     return Recipe(
         pooling=pooling["pooling_mode"], folder=place, place=os.path.join(place, paths[0]) if paths[0] else "",
-        dense=tuple(_dense(place, paths[i], said[i]) for i, kind in enumerate(kinds) if kind == "Dense"),
+        dense=tuple(_dense(place, paths[i], own[i]) for i, kind in enumerate(kinds) if kind == "Dense"),
         normalize="Normalize" in kinds, max_length=encoder.get("max_seq_length"), prompt=prompt,
         lower=bool(encoder.get("do_lower_case")),
     )  # fmt: skip
 
 
-def _dense(place: str, path: str, said: dict) -> nn.Module:
+def _dense(place: str, path: str, settings: dict) -> nn.Module:
     file = os.path.join(path, "model.safetensors")
     weights = read_tensors(_file(place, file) or Path(place, file))
     weights = {name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()}
     layer = nn.Linear(*weights["weight"].shape[::-1], "bias" in weights)
     layer.load_state_dict(weights)
-    return nn.Sequential(layer, _ACTIVATIONS.get(said.get("activation_function"), nn.Tanh)())
+    return nn.Sequential(layer, _ACTIVATIONS.get(settings.get("activation_function"), nn.Tanh)())
 
 
 def _file(place: str, name: str) -> Path | None:
@@ -111,8 +110,6 @@ def _said(place: str, *names: str, several: bool = False) -> Any:
     """What a JSON file says, an object or a list of them; nothing where there is none."""
     if (file := _file(place, os.path.join(*names))) is None:
         return {}
-    try:
-        said = json.loads(file.read_text("utf-8"))
-        return list(map(dict, said)) if several else dict(said)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: expected sentence-transformers' settings in JSON ({error}); mend it") from error
+    with said(f"{file}: expected sentence-transformers' settings in JSON; mend it"):
+        settings = json.loads(file.read_text("utf-8"))
+        return list(map(dict, settings)) if several else dict(settings)

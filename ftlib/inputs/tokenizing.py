@@ -1,7 +1,6 @@
 """From text to token rows, once, for any task: padding comes as late as possible, in core/batches.py.
 
-To copy: this file, inputs/rows.py, inputs/agreement.py, core/anatomy.py, core/batches.py and tasks/ (inputs/reading.py
-and datasets for `tokenize`).
+To copy: this file, inputs/{rows,agreement}.py, core/{anatomy,batches}.py and tasks/ (`tokenize`: inputs/reading.py).
 """
 
 import warnings
@@ -11,15 +10,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from ..core.batches import Row, one_of, short, whole
+from ..core.batches import Row, one_of, refuse, short, whole
 from ..tasks.tagging import align, word_ids
 from ..tasks.task import TASKS, encode_plain, keep_label
+from .agreement import A_TOKEN
 from .rows import checked_column, checked_texts, is_stream, text_iterator, transforms
 
-INPUTS = frozenset(  # columns that models take beside texts: made of tokens, so that they do not survive tokenizing
-    "attention_mask bbox decoder_input_ids global_attention_mask input_ids langs pixel_values position_ids "
-    "token_type_ids".split()
-)
+# columns that models take beside texts: made of tokens, so that they do not survive tokenizing
+INPUTS = A_TOKEN | {"attention_mask", "decoder_input_ids", "input_ids", "pixel_values"}
 
 
 def tokenize(
@@ -30,8 +28,7 @@ def tokenize(
 
     Args:
         dataset: what `reading.as_dataset` takes: a Dataset, DatasetDict or IterableDataset (tokenized as it is read), a
-            DataFrame, a list of dicts, {column: list}, a file's path, {split: any of these}.  Rows of a Dataset that
-            lies on disk go into a temporary file, until Python ends; nothing is written beside the data.
+            DataFrame, a list of dicts, {column: list}, a file's path, {split: any of these}; nothing is written there.
         tokenizer: a fast Transformers tokenizer.
         max_length: longest row in tokens, special tokens included; default: what the tokenizer's model takes.
         truncation: cut longer texts; with False a longer text is an error that names its row.
@@ -43,10 +40,9 @@ def tokenize(
         task: the kind of task, for those that read further columns: "relation-classification" reads `spans`;
             with "multi-label-classification" lists of class names become a 0 or 1 for each class.
 
-    Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and
-    `labels` if there were any.  Labels that are text are numbered, over all splits together, in the order of their
-    names (the tag O first, whole numbers by size), with a warning that states it.  The names, or those of a ClassLabel,
-    stay in the features, `ClassLabel`, `List(ClassLabel)` for tags, of fixed length for several labels.
+    Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels`.
+    Labels that are text are numbered, over all splits together, in the order of their names (the tag O first, whole
+    numbers by size), with a warning; the names, or a ClassLabel's, stay in the features: `ClassLabel`, or a List of it.
 
     Raises ValueError or TypeError naming row, column and value for None, empty text or none in Unicode, labels that are
     None or a stream's text, tags not as many as the words, and, with truncation=False, for text that is too long.
@@ -121,24 +117,20 @@ def _columns(part: Any, text: Any, text_pair: Any, label: Any, record: Any) -> t
     """The columns of the texts, {task: column} of the labels, where they are not named looked for; and all columns."""
     columns = part.column_names or list(next(iter(part.take(1)), {}))  # a stream may not know them
     usual = [column for column in ("label", "labels") if column in columns]
-    wants_words = "tokens" in columns and (
-        "text" not in columns or (record and record.a_token) or label not in (None, *usual)
-    )
-    text = text or ("tokens" if wants_words else "text")
+    of_words = "text" not in columns or (record and record.a_token) or label not in (None, *usual)
+    text = text or ("tokens" if "tokens" in columns and of_words else "text")
     text_pair = text_pair or ("text_pair" if text == "text" and "text_pair" in columns else None)
     chosen = (usual or [{}])[0] if label is None else label
     sources = {None: chosen} if isinstance(chosen, str) else dict(chosen)
     read = [text, *([text_pair] if text_pair else []), *sources.values(), *(record.columns if record else ())]
     has = f"the dataset has {', '.join(columns)}; name it: text=, label= (a file's first line names its columns)"
-    for wrong, why in (
+    refuse(
         (not is_stream(part) and len(part) == 0, "the dataset has zero examples; nothing to tokenize"),
         (transforms(part), "a transform (with_transform) would not be applied: apply it with map first"),
         (label is None and len(usual) > 1, "columns 'label' and 'labels': say which is meant, label="),
         (text not in columns and "input_ids" in columns, "already tokenized: it has 'input_ids'; pass it to fit"),
         *((column not in columns, f"no column {column!r}: {has}") for column in read),
-    ):
-        if wrong:
-            raise ValueError(why)
+    )
     if lost := sorted(INPUTS.intersection(columns).difference(read)):
         warnings.warn(f"columns left out: {', '.join(lost)}: they go with tokens; add them to the result", stacklevel=3)
     return text, text_pair, sources, columns
@@ -246,10 +238,8 @@ def _spaced(rows: list[list[str]], tokenizer: Any) -> list[list[str]]:
     )
     same = [sum(map(list.__eq__, right, own)) for own in (plain, spaced)]
     if not any(same) and any(tokenizer.unk_token_id not in ids for ids in right):
-        raise ValueError(
-            f"words: {short(pairs[0])} have other pieces than the text, unknown to the model; load the tokenizer with "
-            "add_prefix_space=True, or join the words"
-        )
+        what = f"words: {short(pairs[0])} have other pieces than the text, unknown to the model"
+        raise ValueError(f"{what}; load the tokenizer with add_prefix_space=True, or join the words")
     return rows if same[0] >= same[1] else [[row[0], *(f" {word}" for word in row[1:])] for row in rows]
 
 

@@ -1,7 +1,7 @@
 """Small trainable modules inside a frozen encoder: LoRA and bottleneck adapters.
 
 An adapter takes the place of a linear layer and holds it: y = W x + b + (something small and trainable).  Both kinds
-start as exactly the pretrained model.  `saving` writes them to disk in PEFT's format, with the task head.
+start as exactly the pretrained model.
 
 To copy: this file, core/anatomy.py, core/batches.py and torch (bitsandbytes for base_bits=4).
 Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); Houlsby et al. 2019
@@ -43,13 +43,8 @@ class _Adapter(nn.Module):
         self.base_layer = linear
         self.in_features, self.out_features = _sizes(linear)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base_layer.bias
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
     def own(self) -> dict[str, torch.Tensor]:
         """The adapter's own weights by name, without those of the layer it holds."""
@@ -159,10 +154,7 @@ def experts(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
 
 
-def add_lora(
-    base: nn.Module, *, rank: int = 8, alpha: float = 16, targets: Any = None, dropout: float = 0.0,
-    rslora: bool = False, base_bits: int | None = None,
-) -> None:  # fmt: skip
+def add_lora(base: nn.Module, *, rank=8, alpha=16, targets=None, dropout=0.0, rslora=False, base_bits=None) -> None:
     """Put a LoRA on each target inside an encoder, in place.  See `tuning.tune` for the options."""
     whole("rank", rank)
     number("alpha", alpha, 1e-6)

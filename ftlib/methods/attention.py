@@ -136,7 +136,7 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
 
     inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt", padding=True)`.
     Returns float32 (layers, batch, heads, queries, keys); each row of keys sums to 1, and those of padded queries mean
-    nothing. Meanwhile the model is in eval mode, with "eager" attention; all comes back, also when the model raises.
+    nothing. The model runs in eval mode, with "eager" attention, and is put back.
     Raises TypeError for a model that is not from Transformers, ValueError when it gives no full maps.
     """
     if not hasattr(model, "set_attn_implementation"):

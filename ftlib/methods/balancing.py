@@ -1,8 +1,7 @@
 """When tasks pull one encoder in several directions: what each task's loss weighs, and how their gradients are joined.
 
-Gradient balancing takes a Jacobian, float (tasks, parameters), a row the gradient of a task's loss, and returns one
-gradient (parameters,), as TorchJD's aggregators do: here a weighted sum of the rows, by weights that follow from their
-inner products, the Gramian (tasks, tasks).  Loss weighting is one number a task: one backward pass serves all.
+Gradient balancing takes a Jacobian, float (tasks, parameters), and returns one gradient (parameters,), as TorchJD's
+aggregators do: a weighted sum of the rows, by their inner products.  Loss weighting is one number a task.
 
 To copy: this file alone.
 Source, named as in TrainConfig: pcgrad: Yu et al. 2020 (arXiv:2001.06782), algorithm 1; cagrad: Liu et al. 2021
@@ -25,8 +24,8 @@ Combine = Callable[[Tensor], Tensor]  # (tasks, parameters) -> (parameters,)
 def pcgrad(jacobian: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """PCGrad: from each task's gradient take away what points against another task's; add up what is left.
 
-    Row i meets the other rows in random order: where its rest has a negative inner product with row j, it is projected
-    onto the plane at right angles to row j.  generator: of the order (on the CPU; default: the global one).
+    Row i meets the others in random order: a rest with a negative inner product with row j is projected onto the plane
+    at right angles to it.  generator: of the order (on the CPU; default: the global one).
 
     >>> pcgrad(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
     tensor([0.5000, 1.5000])
@@ -100,8 +99,7 @@ _SMALL = 1e-12  # of the squared lengths, under the root: where the weighted row
 def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
     """The weights w >= 0 of sum 1 with the least linear·w + c |Σ w_i row_i|, float64 (tasks,).
 
-    Sequential minimal optimization (Platt 1998): moves weight from the task where the function rises most to the one
-    where it falls most, by a closed form, until no exchange helps.
+    Sequential minimal optimization (Platt 1998): the best exchange between two tasks, until none helps.
     """
     w, trace = np.full(len(gramian), 1 / len(gramian)), np.trace(gramian)
     for _ in range(20_000):
@@ -165,10 +163,10 @@ class Weighting:
 
 
 class TaskWeights:
-    """The weights of a `Weighting` while they change; `state` is all they go by, to save and put back.
+    """The weights of a `Weighting` while they change, by `state` alone: float64 (tasks,) on the CPU.
 
-    factors: 1 for a task of classes, 1/2 for one of numbers (Gaussian).  Tensors are float64 (tasks,) on the CPU.  Ask
-    for `weights` before a step, and tell `learn` after it what came of it; a loss of nan: the task was not in the step.
+    factors: 1 for a task of classes, 1/2 for one of numbers (Gaussian).  Ask for `weights` before a step, and tell
+    `learn` what came of it; a loss of nan: the task was not in the step.
     """
 
     def __init__(self, weighting: Weighting, factors: Sequence[float], *, seed: int = 0):
@@ -204,10 +202,7 @@ class TaskWeights:
         return torch.ones_like(self.half)
 
     def learn(self, losses: Tensor, *, lengths: Tensor | None = None, after: Tensor | None = None) -> None:
-        """Go on from a step's mean losses.
-
-        lengths ("gradnorm"): of the gradients on the last shared layer; after ("famo"): the losses after the step.
-        """
+        """Go on from a step's losses.  lengths ("gradnorm"): of the last layer's gradients; after ("famo"): losses."""
         weighting, state, there = self.weighting, self.state, ~losses.isnan()
         if weighting.how == "uncertainty":
             self._adam(torch.where(there, 0.5 - self.weights(0) * losses, 0.0))

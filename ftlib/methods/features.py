@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.batches import collate, one_of, split_by_size, to_device
-from ..core.device import DTYPES, choose_precision
+from ..core.batches import collate, one_of, refuse, split_by_size, to_device
+from ..core.device import DTYPES, choose_precision, computing
 from ..inputs.agreement import Padding, agree, token_ids, vocabulary
 from ..inputs.rows import checked_texts, text_iterator, token_limit
 from ..inputs.sentence_folders import Recipe, recipe_of
@@ -91,8 +91,8 @@ def extract_features(
         max_length: cut longer texts, in tokens; default: what the folder says, else what the model takes.
         truncation: False refuses longer texts instead of cutting them.
         normalize: divide each vector by its length, so that a dot product is a cosine.  Default: as the folder says.
-        precision: compute with a copy of the weights in "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has
-            it, fp16 on an older one, else fp32.  Default: no copy, the weights as they are.
+        precision: compute with a copy of the weights in "fp32", "bf16" or "fp16", or what `choose_precision` says
+            for "auto".  bf16 on a CPU is products alone: a cosine of 0.9999 to fp32.  Default: the weights as they are.
         out: where the vectors go if not into new memory: a float32 array of the right shape, or the path of a new
             .npy file, which is written aside, renamed when complete, and returned memory-mapped, read-only.
 
@@ -123,12 +123,17 @@ def extract_features(
         max_tokens=max_tokens or (4_096 if device.type == "cpu" else 32_768), truncation=truncation,
         max_length=token_limit(recipe.max_length if max_length is None else max_length, tokenizer, base.config),
     )  # fmt: skip
+    autocast = nullcontext
     if precision is not None:
         one_of("precision", precision, ("auto", "fp32", "bf16", "fp16", None))  # None: as the weights are
-        dtype = DTYPES[choose_precision(device, precision)[0]]
+        chosen, _ = choose_precision(device, precision)
+        dtype, mixed = DTYPES[chosen], chosen == "bf16" and device.type == "cpu"
         if {p.dtype for p in base.parameters() if p.is_floating_point()} != {dtype}:
-            base = copy.deepcopy(base).to(dtype)
-    with anatomy.evaluating(base), shortcuts(base), closing(_ahead(iterator, recipe, work)) as batches:
+            base = copy.deepcopy(base)
+            for module in [m for m in base.modules() if type(m) is nn.Linear] if mixed else [base]:
+                module.to(dtype)
+            autocast = computing(device, chosen) if mixed else nullcontext
+    with anatomy.evaluating(base), shortcuts(base), autocast(), closing(_ahead(iterator, recipe, work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling or recipe.pooling, dense, unit, size, progress)
         to_file = isinstance(out, (str, os.PathLike))
         return _written(chunks, os.fspath(out), shape) if to_file else _filled(chunks, out, shape)
@@ -148,16 +153,14 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     if not all(hasattr(getattr(base, "config", None), key) for key in ("num_hidden_layers", "hidden_size")):
         raise TypeError(f"model is a {type(model).__name__}; pass a Transformers model, or its name")
     known = name or base.config._name_or_path
-    for wrong, why in (
+    refuse(
         (both and recipe.folder and "t5" not in anatomy.kind_of(model), f"{recipe.folder}: sentence-transformers takes "
          "this model's decoder, which is not done here; pass the model for its encoder's vectors"),
         (getattr(model, "prompt_encoder", None) is not None, "the prompts live around the encoder, whose features "
          "would be those without; take the hidden states of model(..., output_hidden_states=True)"),
         (tokenizer is None and not known, "the model was not loaded by name, so its tokenizer is unknown; pass "
          "tokenizer=..."),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(why)
+    )  # fmt: skip
     said = recipe_of(known) if name is None and pooling is None and os.path.isdir(known) else Recipe()
     for odd, what in (
         (said.pooling != "mean" or said.dense, f"{known}/modules.json says pooling {said.pooling}, Dense "

@@ -4,8 +4,7 @@ To copy: this file alone.
 
 For reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`), which give the same numbers.  Shared:
 - a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
-- the loss of float16 and bfloat16 logits is float32 (F.cross_entropy stays in half: infinite above 65504);
-- a mean over nothing is 0 with zero gradients, not NaN: a batch may hold no label;
+- the loss of half-precision logits is float32; a mean over nothing is 0 with zero gradients, not NaN;
 - shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for it at each step.
 """
 
@@ -131,8 +130,7 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     """Checks, then log softmax: log p_k = (z_k - m) - log Σⱼ exp(z_j - m).
 
     exp(1e4) is infinite; taking m = max z off every logit changes no probability and leaves exponents of at most 0.
-    Returns log p (…, classes), that of the label (…), the weights (classes,), that of the label (…), 0 where ignored,
-    and where there is a label, bool (…).
+    Returns log p (…, classes), the label's (…), weights (classes,), the label's (…), and where there is one, bool (…).
     """
     logits = _checked_logits(logits)
     _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])

@@ -14,8 +14,7 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     """The tokenizer's attention mask, made ready for attention scores: nobody looks at padding.
 
     attention_mask: int or bool (batch, keys), 1 for a real token. Returns bool (batch, 1, 1, keys).
-    Raises TypeError for a float mask (in an additive one 0 is "may attend"), ValueError for a wrong shape, or (read on
-    CPU only) for entries other than 0 and 1.
+    Raises TypeError for a float mask, ValueError for a wrong shape or, on a CPU only, for entries other than 0 and 1.
 
     >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
     torch.Size([1, 1, 1, 3])

@@ -1,10 +1,9 @@
 """Several tasks on one encoder: shared trunk, a head per task, mixed batches.
 
-For each task we build the stock model (`AutoModelFor...`) and give it, instead of an encoder of its own, a stand-in
-that hands it the shared encoder's output.  So the trunk runs once for a batch that mixes tasks, every head runs on its
-own rows with Transformers' own code, and one task can be taken out as a plain Transformers model.  Where a stock model
-hands its encoder more than its own inputs (T5, Longformer), or stands on a part of it (Funnel's text classifier, T5's
-tagger), the trunk runs for that task's rows alone.  Whose gradient wins is the subject of `balancing`.
+Each task's stock model (`AutoModelFor...`) gets, instead of an encoder of its own, a stand-in that hands it the shared
+one's output.  So the trunk runs once for a batch that mixes tasks, and every head on its own rows with Transformers'
+own code.  Where a stock model hands its encoder more than its own inputs (T5, Longformer), or stands on a part of it
+(Funnel's text classifier, T5's tagger), the trunk runs for that task's rows alone.
 
 To copy: this file, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
 Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;
@@ -71,8 +70,7 @@ class MultiTaskModel(nn.Module):
 
     Shapes: `input_ids`, `attention_mask` int64 (batch, tokens).  With `task=` the logits of that task for every row;
     with `rows` = {task: int64 (rows of the task,)}, as `collate` makes it, {task: logits (rows of the task, ...)}.
-    Raises ValueError for an encoder that already has a head, for no heads, for a kind of task for which Transformers
-    has no head on this encoder, and for a task that is not there.
+    Raises ValueError for an encoder that has a head, for no heads, for a kind of task without a head in Transformers.
     """
 
     def __init__(self, encoder: nn.Module, heads: dict[str, Head], *, seed: int = 0):
@@ -95,9 +93,8 @@ class MultiTaskModel(nn.Module):
                     raise ValueError(f"task name {name!r}: {need}")
                 self.heads[name] = self._built(name, spec)
                 self._takes[name] = set(inspect.signature(self.heads[name].forward).parameters)
-        trunks = {head.base_model.trunk[0] for head in self.heads.values()}
-        if len(trunks) == 1:  # what no task reads is left out
-            (self.encoder,) = trunks
+        if len(trunks := {head.base_model.trunk[0] for head in self.heads.values()}) == 1:
+            (self.encoder,) = trunks  # what no task reads is left out
 
     def _built(self, name: str, spec: Head) -> nn.Module:
         """The stock model for this task, on the stand-in; its head drawn as Transformers draws it."""
@@ -204,10 +201,7 @@ class TaskSampler:
     {'big': 0.75, 'small': 0.25}
     """
 
-    def __init__(
-        self, sizes: dict[str, int], temperature: float = 1.0, seed: int = 0, *,
-        how: str = "temperature", epochs: int = 1,
-    ):  # fmt: skip
+    def __init__(self, sizes: dict, temperature: float = 1.0, seed: int = 0, *, how: str = "temperature", epochs=1):
         if not sizes:
             raise ValueError("sizes is empty; pass {task name: number of examples}")
         for name, size in sizes.items():
@@ -216,16 +210,14 @@ class TaskSampler:
             number("temperature", temperature, 1e-6)
         one_of("sampler", how, SAMPLERS)
         self.sizes, self.temperature, self.how, self.epochs = dict(sizes), temperature, how, whole("epochs", epochs)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = 0
+        self.generator, self.drawn = torch.Generator().manual_seed(seed), 0
         self.order: list[str] = []  # "remaining": the tasks of what is left of the epoch
 
     @classmethod
     def of(cls, sizes: dict[str, int], config: Any) -> "TaskSampler":
         """As a TrainConfig asks for it."""
-        epochs = config.epochs
-        if config.max_steps:
-            epochs = math.ceil(config.max_steps / math.ceil(sum(sizes.values()) / config.batch_size))
+        epoch = math.ceil(sum(sizes.values()) / config.batch_size)  # steps
+        epochs = math.ceil(config.max_steps / epoch) if config.max_steps else config.epochs
         return cls(sizes, config.temperature, config.seed, how=config.task_sampler, epochs=epochs)
 
     @property

@@ -38,9 +38,7 @@ def tuning_of(model: nn.Module) -> Tuning | None:
     return vars(model).get("tuning")
 
 
-def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.01, spare: bool = True
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay=0.01, spare: bool = True) -> list[dict]:
     """Optimizer groups of the trainable parameters: with weight decay, and (biases, norms) without.
 
     This is the choice of BERT's own optimizer and of the stock `Trainer`; spare=False lets all decay.  After
@@ -61,12 +59,10 @@ def parameter_groups(
     if not found:
         raise ValueError("no parameter is trainable; call ftlib.tune(model, 'full') or set requires_grad")
     return [
-        {
-            "params": found[scale, decayed], "weight_decay": weight_decay if decayed else 0.0,
-            "lr": learning_rate * scale, "scale": scale, "decayed": decayed,
-        }
+        {"params": found[scale, decayed], "weight_decay": weight_decay if decayed else 0.0}
+        | {"lr": learning_rate * scale, "scale": scale, "decayed": decayed}
         for scale, decayed in sorted(found, reverse=True)
-    ]  # fmt: skip
+    ]
 
 
 def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
@@ -80,10 +76,7 @@ def optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, *, l1: float = 0.0) -> None:
-    """Make every step of the optimizer do what the strategy asks of it (L2-SP), and L1 on the weights that decay.
-
-    Nothing is done where fp16's gradients overflowed, so that no step is taken.
-    """
+    """Make every step that is taken do what the strategy asks of it (L2-SP), and L1 on the weights that decay."""
     tuning = tuning_of(model) or Tuning("as set", {})
     starts = {p: tuning.start[name] for name, p in model.named_parameters() if name in tuning.start}
 
@@ -136,7 +129,7 @@ def described(model: nn.Module) -> str:
     }
     if (tuning := tuning_of(model)) is not None:
         starts = hashlib.sha256()
-        for start in [*dict(sorted(tuning.start.items())).values(), *regularization.mixout_starts(model)]:
+        for start in [*dict(sorted(tuning.start.items())).values(), *regularization.mixing(model).values()]:
             starts.update(start.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         said |= {"strategy": tuning.strategy, "options": tuning.options, "starts": starts.hexdigest()}
         if tuning.peft is not None:

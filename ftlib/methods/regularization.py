@@ -45,10 +45,9 @@ def shrink_(parameter: nn.Parameter, amount: float) -> None:
 def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
     """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labelled items.
 
-    (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats: `divergence` in the kind's record.
-    first, second: logits, (items, classes), or (batch, tokens, classes) for tags; labels: int64 (items,) or (batch,
-    tokens), -100 ignored; 0/1 (items, classes) for several labels an item, each a Bernoulli distribution.
-    Source: Liang et al. 2021 (arXiv:2106.14448), equation 2; the factors are those of the authors' code.
+    (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats.  first, second: logits, (items, classes), or
+    (batch, tokens, classes) for tags; labels: int64 (items,) or (batch, tokens), -100 ignored; 0/1 (items, classes) for
+    several labels an item.  Source: Liang et al. 2021 (arXiv:2106.14448), equation 2, factors as in the authors' code.
     Raises ValueError for another kind: a predicted number has no distribution.
     """
     from ..tasks.task import TASKS
@@ -60,9 +59,9 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
 
 
 def add_mixout(linears: Iterable[nn.Module], p: float) -> None:
-    """While training, every weight of these layers is with probability p the present (pretrained) one, in place.
+    """Train these layers with W₀ + dropout(W - W₀, p) for W, W₀ being the weights as they are now, in place.
 
-    W ← W₀ + dropout(W - W₀, p), with the same mean W.  Source: Lee et al. 2020 (arXiv:1909.11299).
+    The mean is W.  Source: Lee et al. 2020 (arXiv:1909.11299).
     """
     for linear in linears:
         anatomy.put_forward(linear, _mixed, linear.weight.detach().clone(), p)
@@ -76,18 +75,15 @@ def _mixed(linear: nn.Module, start: torch.Tensor, p: float, x: torch.Tensor) ->
     return F.linear(x, weight if isinstance(linear, nn.Linear) else weight.T, linear.bias)  # GPT-2's Conv1D
 
 
-def _mixing(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if getattr(anatomy.taken_by(module), "func", None) is _mixed]
-
-
-def mixout_starts(model: nn.Module) -> list[torch.Tensor]:
-    """The pretrained weights that `add_mixout` keeps, in the order of the modules."""
-    return [anatomy.taken_by(module).args[1] for module in _mixing(model)]
+def mixing(model: nn.Module) -> dict[nn.Module, torch.Tensor]:
+    """{layer: the pretrained weights that `add_mixout` keeps beside it}, in the order of the modules."""
+    taken = {module: anatomy.taken_by(module) for module in model.modules()}
+    return {module: own.args[1] for module, own in taken.items() if getattr(own, "func", None) is _mixed}
 
 
 def remove_mixout(model: nn.Module) -> None:
     """Undo `add_mixout`."""
-    for module in _mixing(model):
+    for module in mixing(model):
         anatomy.take_forward(module)
 
 
@@ -101,16 +97,9 @@ def dropout_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 @contextmanager
 def dropout_rate(model: nn.Module, p: float | None) -> Iterator[None]:
-    """Inside, all of the model's dropout, that of the attention weights too, has probability p; None: its own.
-
-    A model whose configuration had a rate of 0 may have no dropout module there; that place stays without.
-    Raises ValueError for a model with no dropout at all.
-    """
-    if p is None:
-        yield
-        return
-    places = dropout_places(model)
-    if not places:
+    """Inside, all of a model's dropout, the attention's too, has probability p (None: its own); ValueError for none."""
+    places = [] if p is None else dropout_places(model)
+    if p is not None and not places:
         raise ValueError(f"dropout={p}: {type(model).__name__} has no dropout to set; leave dropout at None")
     before = [(module, name, getattr(module, name)) for module, name in places]
     try:

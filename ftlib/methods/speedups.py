@@ -8,9 +8,9 @@
 To copy: this file, core/anatomy.py and torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -53,68 +53,110 @@ class _Linear(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, lengths, p):
-        mask = keep_mask(query.new_empty(len(query) * sum(n * n for n in lengths)), p).div_(1 - p) if p else None
+    def forward(ctx, query, key, value, layout, p):
+        count = len(query) * sum(rows * n * n for rows, n, _ in layout.groups)
+        ctx.wide = torch.promote_types(query.dtype, torch.float32)  # the softmax is never half precision
+        mask = keep_mask(query.new_empty(count, dtype=ctx.wide), p).div_(1 - p) if p else None
+        ctx.layout, ctx.shape = layout, query.shape
+        query, key, value = (layout.out(x) for x in (query, key, value))
         outs, saved = [], []
-        for q, k, v in _groups(lengths, query, key, value):
-            weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)  # (heads * rows, n, n)
+        for hidden, q, k, v in layout.split(query, key, value):
+            weights = _weights(q, k, hidden)  # (heads * rows, n, n)
             kept = None
             if p:
                 kept, mask = mask[: weights.numel()].view_as(weights), mask[weights.numel() :]
-            saved += [weights, kept, weights * kept if p else weights]
+            saved += [weights, kept, (weights * kept if p else weights).to(q.dtype)]
             outs.append(torch.bmm(saved[-1], v))
         ctx.save_for_backward(query, key, value, *saved)
-        ctx.lengths = lengths
-        return _joined(outs, query)
+        return layout.back(outs, ctx.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         query, key, value, *saved = ctx.saved_tensors
-        saved, d_query, d_key, d_value = iter(saved), [], [], []
-        for q, k, v, g in _groups(ctx.lengths, query, key, value, gradient):
+        layout, saved, found = ctx.layout, iter(saved), []
+        for _, q, k, v, g in layout.split(query, key, value, layout.out(gradient, zeros=True)):
             weights, kept, dropped = next(saved), next(saved), next(saved)
-            d_value.append(torch.bmm(dropped.transpose(1, 2), g))
-            d_weights = torch.bmm(g, v.transpose(1, 2))
+            d_weights = torch.bmm(g, v.transpose(1, 2)).to(ctx.wide)
             if kept is not None:
                 d_weights.mul_(kept)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query.append(torch.bmm(d_scores, k))
-            d_key.append(torch.bmm(d_scores.transpose(1, 2), q))
-        return *(_joined(parts, query) for parts in (d_query, d_key, d_value)), None, None
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
+            d_query, d_key = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
+            found.append((d_query, d_key, torch.bmm(dropped.transpose(1, 2), g)))
+        return *(layout.back(parts, ctx.shape) for parts in zip(*found, strict=True)), None, None
 
 
-def _groups(lengths: list[int], *packed: Tensor) -> Iterator[list[Tensor]]:
-    """Neighbouring examples of one length together: every (heads, N_tokens, width) as (heads * rows, n, width)."""
-    threads, begin = torch.get_num_threads(), 0
-    try:
-        for length, group in groupby(lengths):
-            count = len(list(group))
-            own = slice(begin, begin + count * length)
-            begin = own.stop
-            # where waking a second thread costs more than it computes, one works
-            torch.set_num_threads(1 if len(packed[0]) * count * length**2 < 65536 else threads)
-            yield [x[:, own].reshape(-1, length, x.shape[2]) for x in packed]
-    finally:
-        torch.set_num_threads(threads)
+def _weights(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+    """softmax(QKᵀ) of (heads * rows, n, width), at least float32; `hidden` (rows, n): keys that are padding."""
+    scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    if hidden is not None:
+        scores.unflatten(0, (-1, len(hidden))).masked_fill_(hidden[:, None], -torch.inf)
+    return scores.softmax(-1)
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The groups side by side, (heads, N_tokens, width), with zeros up to the number of tokens there are."""
-    parts = [part.view(len(like), -1, like.shape[2]) for part in parts]
-    spare = like.shape[1] - sum(part.shape[1] for part in parts)
-    return torch.cat([*parts, like.new_zeros(len(like), spare, like.shape[2])] if spare else parts, dim=1)
+class Layout:
+    """How packed rows are laid out for attention: in groups of about one length, each a batch of a few paddings.
+
+    Rows of up to 128 tokens are padded to a multiple of 8, in which many small products become few.
+    """
+
+    def __init__(self, lengths: tuple[int, ...]):
+        sizes = torch.tensor([n if n > 128 else -(-n // 8) * 8 for n in lengths], dtype=torch.int64)
+        sizes, order = sizes.sort(stable=True)
+        own = torch.tensor(lengths, dtype=torch.int64)
+        begin, own = (own.cumsum(0) - own)[order], own[order]
+        row = torch.arange(len(sizes)).repeat_interleave(sizes)
+        place = torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
+        padding, self.source = place >= own[row], begin[row] + torch.minimum(place, own[row] - 1)
+        self.home = torch.empty(int(own.sum()), dtype=torch.int64)  # where each token went
+        self.home[self.source[~padding]] = (~padding).nonzero().flatten()
+        self.groups, start = [], 0  # (rows, n, which keys are padding)
+        for n, rows in zip(*(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True):
+            hidden = padding[start : start + rows * n].view(rows, n)
+            self.groups.append((rows, n, hidden if hidden.any() else None))
+            start += rows * n
+
+    def out(self, x: Tensor, zeros: bool = False) -> Tensor:
+        """Packed (heads, N_tokens, width) laid out; at padding a token once more, or zeros."""
+        if not zeros:
+            return x.index_select(1, self.source)
+        laid = x.new_zeros(len(x), len(self.source), x.shape[2])
+        return laid.index_copy_(1, self.home, x[:, : len(self.home)])
+
+    def split(self, *laid: Tensor) -> Iterator[list]:
+        """Group by group: its padded keys, and every (heads, N, width) as (heads * rows, n, width)."""
+        threads, begin = torch.get_num_threads(), 0
+        try:
+            for rows, n, hidden in self.groups:
+                own = slice(begin, begin + rows * n)
+                begin = own.stop
+                # where waking a second thread costs more than it computes, one works
+                torch.set_num_threads(1 if len(laid[0]) * rows * n**2 < 65536 else threads)
+                yield [hidden, *(x[:, own].reshape(-1, n, x.shape[2]) for x in laid)]
+        finally:
+            torch.set_num_threads(threads)
+
+    def back(self, parts: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The groups as packed tokens again, `shape` (heads, N_tokens, width); zeros for tokens of no row."""
+        laid = torch.cat([part.view(shape[0], -1, shape[2]) for part in parts], dim=1)
+        return F.pad(laid.index_select(1, self.home), (0, 0, 0, shape[1] - len(self.home)))
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the shortcuts serve this tensor: float32 on a CPU, run eagerly and without autocast."""
-    plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return plain and x.device.type == "cpu" and x.dtype == torch.float32
+_layout = lru_cache(maxsize=4)(Layout)  # all layers of a model ask for the same
+
+
+def computed_in(x: Tensor) -> torch.dtype | None:
+    """What the shortcuts compute in: float32; bfloat16 for such a tensor and under autocast; None: they don't serve."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype if dtype in (torch.float32, torch.bfloat16) else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, (..., in) -> (..., out), by the quicker of two libraries."""
-    if not (ONEDNN and usable(x) and weight.dtype == torch.float32 and x.numel() >= 16 * x.shape[-1]):
+    plain = computed_in(x) == weight.dtype == torch.float32  # bfloat16 is multiplied by oneDNN anyway
+    if not (ONEDNN and plain and x.numel() >= 16 * x.shape[-1]):
         return F.linear(x, weight, bias)
     # on rows, so that what comes out is no view that PyTorch would forbid to change in place
     return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
@@ -124,7 +166,12 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """`torch.nn.functional.dropout` with the same distribution and other random numbers."""
     if not training or p == 0:
         return x
-    return x * keep_mask(x, p).mul_(1 / (1 - p)) if usable(x) and p != 1 else F.dropout(x, p)
+    return x * keep_mask(x, p).mul_(1 / (1 - p)) if computed_in(x) and p != 1 else F.dropout(x, p)
+
+
+def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+    """The module's output, (..., width); bfloat16 where that is computed in, so that what follows need not be cast."""
+    return type(module).forward(module, x).to(computed_in(x) or x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -138,16 +185,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: flo
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
-    query = query * scale
-    if torch.is_grad_enabled() or p:
-        return _Attend.apply(query, key, value, lengths, p)
-    outs = []
-    for q, k, v in _groups(lengths, query, key, value):
-        if q.shape[1] > 128:  # without gradients nothing asks for the scores, so they need not be kept
-            outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0])
-        else:
-            outs.append(torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v))
-    return _joined(outs, query)
+    layout = _layout(tuple(lengths))
+    with torch.autocast("cpu", enabled=False):
+        query = query * scale
+        if torch.is_grad_enabled() or p:
+            return _Attend.apply(query, key, value, layout, p)
+        outs = []
+        for hidden, q, k, v in layout.split(*(layout.out(x) for x in (query, key, value))):
+            if q.shape[1] > 128:  # without gradients nothing asks for the scores, so they need not be kept
+                outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0])
+            else:
+                outs.append(torch.bmm(_weights(q, k, hidden).to(q.dtype), v))
+        return layout.back(outs, query.shape)
 
 
 @contextmanager
@@ -159,6 +208,7 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
     ours = {
         nn.Linear: lambda module, input: linear(input, module.weight, module.bias),
         nn.Dropout: lambda module, input: dropout(input, module.p, module.training),
+        nn.LayerNorm: lambda module, input: layer_norm(input, module),
     }
     free = [module for module in model.modules() if anatomy.taken_by(module) is None]
     functions = {module: ours[type(module)] for module in free if type(module) in ours}
@@ -175,6 +225,6 @@ def _makes_gelu(module: nn.Module) -> bool:
 
 def _gelu_forward(module: nn.Module, hidden: Tensor) -> Tensor:
     weight, bias = module.dense.weight, module.dense.bias
-    if torch.is_grad_enabled() or not (ONEDNN and usable(hidden) and weight.dtype == torch.float32):
+    if torch.is_grad_enabled() or not (ONEDNN and computed_in(hidden) == hidden.dtype == weight.dtype):
         return type(module).forward(module, hidden)
     return _product(hidden, weight, bias, "gelu", [], "none")  # "none": not the tanh approximation

@@ -29,10 +29,7 @@ def task_type(model: nn.Module) -> str:
 
 
 def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
-    """Apply any PEFT configuration to a task model, in place, with its head's modules trainable and saved.
-
-    Returns the PeftModel, around a shallow copy of the model.  With a prompt the model's forward goes through PEFT.
-    """
+    """Apply a PEFT configuration in place, the head trained and saved too; returns the PeftModel of a shallow copy."""
     import peft
 
     from ..tasks.task import DEFAULT, TASKS, kind_of

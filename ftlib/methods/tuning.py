@@ -1,8 +1,7 @@
 """Which parameters move: `tune` and its strategies.
 
-Most strategies set `requires_grad`, nothing else.  LoRA and the adapters freeze the encoder and put something small
-inside it.  Three need the training loop: gradual unfreezing, layer-wise learning rates, and L2-SP; what they need
-stands in `model.tuning`, which `ftlib.fit` reads, and `optimizing.trainer_options` hands to the stock `Trainer`.
+Most strategies set `requires_grad`, nothing else.  What gradual unfreezing, layer-wise learning rates and L2-SP need of
+the training loop stands in `model.tuning`, for `ftlib.fit` and, by `optimizing.trainer_options`, the stock `Trainer`.
 
 To copy: this file, methods/adapters.py, methods/through_peft.py, methods/optimizing.py, methods/regularization.py,
 methods/speedups.py, core/anatomy.py, core/batches.py and torch (peft and tasks/ for PEFT configurations).
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.batches import number, one_of, whole
+from ..core.batches import number, one_of, refuse, whole
 from . import adapters, regularization, through_peft
 from .optimizing import Tuning, tuning_of
 
@@ -70,9 +69,8 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
             a PEFT configuration (peft.LoraConfig(use_dora=True), IA3Config(), PromptTuningConfig(...)): through PEFT.
         seed (0): of the first weights of adapters.
 
-    Calling it again changes the choice; adapters must be merged before.  A frozen part still runs with dropout in
-    training mode; that regularizes the head.  Raises ValueError for an unknown strategy or option, for a model without
-    a head or without what the strategy trains (biases, say), for adapters already there.
+    Calling it again changes the choice; adapters must be merged before.  Raises ValueError for an unknown strategy or
+    option, for a model without a head or without what the strategy trains (biases, say), for adapters already there.
 
     >>> model = nn.Module(); model.base_model = nn.Linear(3, 2); model.classifier = nn.Linear(2, 2)
     >>> tune(model, "head-only").trainable
@@ -81,19 +79,17 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     named = isinstance(strategy, str)
     known = OPTIONS[one_of("strategy", strategy, STRATEGIES)] if named else ("seed",)
     if unknown := [name for name in options if name not in known]:
-        what = f"takes {', '.join(known)}" if known else "takes no options"
-        raise ValueError(f"unknown option {unknown[0]!r}: strategy {strategy!r} {what}")
+        takes = ", ".join(known) or "no options"
+        raise ValueError(f"unknown option {unknown[0]!r}: strategy {strategy!r} takes {takes}")
     base = anatomy.base_of(model)
-    for wrong, why in (
+    refuse(
         (adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None,
          "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"),
         ((base is model and strategy != "full") or (strategy == "head-only" and not anatomy.head_modules(model)),
          f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."),
         (not named and hasattr(model, "heads"),
          "PEFT configurations are for models with one head; for several use 'lora' or an adapter"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(why)
+    )  # fmt: skip
     tuning = Tuning(strategy if named else type(strategy).__name__, dict(options))
     with torch.random.fork_rng():
         torch.manual_seed(whole("seed", options.get("seed", 0), 0))
@@ -139,10 +135,7 @@ def _computed(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuning: Tuning) -> list[Any] | None:
-    """The modules and parameters that train beside the head; fills in what the training loop has to know.
-
-    None where PEFT has chosen.  ValueError where the model has nothing of the kind.
-    """
+    """What trains beside the head, None where PEFT has chosen; fills in `tuning`.  ValueError for nothing like it."""
     if not isinstance(strategy, str):
         tuning.peft = through_peft.add_peft(model, strategy, anatomy.head_modules(model))
         return None
@@ -184,8 +177,7 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
 def _downwards(model: nn.Module) -> list[list[str]]:
     """The names of the base model's parameters, a list a layer from the top down, the last one of the embeddings.
 
-    A decoder's layers are above its encoder's, whose own last normalization goes with its last layer.  What stands
-    above all layers (head, pooler, a last normalization) is not among them.
+    A decoder's layers are above its encoder's, whose last normalization goes with its last layer; no head, no pooler.
     """
     top, stacks = anatomy.layers(model), anatomy.stacks(model)  # refuses models without separate layers
     stages = [*[list(layer.parameters()) for stack in stacks for layer in stack][::-1], anatomy.embeddings(model)]

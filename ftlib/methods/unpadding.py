@@ -13,6 +13,7 @@ Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (M
 
 import inspect
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -44,22 +45,22 @@ class Packing(NamedTuple):
     mask: Tensor  # (batch, tokens) bool, True at real tokens
     cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
     longest: int  # kept tokens of the longest row
-    lengths: list[int] | None = None  # kept tokens of every row; None on a GPU, or if padding isn't on the right
+    lengths: list[int] | None = None  # kept tokens of every row; None if padding isn't on the right
     spare: int = 0  # rows added to the packed tokens: oneDNN prepares a product for every new shape, so have few
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Packing":
-        """From a bool mask (batch, tokens), True at real tokens."""
-        kept = mask.clone()
+    def of(cls, mask: Tensor, host: Tensor | None = None) -> "Packing":
+        """From a bool mask (batch, tokens), True at real tokens; `host`: the same on the CPU, or a GPU is asked."""
+        kept, seen = mask.clone(), mask if host is None else host.bool()
         kept[:, 0] = True
-        lengths = kept.sum(1)  # (batch,)
-        on_the_right = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
-        total, longest, on_the_right = torch.stack((lengths.sum(), lengths.max(), on_the_right.long())).tolist()
-        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) if on_the_right else None
+        on_the_right = (seen[:, 1:] <= seen[:, :-1]).all() & seen[:, 0].all()
+        *lengths, on_the_right = torch.cat((seen.sum(1) + ~seen[:, 0], on_the_right.long()[None])).tolist()
+        total, on_cpu = sum(lengths), mask.device.type == "cpu"
         indices = kept.flatten().nonzero_static(size=total).flatten()
-        on_cpu = mask.device.type == "cpu"
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if on_the_right else None
+        ends = None if ends is None else ends.to(mask.device, non_blocking=True)
         spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
-        return cls(indices, mask, cu_seqlens, longest, lengths.tolist() if on_cpu and on_the_right else None, spare)
+        return cls(indices, mask, ends, max(lengths), lengths if on_the_right else None, spare)
 
 
 def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
@@ -141,7 +142,7 @@ def _attention(
         return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
     local = sliding_window is not None and sliding_window < packing.mask.shape[1]  # one that holds every row is none
     window = sliding_window - 1 if local else None
-    if window is None and speedups.usable(query) and packing.lengths is not None:
+    if window is None and speedups.computed_in(query) and packing.lengths is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale)
         return out.transpose(0, 1).unsqueeze(0), None  # (1, N_tokens, heads, head_dim)
@@ -185,10 +186,13 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         needed = f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got {got}"
         raise ValueError(f"{needed}; for a mask of your own, a cache or prefix tuning call repad(model) first")
+    as_sent = mask is not None and (mask.is_inference() or mask._version == 0)  # not changed since on this device
+    host = getattr(mask, "host", None) if as_sent else None  # see core.batches.to_device
     if kind not in _ROTARY:
+        _encoder_of(base)._host = host
         return kwargs
     mask = torch.ones(shape, device=inputs.device) if mask is None else mask
-    packing = Packing.of(mask.to(inputs.device, torch.bool))
+    packing = Packing.of(mask.to(inputs.device, torch.bool), host)
     for module in _hooked(base):
         module._packing = packing
     kwargs = {**kwargs, "attention_mask": None, "packing": packing}
@@ -209,8 +213,8 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     hidden = args[0] if args else kwargs.pop("hidden_states")  # (batch, tokens, hidden)
     mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
     if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
-        packing = Packing.of(mask)
-        full = packing.cu_seqlens is not None and packing.lengths is None and len(packing.indices) == mask.numel()
+        packing = Packing.of(mask, vars(encoder).pop("_host", None))
+        full = packing.lengths is not None and mask.device.type != "cpu" and len(packing.indices) == mask.numel()
         hidden, mask = (hidden, None) if full else (_pack(hidden, packing, packing.spare), packing)
     return (hidden, mask, *args[2:]), kwargs
 

@@ -1,8 +1,6 @@
 """Functions for `fit(..., on_record=...)` that hand every record on: as lines of a log, to TensorBoard, to trackio.
 
-The latter two are optional packages.
-
-To copy: this file alone.
+To copy: this file alone (tensorboard and trackio are optional).
 """
 
 from collections.abc import Callable

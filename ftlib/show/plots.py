@@ -21,7 +21,7 @@ MARKERS = "osD^vPX*"
 MAX_CELLS = 12  # classes up to which a confusion matrix shows numbers and names
 
 
-def _axes(ax, width: float, height: float):
+def axes_of(ax, width: float, height: float):
     """The given Axes or a new figure's; width and height in inches."""
     if ax is not None:
         return ax
@@ -32,7 +32,8 @@ def _axes(ax, width: float, height: float):
     return ax
 
 
-def _describe(ax, title: str, xlabel: str = "", ylabel: str = "", *, legend: bool = False, **look) -> None:
+def _describe(ax, title: str, xlabel: str = "", ylabel: str = "", *, legend: bool = False, **look):
+    """The Axes, with a title, names of the axes and, if asked for, a legend beside them."""
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=11)
     if legend:
@@ -40,6 +41,7 @@ def _describe(ax, title: str, xlabel: str = "", ylabel: str = "", *, legend: boo
         labels = [textwrap.fill(label, 28, break_long_words=False) for label in labels]
         place = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
         ax.legend(handles, labels, fontsize=9, **place, **look)
+    return ax
 
 
 def _style(i: int) -> dict:
@@ -52,7 +54,7 @@ def _cells(ax, values: np.ndarray, size: tuple[float, float], bar: str | None, t
 
     texts: (value, row, column) -> what a cell says, in white where its value is beyond `dark`.
     """
-    ax = _axes(ax, *size)
+    ax = axes_of(ax, *size)
     ax.spines[["top", "right"]].set_visible(True)
     ax.set_facecolor("0.92")
     image = ax.imshow(values, interpolation="nearest", **look)
@@ -90,7 +92,7 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
             known = ", ".join(sorted({k for record in history for k in record} - {"step"})) or "no records"
             raise ValueError(f"run {name!r} has no {key!r} in its history; it has {known}")
         lines.append((i, j, f"{name}, {key}" if name and len(keys) > 1 else name or key, key, points))
-    ax = _axes(ax, 6.0 if len(lines) == 1 else 7.5, 3.6)
+    ax = axes_of(ax, 6.0 if len(lines) == 1 else 7.5, 3.6)
     for i, j, label, key, points in lines:
         steps, values = np.array(points, dtype=float).T
         color = PALETTE[(i if len(named) > 1 else j) % len(PALETTE)]
@@ -104,10 +106,9 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
         style = dict(linestyle=("-", "--", ":", "-.")[j % 4], marker=marker, markersize=5, linewidth=1.6)
         ax.plot(steps, values, color=color, label=label, **style)
     pale = f"\n(running mean of {smooth} records, raw values pale)" if smooth > 1 else ""
-    title = f"{' and '.join(keys)} while training{pale}"
-    ylabel = " / ".join(sorted({key.removeprefix("eval_") for key in keys}))
-    _describe(ax, title, "optimizer step", ylabel, legend=len(lines) > 1 or label != keys[0])
-    return ax
+    title, ylabel = " and ".join(keys), " / ".join(sorted({key.removeprefix("eval_") for key in keys}))
+    legend = len(lines) > 1 or label != keys[0]
+    return _describe(ax, f"{title} while training{pale}", "optimizer step", ylabel, legend=legend)
 
 
 def _counts(labels, predictions, names: Sequence[str]) -> np.ndarray:
@@ -145,15 +146,13 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     title = f"{counts.sum():,} examples, {counts.trace() / counts.sum():.1%} right"
     if not small:
         ax = _cells(ax, shown, (side + 0.8, side), unit, **look)
-        _describe(ax, title, "predicted class (id)", "true class (id)")
-        return ax
+        return _describe(ax, title, "predicted class (id)", "true class (id)")
     form = ".2f" if normalize else ".0f"
     ax = _cells(ax, shown, (side + 0.8, side), None, lambda value, *_: f"{value:{form}}", 0.55 * top, **look)
     wide = max(map(len, map(str, names))) * 0.1 > (side - 1.4) / len(names)  # inches a name, a cell
-    ax.set_xticks(range(len(names)), names, rotation=45 if wide else 0, ha="right" if wide else "center")
+    ax.set_xticks(range(len(names)), names, **dict(rotation=45, ha="right") if wide else {})
     ax.set_yticks(range(len(names)), names)
-    _describe(ax, f"{title}\ncells: {unit}", "predicted class", "true class")
-    return ax
+    return _describe(ax, f"{title}\ncells: {unit}", "predicted class", "true class")
 
 
 def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
@@ -186,10 +185,9 @@ def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None,
     fits = weights.shape == (len(queries), len(tokens)) and weights.size and not isinstance(tokens, str)
     if not fits or not np.isfinite(weights).all():
         raise ValueError(f"weights have shape {weights.shape}: expected {given}")
-    longest = max(weights.shape)
-    size = min(max(3.2, 1.4 + 0.27 * longest), 7.5)
+    size = min(max(3.2, 1.4 + 0.27 * max(weights.shape)), 7.5)
     ax = _cells(ax, weights, (size + 0.9, size), "attention weight", cmap="Blues", vmin=0, aspect="auto")
-    look = dict(fontsize=9 if longest <= 24 else 6.5, parse_math=False)  # "$" is a token like any other
+    look = dict(fontsize=9 if max(weights.shape) <= 24 else 6.5, parse_math=False)  # "$" is a token like any other
     ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 2 else 0, **look)
     ax.set_yticks(range(len(queries)), queries, **look)
     ax.set(xlabel="key (attended to)", ylabel="query (attending)", title=title or "attention weights")
@@ -216,8 +214,7 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
     ax = _cells(ax, values, size, label, text, 0.6 * top, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 10 else 0)
     ax.set_yticks(range(len(rows)), rows)
-    _describe(ax, label)
-    return ax
+    return _describe(ax, label)
 
 
 def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7):
@@ -248,7 +245,7 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
         perplexity = min(30.0, (len(features) - 1) / 3)  # about the number of neighbours kept
         points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(centred)
         axes = ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
-    ax = _axes(ax, 7.0, 4.2)
+    ax = axes_of(ax, 7.0, 4.2)
     dots = dict(s=float(np.clip(16_000 / len(points), 5, 16)), linewidths=0)
     shown = sorted(label for label, _ in Counter(labels.tolist()).most_common(top))
     if (rest := ~np.isin(labels, shown)).any():
@@ -256,8 +253,7 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
     for i, label in enumerate(shown):
         ax.scatter(*points[labels == label].T, label=str(names[int(label)]), **_style(i), **dots)
     title = f"{len(features):,} vectors of {features.shape[1]} numbers, {kind}"
-    _describe(ax, title, *axes, legend=True, markerscale=2.0)
-    return ax
+    return _describe(ax, title, *axes, legend=True, markerscale=2.0)
 
 
 def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: str = "accuracy"):
@@ -272,7 +268,7 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
     if wrong or not cells:
         raise ValueError(f"{wrong[0] if wrong else 'nothing to compare'}: expected (mean, std) a method and task")
     width = 0.8 / len(table)
-    ax = _axes(ax, min(3.5 + 0.45 * len(tasks) * len(table), 9.0), 3.6)
+    ax = axes_of(ax, min(3.5 + 0.45 * len(tasks) * len(table), 9.0), 3.6)
     for i, (method, row) in enumerate(table.items()):
         x = np.array([j for j, task in enumerate(tasks) if task in row]) + (i - (len(table) - 1) / 2) * width
         means, stds = np.array([_numbers(row[task]) for task in tasks if task in row]).reshape(-1, 2).T
@@ -282,11 +278,10 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
             above = dict(xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
             for left, mean, std in zip(x, means, np.nan_to_num(stds), strict=True):
                 ax.annotate(f"{mean:.2f}", (left, mean + std), **above)
-    wide = max(map(len, tasks)) > 12
-    ax.set_xticks(range(len(tasks)), tasks, rotation=30 if wide else 0, ha="right" if wide else "center")
+    turned = dict(rotation=30, ha="right") if max(map(len, tasks)) > 12 else {}
+    ax.set_xticks(range(len(tasks)), tasks, **turned)
     ax.margins(y=0.1)
-    _describe(ax, f"{ylabel} by task, mean ± std over seeds", ylabel=ylabel, legend=True)
-    return ax
+    return _describe(ax, f"{ylabel} by task, mean ± std over seeds", ylabel=ylabel, legend=True)
 
 
 def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training examples", ylabel="accuracy"):
@@ -299,7 +294,7 @@ def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training 
     if not x.shape == means.shape == stds.shape or x.size == 0 or not np.isfinite([x, means]).all():
         raise ValueError(f"{label!r} needs x, means, stds equally long, x and means finite: {x}, {means}, {stds}")
     x, means, stds = (values[np.argsort(x)] for values in (x, means, stds))
-    ax = _axes(ax, 7.0, 3.8)
+    ax = axes_of(ax, 7.0, 3.8)
     look = dict(markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3)
     ax.errorbar(x, means, stds, label=label, **look, **_style(len(ax.containers)))
     ticks = np.unique(np.concatenate([line.lines[0].get_xdata() for line in ax.containers]))
@@ -308,5 +303,4 @@ def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training 
     ax.minorticks_off()
     if len(ticks) <= 10:
         ax.set_xticks(ticks, [f"{tick:,g}" if tick < 1e4 else f"{tick:,.0f}" for tick in ticks])
-    _describe(ax, f"{ylabel} by {xlabel}, mean ± std over seeds", xlabel, ylabel, legend=True)
-    return ax
+    return _describe(ax, f"{ylabel} by {xlabel}, mean ± std over seeds", xlabel, ylabel, legend=True)

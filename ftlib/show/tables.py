@@ -20,14 +20,17 @@ from typing import Any
 def stored_results(name: str) -> dict:
     """The table results/<name>.json that a program in tests/benchmarks wrote; checkout or installed package.
 
+    A name that ends in * gives {"rows": those of all files whose names begin so}, e.g. "speed-*" of every device.
     Raises ValueError for a name that is a path, FileNotFoundError (with the names there are) for a missing one.
     """
-    if not re.fullmatch(r"[\w-]+", name):
+    if not re.fullmatch(r"[\w-]+\*?", name):
         raise ValueError(f"stored_results takes a plain name such as 'fine_tuning', got {name!r}")
     package = Path(__file__).resolve().parents[1]
     shipped = package / "_shipped" / "results"  # in an installed package; a checkout has none
     folder = shipped if shipped.is_dir() else package.parent / "tests" / "benchmarks" / "results"
     found = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    if name.endswith("*"):
+        return {"rows": [row for key in found if key.startswith(name[:-1]) for row in stored_results(key)["rows"]]}
     if name not in found:
         known = ", ".join(found) or "none yet"
         raise FileNotFoundError(f"no stored results {name!r} (there are: {known}); python tests/benchmarks/{name}.py")
@@ -60,13 +63,13 @@ def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, 
 
 
 def format_cell(value: Any, digits: int = 3) -> str:
-    """A table cell: numbers rounded, pairs as mean ± std, None as "not measured yet".
+    """A table cell: numbers rounded, pairs as mean ± std, None (not measured) as a dash.
 
     >>> format_cell((0.785, 0.0062)), format_cell((0.785, float("nan"))), format_cell(22713216)
     ('0.785 ± 0.006', '0.785 (one seed)', '22,713,216')
     """
     if value is None or isinstance(value, bool):
-        return {None: "not measured yet", True: "yes", False: "no"}[value]
+        return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, Integral):
         return f"{value:,}"
     if isinstance(value, Real):
@@ -113,11 +116,8 @@ class Table:
         return f"<table><thead><tr>{line(self.headings, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def results_table(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None, *,
-    digits: int | Mapping[str, int] = 3,
-) -> Table:  # fmt: skip
-    """Rows of numbers as a `Table`; `columns` picks and orders keys, or maps them to headings.
+def results_table(rows: Sequence[Mapping[str, Any]], columns: Any = None, *, digits: Any = 3) -> Table:
+    """Rows of numbers as a `Table`; columns: a list that picks and orders keys, or {key: heading}.
 
     Cells are as `format_cell` makes them; digits: one number, or {key: number} (3 for the rest).
     Raises ValueError for no rows and for a row without one of the columns.

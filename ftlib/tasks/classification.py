@@ -68,32 +68,19 @@ def check_numbers(label: Any, num_labels: int, length: int, where: str) -> float
     return [float(value) for value in values] if num_labels > 1 else float(values[0])
 
 
-def count_labels(labels: Any) -> Any:
-    """How many items are labelled, of an array or a tensor."""
-    return (labels != IGNORE).sum()
-
-
-def count_numbers(labels: Any) -> int:
-    return labels.reshape(-1).shape[0]
-
-
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy; logits (..., classes), labels int64 (...).  TypeError for labels that are floats."""
     if labels.is_floating_point():
         raise TypeError(f"labels is {labels.dtype}; cross-entropy needs whole class numbers: cast with .long()")
-    flat = _float(logits).reshape(-1, logits.shape[-1])
-    options = dict(reduction="sum", ignore_index=IGNORE, label_smoothing=label_smoothing)
-    return F.cross_entropy(flat, labels.reshape(-1).long(), **options)
+    logits, labels = _float(logits).reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed over labels; logits and labels (batch, labels), 0 to 1 or -100."""
-    logits = _float(logits)
-    labels = labels.to(logits.dtype)
-    counts = labels != IGNORE  # (batch, labels)
-    return F.binary_cross_entropy_with_logits(
-        logits, labels.masked_fill(~counts, 0.0), weight=counts.to(logits.dtype), reduction="sum"
-    )
+    logits, counts = _float(logits), labels != IGNORE  # (batch, labels)
+    labels, weight = labels.to(logits.dtype).masked_fill(~counts, 0.0), counts.to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -119,28 +106,9 @@ def divergence_of_classes(first: Tensor, second: Tensor, labels: Tensor) -> Tens
 
 def divergence_of_labels(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
     """The same for a Bernoulli distribution a label, (items, labels), summed over labels."""
-    both = ((first.float(), second.float()), (second.float(), first.float()))
-    each = sum((a.sigmoid() - b.sigmoid()) * (a - b) for a, b in both)  # KL both ways: the logarithms of 1-p cancel
-    return each[labels != IGNORE].sum() / 4
-
-
-def largest(logits: Tensor) -> Tensor:
-    """(..., classes) to class numbers (...)."""
-    return logits.argmax(-1)
-
-
-def above_half(logits: Tensor) -> Tensor:
-    """(..., labels) to 0/1: whether the probability is above one half."""
-    return (logits > 0).long()
-
-
-def softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
-
-
-def as_number(logits: Tensor) -> Tensor:
-    """(batch, 1) to (batch,); (batch, k) as it is."""
-    return logits[:, 0] if logits.shape[-1] == 1 else logits
+    a, b = first.float(), second.float()
+    each = (a.sigmoid() - b.sigmoid()) * (a - b)  # KL both ways: the logarithms of 1-p cancel
+    return each[labels != IGNORE].sum() / 2
 
 
 def one_name(decided: np.ndarray, names: dict[int, str]) -> list[str]:

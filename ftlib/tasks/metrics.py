@@ -2,9 +2,8 @@
 
 To copy: this file alone.
 
-Three rules hold everywhere. Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average runs over
-the labels that occur on either side: one predicted but never right counts 0, and anything divided by zero is 0. A
-correlation with a constant is undefined and comes back as nan: 0.0 would read as a measured "no relation".
+Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average runs over the labels that occur on
+either side; anything divided by zero is 0. A correlation with a constant is nan: 0.0 would read as "no relation".
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ def _array(values, what: str) -> np.ndarray:
     values = np.asarray(values.detach().double().cpu() if hasattr(values, "detach") else values)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{what} must be numbers, and are {values.dtype}")
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
+    if len(bad := np.argwhere(~np.isfinite(values))):
         raise ValueError(f"{what} row {bad[0][0]} is {values[tuple(bad[0])]}: expected a finite number")
     return values.astype(np.float64)
 
@@ -45,10 +43,9 @@ def _ids(predictions, labels, names: Sequence[str] | None = None) -> tuple[np.nd
     # a matrix entry that is 0 on both sides changes no F1 and breaks no exact match
     predictions, labels = np.where(ignored, 0, predictions), np.where(ignored, 0, labels)
     for what, array in (("predictions", predictions), ("labels", labels)):
-        bad = np.argwhere((array != np.floor(array)) | (array < 0) | (array > largest))
-        if len(bad):
-            row = bad[0][0]
-            raise ValueError(f"{what} row {row} is {array[tuple(bad[0])]:g}: expected a whole number, 0 to {largest}")
+        if len(bad := np.argwhere((array != np.floor(array)) | (array < 0) | (array > largest))):
+            row, value = bad[0][0], array[tuple(bad[0])]
+            raise ValueError(f"{what} row {row} is {value:g}: expected a whole number, 0 to {largest}")
     keep = ~(ignored.all(axis=1) if matrix else ignored)
     if not keep.any():
         raise ValueError(f"all labels are {IGNORE} (ignored): nothing to score")
@@ -147,7 +144,8 @@ def entity_scores(predictions, labels) -> dict[str, float]:
     >>> entity_scores([["B-city", "O", "O"]], [["B-city", "I-city", "O"]])["f1"]
     0.0
     """
-    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+    from seqeval.metrics import accuracy_score
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as prf
 
     predictions, labels = [list(row) for row in predictions], [list(row) for row in labels]
     _same_lengths(predictions, labels)
@@ -156,9 +154,8 @@ def entity_scores(predictions, labels) -> dict[str, float]:
     if wrong or not any(labels):
         found = f"row {wrong[0][0]} has the tag {wrong[0][1]!r}" if wrong else "no tags, nothing to score"
         raise ValueError(f"{found}: expected 'O', 'B-…' or 'I-…'")
-    scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
-    found = {name: float(score(labels, predictions, zero_division=0)) for name, score in scores.items()}
-    return {**found, "accuracy": float(accuracy_score(labels, predictions))}
+    scores = *prf(labels, predictions, average="micro", zero_division=0)[:3], accuracy_score(labels, predictions)
+    return dict(zip(("precision", "recall", "f1", "accuracy"), map(float, scores), strict=True))
 
 
 def _same_lengths(predictions, labels) -> None:

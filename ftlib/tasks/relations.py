@@ -35,8 +35,7 @@ def mark(text: str, spans: Any) -> tuple[str, list[int]]:
     order = sorted((0, 1), key=lambda i: tuple(spans[i]))
     (a, b), (c, d) = (spans[i] for i in order)
     if not 0 <= a < b <= c < d <= len(text):
-        need = f"each must lie in the text (0 to {len(text)}), hold a sign, and not overlap"
-        raise ValueError(f"spans is {spans}: {need}")
+        raise ValueError(f"spans is {spans}: each must lie in the text (0 to {len(text)}), hold a sign, not overlap")
     one, two = (MARKERS[i] for i in order)
     marked = f"{text[:a]}{one} {text[a:b]} {one}{text[b:c]}{two} {text[c:d]} {two}{text[d:]}"
     return marked, [(a, c + 4)[i] for i in order]  # two markers of two signs stand before the second
@@ -68,8 +67,8 @@ class _OnMarkers:
 
     def __init__(self, config: Any):
         super().__init__(config)
-        poolless = "add_pooling_layer" in inspect.signature(self.base_class).parameters
-        options = {"add_pooling_layer": False} if poolless else {}
+        pools = "add_pooling_layer" in inspect.signature(self.base_class).parameters
+        options = {"add_pooling_layer": False} if pools else {}
         setattr(self, self.base_model_prefix, self.base_class(config, **options))
         self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", None) or 0.0)
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)

@@ -3,12 +3,11 @@
 To copy: this file, core/batches.py and tasks/classification.py.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..core.batches import IGNORE, padded, short
+from ..core.batches import IGNORE, short
 from .classification import check_classes
 
 
@@ -23,11 +22,9 @@ def align(value: Any, text: Any, encoded: Any, i: int, where: str) -> list[int]:
     words = "one string" if isinstance(text, str) else f"{len(text)} words"
     if words == "one string" or len(value) != len(text):
         raise ValueError(f"{where}: {len(value)} tags for {words}; mend the row, one tag a word in a list of words")
-    aligned, previous = [], None
-    for word in word_ids(encoded, i):
-        aligned.append(IGNORE if word is None or word == previous else value[word])
-        previous = word
-    return aligned
+    places = word_ids(encoded, i)
+    pairs = zip([None, *places], places, strict=False)  # (word of the token before, word)
+    return [IGNORE if word in (None, before) else value[word] for before, word in pairs]
 
 
 def check_tags(label: Any, num_labels: int, length: int, where: str) -> list[int]:
@@ -36,11 +33,6 @@ def check_tags(label: Any, num_labels: int, length: int, where: str) -> list[int
         got = f"{len(label)} labels" if isinstance(label, (list, tuple)) else short(label)
         raise ValueError(f"{where}: {got} for {length} tokens; one label per token, {IGNORE} to ignore")
     return check_classes(list(label), num_labels, where)
-
-
-def stack_tags(values: list, sizes: Sequence[int], side: str = "right") -> Any:
-    """int64 (rows, tokens), -100 where there is padding."""
-    return padded(values, sizes, side, IGNORE)
 
 
 def named_tags(decided: np.ndarray, names: dict[int, str]) -> list[str | None]:

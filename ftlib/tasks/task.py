@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import anatomy
-from ..core.batches import stacked
+from ..core.batches import IGNORE, padded, stacked
 from . import classification, relations, tagging
 from .metrics import compute_metrics, mse
 
@@ -48,7 +48,7 @@ class Task:
     stack: Callable = stacked  # (labels, tokens of each row, padding side) -> tensor
     a_token: bool = False  # a label a token
     multi_hot: bool = False  # several classes a text, a 0 or 1 for each
-    probabilities: Callable | None = classification.softmax  # of logits; None: the task predicts numbers
+    probabilities: Callable | None = None  # of logits; None: the task predicts numbers
     named: Callable = classification.one_name  # (decisions, {number: name}) -> names
     divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
     smooths: bool = False  # whether `loss` takes label_smoothing
@@ -61,28 +61,29 @@ def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float
 
 
 _classes = partial(
-    Task, check=classification.check_class, items=classification.count_labels, loss=classification.cross_entropy,
-    decide=classification.largest, score=partial(compute_metrics, "sequence-classification"), smooths=True,
+    Task, check=classification.check_class, items=lambda labels: (labels != IGNORE).sum(), smooths=True,
+    loss=classification.cross_entropy, score=partial(compute_metrics, "sequence-classification"),
+    decide=partial(torch.argmax, dim=-1), probabilities=partial(torch.softmax, dim=-1),
 )  # fmt: skip
 _text = partial(_classes, auto="AutoModelForSequenceClassification", architecture="ForSequenceClassification")
 
 TASKS: dict[str, Task] = {
     "sequence-classification": _text(problem_type="single_label_classification"),
     "multi-label-classification": _text(
-        check=classification.check_labels, loss=classification.binary_cross_entropy, decide=classification.above_half,
+        check=classification.check_labels, loss=classification.binary_cross_entropy, probabilities=torch.sigmoid,
+        decide=lambda logits: (logits > 0).long(), named=classification.all_names, smooths=False, multi_hot=True,
         score=partial(compute_metrics, "multi-label-classification"), problem_type="multi_label_classification",
-        probabilities=torch.sigmoid, named=classification.all_names, divergence=classification.divergence_of_labels,
-        smooths=False, multi_hot=True,
+        divergence=classification.divergence_of_labels,
     ),
     "regression": _text(
-        check=classification.check_numbers, items=classification.count_numbers, loss=classification.squared_error,
-        decide=classification.as_number, score=_score_numbers, problem_type="regression",
-        probabilities=None, divergence=None, smooths=False, likelihood=0.5,
+        check=classification.check_numbers, items=lambda labels: len(labels.reshape(-1)), score=_score_numbers,
+        loss=classification.squared_error, decide=lambda logits: logits[:, 0] if logits.shape[-1] == 1 else logits,
+        problem_type="regression", probabilities=None, divergence=None, smooths=False, likelihood=0.5,
     ),
     "token-classification": _classes(
         auto="AutoModelForTokenClassification", architecture="ForTokenClassification", check=tagging.check_tags,
         score=partial(compute_metrics, "token-classification"), peft_type="TOKEN_CLS", align=tagging.align,
-        stack=tagging.stack_tags, a_token=True, named=tagging.named_tags,
+        stack=partial(padded, fill=IGNORE), a_token=True, named=tagging.named_tags,
     ),
     "relation-classification": _classes(
         auto=relations.AutoModelForRelationClassification, architecture="ForRelationClassification",
@@ -129,10 +130,7 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """{task name: (kind, number of labels)}; the name is "" for a stock model with one task.
-
-    Raises ValueError for a model without a task head that ftlib knows.
-    """
+    """{task name, "" for a stock model's one: (kind, number of labels)}; ValueError without a head that is known."""
     if hasattr(model, "tasks"):  # MultiTaskModel
         return model.tasks
     kind = kind_of(model)

@@ -1,27 +1,31 @@
-"""Out of memory: what each remedy saves and what it costs, one process a row.
+"""Out of memory: what each remedy saves and what it costs.
 
-    python tests/benchmarks/memory.py    # adds rows to results/speed-<device>.json; a GPU is used where there is one
+    python tests/benchmarks/memory.py    # adds rows to results/speed-<CPU>.json; on a GPU it is part 4 of the GPU day
 
 Needs only torch, transformers and ftlib.  The model has random weights: of MiniLM's size on a CPU, of BERT-base's on
 a GPU.  One step is 32 rows of 16 to 256 tokens on a CPU, 64 rows of 16 to 512 on a GPU (the lengths of
 rotten-tomatoes, stretched so that the longest fills the row).  Every row changes one thing against the first.  Peak
-memory is that of the whole process on a CPU (libraries included), of all tensors on a GPU; the seconds are the
-median step after the first.
+memory is that of the whole process on a CPU (libraries included; a process a row), of all tensors on a GPU; the
+seconds are the median step after the first.
 """
 
 import argparse
+import gc
 import itertools
 import json
+import math
 import random
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bert_base import device, why
 from lengths import measured_lengths
 from paired import alone
-from record import RESULTS, SpeedTable
+from record import RESULTS, GpuTable, SpeedTable
 from torch import nn
 
 import ftlib
@@ -76,7 +80,8 @@ def one(name: str, steps: int, toy: bool) -> dict[str, Any]:
 
     options, batch, longest, _ = sizes(toy)
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**options))
+    with device():
+        model = BertForSequenceClassification(BertConfig(**options))
     prepare, config = REMEDIES[name]
     for change in prepare:
         change(model)
@@ -98,6 +103,23 @@ def one(name: str, steps: int, toy: bool) -> dict[str, Any]:
     }
 
 
+def on_the_gpu(table: GpuTable, toy: bool = False, steps: int = 4, until: float = math.inf) -> None:
+    """All rows in this process, whose tensors are what counts; each is stored at once, also one that can't be had."""
+    rows = []
+    for name in [*REMEDIES][:: 4 if toy else 1]:
+        row = {"work": sizes(toy)[-1], "method": name}
+        if time.monotonic() > until:
+            row["missing"] = "no time was left"
+        else:
+            try:
+                row |= one(name, steps, toy)
+            except Exception as error:  # out of memory, say
+                row["missing"] = why(error)
+        gc.collect()
+        torch.cuda.empty_cache()
+        table.replace({"part": "memory"}, rows := [*rows, row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", choices=REMEDIES, help="measure this row in this process")
@@ -110,6 +132,9 @@ def main() -> None:
         return
     if args.toy and args.results == RESULTS:
         parser.error("--toy needs --results FOLDER: toy numbers are no results")
+    if torch.cuda.is_available():
+        on_the_gpu(GpuTable(4, "python tests/benchmarks/memory.py", args.results), args.toy, args.steps)
+        return
     table = SpeedTable("python tests/benchmarks/memory.py", args.results)
     given = ["--steps", str(args.steps), *(["--toy"] if args.toy else [])]
     names = list(REMEDIES)[-1:] if args.toy else list(REMEDIES)

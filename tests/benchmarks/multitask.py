@@ -13,7 +13,8 @@ Parts
   drawn alike.
 - transfer: each of the four tasks alone, and every two of them together with the steps of both, so that a task makes
   as many passes over its rows with a partner as alone; "gain" is score together minus score alone, same seed.
-The last three parts have a size: small, about an hour for three seeds on two CPU cores, and full, for a GPU.
+The last three parts have a size: small, about an hour for three seeds on two CPU cores, and full, for a GPU: part 5 of
+the GPU day (gpu_day.py), which has a file of its own.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from record import RESULTS, Table
 
 import ftlib
 
+MODEL = "minilm"  # or a folder with its weights
 PARTS = ("atis", "unlike", "methods-atis", "methods-four", "transfer")
 RATE = {"atis": 6e-4, "unlike": 5e-4, "four": 1.5e-4}
 METHODS: dict[str, dict[str, Any]] = {  # of TrainConfig
@@ -42,18 +44,20 @@ SIZES = {  # training rows of each task, the first so many of banking77's intent
               "test": 300},
     "full": {"atis": 4000, "sentiment": 4000, "similarity": 4000, "pairs": 3000, "intents": 8000, "kinds": 77,
              "passes": 3, "test": 10**6},
+    "dry": {"atis": 32, "sentiment": 32, "similarity": 32, "pairs": 32, "intents": 32, "passes": 1, "test": 8},
     "toy": {"atis": 8, "sentiment": 8, "similarity": 8, "pairs": 8, "intents": 8, "passes": 3, "test": 8},
 }  # fmt: skip
 Head = ftlib.Head
 
 
 def subset(dataset, count: int, seed: int):
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return dataset.select(order[:count])
+    """So many rows of a Dataset or a list."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
+    return dataset.select(order) if hasattr(dataset, "select") else [dataset[place] for place in order]
 
 
 def train(heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, **options: Any):
-    encoder = options.pop("encoder", None) or ftlib.load_model("minilm")
+    encoder = options.pop("encoder", None) or ftlib.load_model(MODEL)
     model = ftlib.unpad(ftlib.MultiTaskModel(encoder, heads, seed=seed))
     config = ftlib.TrainConfig(max_steps=steps, learning_rate=rate, seed=seed, progress=False, **options)
     run = ftlib.fit(model, datasets, config=config)
@@ -158,11 +162,14 @@ def old_unlike(table: Table, seeds: range) -> None:
             )
 
 
-def methods(table: Table, seeds: range, part: str, size: str) -> None:
-    """Every method on atis (both labels in every row) or on the four tasks (one label a row)."""
+def methods(table: Any, seeds: range, part: str, size: str, *, given=None, only=tuple(METHODS)) -> None:
+    """Every method on atis (both labels in every row) or on the four tasks (one label a row).
+
+    given: (heads, tokens) as `atis` and `classes` return them, where these can't be loaded.
+    """
     from_atis, count = part == "methods-atis", SIZES[size]
     names = ("intent", "slots") if from_atis else tuple(CORPORA)
-    heads, tokens = toy(names) if size == "toy" else atis() if from_atis else classes(names, count["kinds"])
+    heads, tokens = given or (toy(names) if size == "toy" else atis() if from_atis else classes(names, count["kinds"]))
     for seed in seeds:
         if size == "toy":
             data = {"atis": tokens} if from_atis else {n: picked(tokens, [n]) for n in names}
@@ -174,7 +181,7 @@ def methods(table: Table, seeds: range, part: str, size: str) -> None:
             data = {n: subset(tokens[n]["train"], count[n], seed) for n in names}
             tests = {n: subset(tokens[n]["test"], count["test"], 0) for n in names}
         steps = count["passes"] * sum(map(len, data.values())) // (4 if size == "toy" else 32)
-        for name, options in METHODS.items():
+        for name, options in ((name, METHODS[name]) for name in only):
             if "TorchJD" in name:
                 try:
                     from torchjd.aggregation import UPGrad
@@ -191,13 +198,18 @@ def methods(table: Table, seeds: range, part: str, size: str) -> None:
             )
 
 
-def transfer(table: Table, seeds: range, size: str) -> None:
-    """Each task alone, then in every pair, where each makes its own passes: exact counts, task_sampler="remaining"."""
+def transfer(table: Any, seeds: range, size: str, *, given=None, pairs: Any = None) -> None:
+    """Each task alone, then in every pair, where each makes its own passes: exact counts, task_sampler="remaining".
+
+    pairs: these alone, after the single tasks.
+    """
     count = SIZES[size]
-    heads, tokens = toy(tuple(CORPORA)) if size == "toy" else classes(CORPORA, count["kinds"])
+    heads, tokens = given or (toy(tuple(CORPORA)) if size == "toy" else classes(CORPORA, count["kinds"]))
+    pairs = itertools.combinations(CORPORA, 2) if pairs is None else pairs
+    every = [*((task,) for task in CORPORA), *pairs]
     for seed in seeds:
         alone: dict[str, float] = {}
-        for tasks in [*((task,) for task in CORPORA), *itertools.combinations(CORPORA, 2)]:
+        for tasks in every:
             if size == "toy":
                 data = tests = {n: picked(tokens, [n]) for n in tasks}
             else:

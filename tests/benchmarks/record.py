@@ -16,16 +16,32 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "accelerate", "sentence-transformers", "onnxruntime")
 
 
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # from the widest-spread to the one that tells most
+
+
+def cpu() -> tuple[str, list[str]]:
+    """The CPU's model, without its maker's decorations, and which of FLAGS it has; elsewhere than on Linux none."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    found = dict(re.findall(r"^(model name|flags)\s*: (.*)", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)|\b(CPU|Processor|[\w-]+-Core)\b|@.*", " ", name)
+    return " ".join(name.split()), [flag for flag in FLAGS if flag in found.get("flags", "").split()]
+
+
 def device_name() -> str:
-    """The GPU if there is one, else the CPU."""
+    """The GPU if there is one, else the CPU: "CPU, 2 cores, AMD EPYC (avx2, avx512f, avx512_bf16)"."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    model, flags = cpu()
+    return f"CPU, {os.cpu_count()} cores, {model}" + (f" ({', '.join(flags)})" if flags else "")
 
 
 def device_slug() -> str:
-    """cpu-2-cores or nvidia-h200: the device as part of a file name."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {os.cpu_count()} cores"
+    """nvidia-h200, or cpu-2-cores-amd-epyc-avx512-bf16: the device as part of a file name, of the flags the last."""
+    model, flags = cpu()
+    name = f"cpu {os.cpu_count()} cores {model} {''.join(flags[-1:])}"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else name
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -91,3 +107,29 @@ class SpeedTable(Table):
         about = "ftlib against the stock tools, same work, paired rounds"
         super().__init__(f"speed-{device_slug()}", "make bench", about, packages=PACKAGES, folder=folder)
         self.stamp |= {"command": command, "threads": torch.get_num_threads()}
+
+
+PARTS = {1: "tests", 2: "speed", 3: "profile", 4: "memory", 5: "accuracy"}  # of the GPU day
+
+
+class GpuTable(Table):
+    """results/gpu-day-<part>-<what>-<device>.json: one part of the GPU day, however it was started."""
+
+    def __init__(self, part: int, command: str, folder: Path = RESULTS):
+        about = f"The GPU day, part {part}: {PARTS[part]}"
+        name = f"gpu-day-{part}-{PARTS[part]}-{device_slug()}"
+        super().__init__(name, command, about, packages=PACKAGES, folder=folder)
+        self.stamp |= {"command": command, "threads": torch.get_num_threads()}
+        self.shown: set[str] = set()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A row that has its stamp."""
+        self._write([*self.content["rows"], row])
+        self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        """Once, and without what is long."""
+        text = json.dumps({k: v for k, v in row.items() if k not in self.stamp and not isinstance(v, (dict, list))})
+        if text not in self.shown:
+            self.shown.add(text)
+            print(text, flush=True)

@@ -4,16 +4,27 @@ python tests/benchmarks/report.py    # rewrites README.md here and at the root b
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
-from ftlib import mean_std, results_table, stored_results
+from ftlib import mean_std, results_table
+from ftlib.show.tables import format_cell
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests/benchmarks/results"
+
+
+def stored(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def rows_of(name: str, **wanted) -> list[dict]:
-    return [r for r in stored_results(name)["rows"] if all(r.get(k) == v for k, v in wanted.items())]
+    return chosen(stored(name)["rows"], **wanted)
+
+
+def chosen(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
 def spread(rows: list[dict], key: str) -> tuple[float, float]:
@@ -22,7 +33,7 @@ def spread(rows: list[dict], key: str) -> tuple[float, float]:
 
 def source(name: str) -> str:
     """Command, device, versions and dates of a results file, as one sentence."""
-    content = stored_results(name)
+    content = stored(name)
     rows = content["rows"]
     dates = sorted({row["date"] for row in rows})
     devices = sorted({row["device"] for row in rows})
@@ -44,7 +55,10 @@ def ties(points: dict[str, tuple[float, float]]) -> set[str]:
 
 def strategy_points(corpus: str) -> dict[int, dict[str, tuple[float, float]]]:
     """{training texts: {strategy: (mean, std) of the test accuracy}}."""
-    rows = rows_of(f"strategies-{corpus}", part="accuracy")
+    return points_of(rows_of(f"strategies-{corpus}", part="accuracy"))
+
+
+def points_of(rows: list[dict]) -> dict[int, dict[str, tuple[float, float]]]:
     names, counts = (dict.fromkeys(row[key] for row in rows) for key in ("strategy", "count"))
     return {
         count: {n: spread([r for r in rows if (r["strategy"], r["count"]) == (n, count)], "test") for n in names}
@@ -84,8 +98,7 @@ def strategies() -> str:
         "finished, as their training loss says; given more steps they may catch up. "
         "The step is one of 32 film reviews with `unpad`, as a ratio to "
         "full fine-tuning's in the same round; peak memory is of the whole process; moments are what AdamW keeps; "
-        "saved is what `ftlib.save` writes (adapters with their head). On a GPU, with 5 seeds: not measured yet "
-        "(`python tests/benchmarks/strategies.py --seeds 5`).\n\n"
+        "saved is what `ftlib.save` writes (adapters with their head).\n\n"
         f"{results_table(rows, digits=digits)._repr_markdown_()}\n\n"
         f"{drawn}\n\n{stamps}"
     )
@@ -142,44 +155,61 @@ FOUR = ("sentiment", "similarity", "pairs", "intents")
 def told_apart(points: dict[str, tuple[float, float]]) -> dict[str, str]:
     """Mean ± deviation, bold for the best and what ties with it."""
     equal = ties(points)
-    shown = {name: f"{mean:.3f} ± {std:.3f}" for name, (mean, std) in points.items()}
+    shown = {name: format_cell(point) for name, point in points.items()}
     return {name: f"**{text}**" if name in equal else text for name, text in shown.items()}
 
 
 def methods() -> str:
     """Every method of balancing on atis and on four unlike tasks; the transfer matrix; what more tasks cost."""
-    size = "full" if rows_of("multitask", part="methods-four", size="full") else "small"
-    table: dict[str, dict] = {}
-    for part, names in (("methods-atis", ("intent", "slots")), ("methods-four", FOUR)):
-        rows = rows_of("multitask", part=part, size=size)
-        every = list(dict.fromkeys(row["method"] for row in rows))
-        for task in (*names, "mean"):
-            of = {m: [r["scores"].get(task, r["mean"]) for r in rows if r["method"] == m] for m in every}
-            for method, text in told_apart({m: mean_std(values) for m, values in of.items()}).items():
-                words = task if task != "mean" else "mean of two" if part == "methods-atis" else "mean of four"
-                table.setdefault(method, {"method": f"`{method}`"})[words] = text
-    seeds = len({row["seed"] for row in rows_of("multitask", part="methods-four", size=size)})
-    grid = []
-    for task in FOUR:
-        own = rows_of("multitask", part="transfer", size=size, tasks=task)
-        line = {"task": task, "alone": spread([{"score": row["scores"][task]} for row in own], "score")}
-        for partner in FOUR:
-            pairs = [r for r in rows_of("multitask", part="transfer", size=size) if {task, partner} == {*r["scores"]}]
-            gains = [row["gain"][task] for row in pairs if "gain" in row]
-            mean, std = mean_std(gains) if gains else (0.0, 0.0)
-            shown = f"{mean:+.3f} ± {std:.3f}"
-            line[f"with {partner}"] = "" if not gains else f"**{shown}**" if abs(mean) > std else shown
-        grid.append(line)
+    small = rows_of("multitask", size="small")
+    seeds = len({row["seed"] for row in chosen(small, part="methods-four")})
     return (
         f"**Balancing several tasks** (notebook 05b), {seeds} seeds: accuracy, F1 of the slots, Pearson's r of the "
         "similarity; the same rows, rate and steps for every method, tasks drawn alike. **Bold: the best of the column "
         f"and all that tie with it.** On atis 1,000 sentences with both labels, 4 passes; the four tasks have 400 film "
         "reviews, 300 sentence pairs with a similarity, 300 with a paraphrase label and 200 bank questions of ten "
-        f"intents, 4 passes.\n\n{results_table(list(table.values()))._repr_markdown_()}\n\n"
-        "**Transfer**: what a task gains from a partner (score together minus score alone, same seed, same passes over "
-        "its rows). Bold: further from 0 than one deviation; everything else is a tie.\n\n"
-        f"{results_table(grid)._repr_markdown_()}\n\n*{source('multitask')}*\n\n{growth()}"
+        f"intents, 4 passes.\n\n{balancing(small)}\n\n{TRANSFER}"
+        f"{transfers(small)}\n\n*{source('multitask')}*\n\n{growth()}"
     )
+
+
+TRANSFER = (
+    "**Transfer**: what a task gains from a partner (score together minus score alone, same seed, same passes over "
+    "its rows). Bold: further from 0 than one deviation; everything else is a tie.\n\n"
+)
+
+
+def balancing(rows: list[dict]) -> str:
+    """The methods on atis and on the four tasks, as far as there are rows."""
+    table: dict[str, dict] = {}
+    for part, names in (("methods-atis", ("intent", "slots")), ("methods-four", FOUR)):
+        own = chosen(rows, part=part)
+        every = list(dict.fromkeys(row["method"] for row in own))
+        for task in (*names, "mean") if own else ():
+            of = {m: [r["scores"].get(task, r["mean"]) for r in own if r["method"] == m] for m in every}
+            for method, text in told_apart({m: mean_std(values) for m, values in of.items()}).items():
+                words = task if task != "mean" else "mean of two" if part == "methods-atis" else "mean of four"
+                table.setdefault(method, {"method": f"`{method}`"})[words] = text
+    columns = dict.fromkeys(name for line in table.values() for name in line)  # a method may lack one of the parts
+    return results_table([{name: line.get(name, "") for name in columns} for line in table.values()])._repr_markdown_()
+
+
+def transfers(rows: list[dict]) -> str:
+    """Every task alone, and what each gains from each of the others."""
+    grid = []
+    for task in FOUR:
+        own = chosen(rows, part="transfer", tasks=task)
+        if not own:
+            continue
+        line = {"task": task, "alone": spread([{"score": row["scores"][task]} for row in own], "score")}
+        for partner in FOUR:
+            pairs = [r for r in chosen(rows, part="transfer") if {task, partner} == {*r["scores"]}]
+            gains = [row["gain"][task] for row in pairs if "gain" in row]
+            mean, std = mean_std(gains) if gains else (0.0, 0.0)
+            shown = f"{mean:+.3f} ± {std:.3f}" if math.isfinite(std) else f"{mean:+.3f} (one seed)"
+            line[f"with {partner}"] = "" if not gains else f"**{shown}**" if abs(mean) > std else shown
+        grid.append(line)
+    return results_table(grid)._repr_markdown_()
 
 
 def growth() -> str:
@@ -197,8 +227,8 @@ def growth() -> str:
     table = [{name: line.get(name, "") for name in names} for line in table]
     return (
         "**More tasks**: a step of 32 rows, unpadded, against the same step of a stock model with one task (median of "
-        "ratios within rounds), and the peak memory of the process. \"One label a row\": the rows take turns, so more "
-        "tasks are not more rows; \"all labels\": every row has a label of every task.\n\n"
+        'ratios within rounds), and the peak memory of the process. "One label a row": the rows take turns, so more '
+        'tasks are not more rows; "all labels": every row has a label of every task.\n\n'
         f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')[:-1]}; {rows[0]['rounds']} rounds, "
         f"{rows[0]['threads']} thread{'; ' + rows[0]['remark'] if 'remark' in rows[0] else ''}.*"
     )
@@ -208,23 +238,25 @@ TRAINER, BEST = "Trainer, as it comes", "Trainer, best settings found"
 ENCODE = ("sentence-transformers encode", "a loop like sentence-transformers")
 BERT = "BERT-base, bf16"
 MM = "torch.mm"
-# What is aimed at: (words, part, the work's name or "" for any, measured against, goal); no rival: utilisation.
+# What is aimed at: (words, part, the work's name or "" for any, measured against, goal, goal on a CPU with AMX where it
+# is another); no rival: utilisation.
 GOALS = (
-    ("fine-tune MiniLM, CPU", "fine-tune", "", TRAINER, 2.0),
-    ("fine-tune MiniLM, CPU", "fine-tune", "", BEST, 1.3),
-    ("fine-tune MiniLM, CPU", "fine-tune", "", None, 0.6),
-    ("fine-tune MiniLM, CPU", "fine-tune", "", MM, 0.6),
-    ("features of MiniLM, CPU", "features", "", ENCODE, 1.4),
-    ("features of MiniLM, CPU", "features", "", "ONNX Runtime", 1.0),
-    ("features of MiniLM, CPU", "features", "", None, 0.8),
-    ("features of MiniLM, CPU", "features", "", MM, 0.8),
-    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", TRAINER, 3.0),
-    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", BEST, 1.5),
-    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", TRAINER, 3.0),
-    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", BEST, 1.5),
-    ("fine-tune BERT-base, GPU, 512 tokens", BERT, "train, 512 tokens, batch 64", None, 0.5),
-    ("same, no attention dropout", BERT, "train, 512 tokens, batch 64, no attention dropout", None, 0.5),
-    ("features of BERT-base, GPU", BERT, "features, batch 32", ENCODE, 2.0),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", TRAINER, 2.0, 5.0),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", BEST, 1.3, 1.6),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", None, 0.6, None),
+    ("fine-tune MiniLM, CPU", "fine-tune", "", MM, 0.6, None),
+    ("features of MiniLM, CPU", "features", "", ENCODE, 1.4, 2.0),
+    ("features of MiniLM, CPU", "features", "", "ONNX Runtime", 1.0, None),
+    ("features of MiniLM, CPU", "features", "", None, 0.8, None),
+    ("features of MiniLM, CPU", "features", "", MM, 0.8, None),
+    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", TRAINER, 3.0, None),
+    ("fine-tune BERT-base, GPU, batch 32", BERT, "train, batch 32", BEST, 1.5, None),
+    ("same, the Trainer compiled", BERT, "train, batch 32, the Trainer compiled", BEST, 1.5, None),
+    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", TRAINER, 3.0, None),
+    ("fine-tune BERT-base, GPU, batch 256", BERT, "train, batch 256", BEST, 1.5, None),
+    ("fine-tune BERT-base, GPU, 512 tokens", BERT, "train, 512 tokens, batch 64", None, 0.5, None),
+    ("same, no attention dropout", BERT, "train, 512 tokens, batch 64, no attention dropout", None, 0.5, None),
+    ("features of BERT-base, GPU", BERT, "features, batch 32", ENCODE, 2.0, None),
 )
 RIVALS = {
     TRAINER: "`Trainer` as it comes",
@@ -236,16 +268,17 @@ RIVALS = {
 
 
 def speed_rows(part: str) -> list[dict]:
-    """Rows of one part from the files of all devices."""
-    files = sorted((ROOT / "tests/benchmarks/results").glob("speed-*.json"))
-    return [row for file in files for row in rows_of(file.stem, part=part)]
+    """Rows of one part from the files of all devices, the GPU day's among them."""
+    names = [path.stem for kind in ("speed-*.json", "gpu-day-[234]-*.json") for path in sorted(RESULTS.glob(kind))]
+    return [row for name in names for row in rows_of(name, part=part)]
 
 
-def reached(part: str, work: str, rival: str | tuple[str, ...] | None) -> tuple[dict, dict] | None:
+def reached(part: str, work: str, rival: str | tuple[str, ...] | None, device: str = "") -> tuple[dict, dict] | None:
     """The ftlib method that does best: (median, min, max) and its row; among several rivals the fastest counts."""
     found = []
     for row in speed_rows(part):
-        if work in ("", row["work"]) and row.get("method", "").startswith("ftlib"):
+        mine = row.get("method", "").startswith("ftlib") and "per_second" in row
+        if mine and work in ("", row["work"]) and device in ("", row["device"]):
             if rival in (None, MM):
                 name = "utilisation" if rival is None else "utilisation_mm"
                 values = [row[name]] if row.get(name) else []
@@ -256,34 +289,52 @@ def reached(part: str, work: str, rival: str | tuple[str, ...] | None) -> tuple[
     return max(found, key=lambda pair: pair[0]["median"], default=None)
 
 
+def devices(part: str) -> list[str]:
+    return list(dict.fromkeys(row["device"] for row in speed_rows(part)))
+
+
 def goals() -> str:
-    table = []
-    for words, part, work, rival, goal in GOALS:
-        found = reached(part, work, rival)
-
-        def shown(value: float, share: bool = rival in (None, MM)) -> str:
-            return f"{100 * value:.0f} %" if share else f"{value:.2f} ×"
-
-        row = {"work": words, "against": RIVALS.get(rival, rival), "goal": f"≥ {shown(goal)}"}
-        value, best = found or (None, {"method": "", "device": ""})
-        row["measured"] = value and f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
-        table.append(row | {"by": best["method"], "on": best["device"]})
+    """A table of the CPUs and one of the GPUs, one column a device; what no device has is left out."""
+    tables = []
+    for parts in (("fine-tune", "features"), (BERT,)):
+        names = list(dict.fromkeys(device for part in parts for device in devices(part)))
+        lines = [goal_line(goal, names) for goal in GOALS if goal[1] in parts]
+        if lines := [line for line in lines if any(line[name] for name in names)]:
+            tables.append(results_table(lines)._repr_markdown_())
     return (
-        "**Speed: the goals.** The same work side by side: same model, sentences, precision and number of steps. A "
+        "**Speed: the goals.** The same work side by side: same model, sentences and number of steps. A "
         "ratio is the median over rounds of the ratio within a round, with the smallest and largest, and carries over "
         "to other machines better than a rate does. `Trainer`'s best settings are searched on each device; of "
         "several ways to call `encode` the fastest counts. Matrix products: the work on real tokens alone against "
         "the rate at which this machine multiplies large matrices, taken in the same rounds, by the fastest library "
         "there is (in float32 on a CPU of AMD's with AVX-512 that is oneDNN, which `ftlib` calls) and by `torch.mm` "
         "(MKL, half as fast there, which everything stock calls; so more than 100 % is possible).\n\n"
-        f"{results_table(table)._repr_markdown_()}"
+        + "\n\n".join(tables)
     )
+
+
+def goal_line(goal: tuple, names: list[str]) -> dict[str, str]:
+    """A goal and what each of these devices reached, by which of ftlib's methods."""
+    words, part, work, rival, plain, with_amx = goal
+
+    def shown(value: float, share: bool = rival in (None, MM)) -> str:
+        return f"{100 * value:.0f} %" if share else f"{value:.2f} ×"
+
+    other = with_amx and any("amx" in name for name in names)
+    aim = f"≥ {shown(plain)}" + (f", with AMX ≥ {shown(with_amx)}" if other else "")
+    line = {"work": words, "against": RIVALS.get(rival, rival), "goal": aim}
+    for name in names:
+        value, best = reached(part, work, rival, name) or (None, {})
+        line[name] = value and f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
+        line[name] = f"{line[name]}, {best['method']}" if value else ""
+    return line
 
 
 def measured(rows: list[dict]) -> str:
     """One comparison: a row a method, what was found by search, and where the numbers come from."""
     searched = [row for row in rows if "tried" in row]
     missing = [f"{row['method']}: {row['missing']}." for row in rows if "missing" in row]
+    missing += [f"{setting(one['change'])}: {one['why']}." for row in searched for one in row.get("left_out", [])]
     rows = [row for row in rows if "per_second" in row]
     bases = list(dict.fromkeys(base for row in rows for base in row["against"]))
     table = []
@@ -299,11 +350,10 @@ def measured(rows: list[dict]) -> str:
         if any("peak_gpu_mb" in r or "peak_mb" in r for r in rows):
             line["peak MB"] = round(row["peak_gpu_mb" if row.get("peak_gpu_mb") else "peak_mb"])
         table.append(line)
-    text = f"**{rows[0]['work']}**\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n"
-    for row in searched:
+    text = f"**{rows[0]['work']}**, {rows[0]['device']}\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n"
+    for row in (row for row in searched if row["tried"]):
         tried = "; ".join(
-            f"{', '.join(f'{k}={v}' for k, v in step['change'].items())}: {step['faster']['median']:.2f} ×"
-            f"{'' if step['kept'] else ', dropped'}"
+            f"{setting(step['change'])}: {step['faster']['median']:.2f} ×{'' if step['kept'] else ', dropped'}"
             for step in row["tried"]
         )
         once = all(step["faster"].get("min") == step["faster"].get("max") for step in row["tried"])
@@ -311,6 +361,10 @@ def measured(rows: list[dict]) -> str:
         text += f"*Settings of the `Trainer` tried, one on top of the other{how}: {tried}.*\n\n"
     text += "".join(f"*{line}*\n\n" for line in missing)
     return text + stamp(rows[0])
+
+
+def setting(change: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in change.items())
 
 
 def stamp(row: dict) -> str:
@@ -324,7 +378,7 @@ def speed() -> str:
     parts = []
     for part in ("fine-tune", "features", BERT):
         rows = speed_rows(part)
-        for device, work in dict.fromkeys((row["device"], row["work"]) for row in rows):
+        for work, device in dict.fromkeys(sorted((row["work"], row["device"]) for row in rows)):
             same = [r for r in [*searches, *rows] if (r["device"], r["work"]) == (device, work)]
             if any("per_second" in row for row in same):
                 parts.append(measured(same))
@@ -332,23 +386,111 @@ def speed() -> str:
 
 
 def memory() -> str:
-    """The measured remedies of every device, or the words that there are none."""
+    """The measured remedies, a table a device."""
     rows = speed_rows("memory")
     parts = []
     for device, work in dict.fromkeys((row["device"], row["work"]) for row in rows):
         same = [row for row in rows if (row["device"], row["work"]) == (device, work)]
+        missing = "".join(f"\n\n*{row['method']}: {row['missing']}.*" for row in same if "missing" in row)
+        same = [row for row in same if "missing" not in row]
+        if not same:
+            continue
+        peaks = [row.get("peak_gpu_mb") or row["peak_mb"] for row in same]
         table = [
             {
-                "what": row["method"],
-                "peak MB": round(row["peak_gpu_mb"] or row["peak_mb"]),
-                "of the first": row["peak_gpu_mb" if row["peak_gpu_mb"] else "peak_mb"]
-                / same[0]["peak_gpu_mb" if row["peak_gpu_mb"] else "peak_mb"],
+                "what": row["method"], "peak MB": round(peak), "of the first": peak / peaks[0],
                 "seconds a step": row["seconds_a_step"],
             }
-            for row in same
-        ]
-        parts.append(f"{work}:\n\n{results_table(table, digits=2)._repr_markdown_()}\n\n{stamp(same[0])}")
-    return "\n\n".join(parts or ["Peak memory of each: not measured yet (`python tests/benchmarks/memory.py`)."])
+            for row, peak in zip(same, peaks, strict=True)
+        ]  # fmt: skip
+        parts.append(f"{work}:\n\n{results_table(table, digits=2)._repr_markdown_()}{missing}\n\n{stamp(same[0])}")
+    return "\n\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ the GPU day
+
+NO_GPU = "No GPU has been measured so far; `make gpu-day` does it, in nine minutes."
+
+
+def gpu_day() -> str:
+    """Parts 1, 3 and 5 of every GPU, whose speed and memory stand beside the CPUs'; or that there is none."""
+    found = []
+    for kind, table in (("1-tests", gpu_tests), ("3-profile", gpu_profile), ("5-accuracy", gpu_accuracy)):
+        for path in sorted(RESULTS.glob(f"gpu-day-{kind}-*.json")):
+            rows = stored(path.stem)["rows"]
+            found += [f"{text}\n\n{stamp(rows[0])}" for text in table(rows)] if rows else []
+    if [*RESULTS.glob("gpu-day-2-*.json")]:
+        found.append("Speed is among the results [above](#results), memory [below](#memory).")
+    return "\n\n".join(found or [NO_GPU])
+
+
+def gpu_tests(rows: list[dict]) -> list[str]:
+    counts = {word: sum(row["outcome"] == word for row in rows) for word in ("passed", "failed", "skipped")}
+    text = f"**Tests that need CUDA**: {', '.join(f'{count} {word}' for word, count in counts.items())}."
+    for row in rows:
+        if row["outcome"] == "failed":
+            last = (row["message"].strip().splitlines() or [""])[-1]
+            text += f"\n- `{row['test']}`: `{last[:200]}`"
+    return [text]
+
+
+def gpu_profile(rows: list[dict]) -> list[str]:
+    """The ways side by side; then of the first one operators, kernels, and where in the source it waits."""
+    rows = [row for row in rows if "missing" not in row]
+    if not rows:
+        return []
+    table = [
+        {
+            "method": row["method"], "ms a step": 1000 * row["seconds_a_step"],
+            "of them on the GPU": 1000 * row["gpu_seconds_a_step"] if "busy" in row else "",
+            "busy, %": 100 * row["busy"] if "busy" in row else "",
+            **{name: row["a_step"].get(name, "") for name in ("launches", "waits", "copies from the GPU")},
+        }
+        for row in rows
+    ]  # fmt: skip
+    text = f"**Where the time of a small step goes**: {rows[0]['work']}.\n\n"
+    text += results_table(table, digits=2)._repr_markdown_()
+    first = rows[0]
+    operators = [
+        {
+            "operator": f"`{one['name']}`",
+            "times a step": one["times"],
+            "ms of the CPU's": 1000 * one["seconds"],
+        }
+        for one in first["operators"]
+    ]
+    text += f"\n\nThe operators of {first['method']}:\n\n{results_table(operators, digits=2)._repr_markdown_()}"
+    if first["kernels"]:
+        kernels = [{"kernel": f"`{name}`", "ms a step": 1000 * own} for name, own in first["kernels"].items()]
+        text += f"\n\nIts kernels:\n\n{results_table(kernels, digits=3)._repr_markdown_()}"
+    places = [f"`{place}` ({count:.1f})" for place, count in first["waiting"].items()]
+    text += f"\n\nIt waits for the GPU at (times a step): {', '.join(places)}." if places else ""
+    return [text]
+
+
+def gpu_accuracy(rows: list[dict]) -> list[str]:
+    """Strategies at both sizes of both corpora, balancing methods, transfer: what there is of each."""
+    texts, table = [], {}
+    rows = [row for row in rows if "missing" not in row]
+    seeds = {row["seed"] for row in rows if row.get("part") == "accuracy"}
+    for corpus, words in CORPORA.items():
+        for count, points in points_of(chosen(rows, table=f"strategies-{corpus}", part="accuracy")).items():
+            for name, shown in told_apart(points).items():
+                table.setdefault(name, {"what moves": name})[f"{words}, {count:,}"] = shown
+    if table:
+        columns = dict.fromkeys(name for line in table.values() for name in line)
+        lines = [{name: line.get(name, "") for name in columns} for line in table.values()]
+        texts.append(
+            f"**Which parameters move**, searched and trained as on the CPU; number of seeds: up to {len(seeds)}.\n\n"
+            f"{results_table(lines)._repr_markdown_()}"
+        )
+    if any(row.get("part", "").startswith("methods") for row in rows):
+        seeds = {row["seed"] for row in rows if row.get("part", "").startswith("methods")}
+        about = f"**Balancing several tasks**, the corpora whole; number of seeds: up to {len(seeds)}."
+        texts.append(f"{about}\n\n{balancing(rows)}")
+    if any(row.get("part") == "transfer" for row in rows):
+        texts.append(f"{TRANSFER}{transfers(rows)}")
+    return texts
 
 
 def picture() -> None:
@@ -416,6 +558,27 @@ BESIDE = {
 }  # fmt: skip
 
 
+def two_hosts() -> str:
+    """Faults of a network and of the hosts on it, and the losses where nothing happened."""
+    rows = rows_of("two_hosts")
+    table = []
+    for row in (row for row in rows if "tried" in row):
+        kernel = f", tcp_retries2 = {row['tcp_retries2']}" * (row["tcp_retries2"] != 8)
+        then = "ended in an error, started again" if row["started again"] else "went on by itself"
+        line = {"two hosts": row["fault"] + kernel} | {key: row[key] for key in ("tried", "survived", "lost")}
+        table.append(line | {"beside": f"{then}; ended after {' and '.join(f'{one:.0f}' for one in row['seconds'])} s"})
+    apart = [
+        f"{row['largest difference']:.1e} ({row['distributed']}, {row['optimizer']})"
+        for row in rows
+        if "largest difference" in row
+    ]
+    return (
+        f"Without a fault, {rows[0]['steps']} losses of {rows[0]['processes']} processes on two hosts differ from one "
+        f"process's by at most {', '.join(apart)}.\n\n{results_table(table)._repr_markdown_()}\n\n"
+        f"*{source('two_hosts')}*"
+    )
+
+
 def reliability() -> str:
     """What was tried on runs, what on versions, and a million rows; "not measured yet" where no row is stored."""
     found = {row["fault"]: row for row in rows_of("faults")}
@@ -424,7 +587,7 @@ def reliability() -> str:
         row = found.get(fault, {})
         beside = "; ".join(words.format(row[key]) for key, words in BESIDE.items() if key in row)
         table.append({"fault": fault, **{key: row.get(key) for key in ("tried", "survived", "lost")}, "beside": beside})
-    parts = [results_table(table)._repr_markdown_(), f"*{source('faults')}*"]
+    parts = [results_table(table)._repr_markdown_(), f"*{source('faults')}*", two_hosts()]
     table = []
     for part in ("tokenize", "extract_features"):
         rows = rows_of("long_features", part=part)
@@ -462,16 +625,21 @@ def reliability() -> str:
 def headlines() -> str:
     """What a visitor wants to know first, each with the program that measured it."""
 
-    def ratio(part: str, rival: str | tuple[str, ...]) -> str:
-        value = reached(part, "", rival)[0]
-        return f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
+    def ratio(part: str, rival: str | tuple[str, ...], work: str = "") -> str:
+        best = {device: reached(part, work, rival, device) for device in devices(part)}
+        shown = {
+            device: f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
+            for device, (value, _) in ((device, pair) for device, pair in best.items() if pair)
+        }
+        return "; ".join(shown.values() if len(shown) == 1 else (f"{text} on {name}" for name, text in shown.items()))
 
     costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
     count, points = max(strategy_points("rotten-tomatoes").items())
     equal = ", a tie" if {"lora", "full"} <= ties({name: points[name] for name in ("lora", "full")}) else ""
     accuracy = " and ".join(f"{points[name][0]:.3f} ± {points[name][1]:.3f}" for name in ("lora", "full"))
     saved = " and ".join(f"{costs[name]['bytes'] / 2**20:.1f}" for name in ("lora", "full"))
-    kept = {row["method"]: row["peak_mb"] for row in speed_rows("memory") if row["device"].startswith("CPU")}
+    cpu = next(device for device in devices("memory") if device.startswith("CPU"))
+    kept = {row["method"]: row["peak_mb"] for row in speed_rows("memory") if row["device"] == cpu}
     first, less = kept["full fine-tuning, float32"], kept["unpad, micro-batches of 8"]
     runs = [row for row in rows_of("faults") if row["fault"] != FAULTS[-1]]
     tried, survived = (sum(row[key] for row in runs) for key in ("tried", "survived"))
@@ -487,9 +655,13 @@ def headlines() -> str:
         ("runs killed, stopped or damaged, that ended as if undisturbed", f"{survived:,} of {tried:,}", "faults"),
         (f"memory for the features of {long['rows']:,} short texts", f"{long['peak_gb']:.2f} GB", "long_features"),
     ]  # fmt: skip
+    for words, part, work, rival, *_ in GOALS if devices(BERT) else ():
+        if part == BERT and rival in (TRAINER, ENCODE) and (value := ratio(part, rival, work)):
+            table.insert(4, (f"{words}, against {RIVALS[rival]}", value, "gpu_day"))
     keys = ("what", "measured", "program")
     rows = [dict(zip(keys, (what, value, f"`{name}.py`"), strict=True)) for what, value, name in table]
-    return results_table(rows)._repr_markdown_()
+    none = "" if devices(BERT) else f"\n\n{NO_GPU} [How](tests/benchmarks/README.md#the-gpu-day)."
+    return results_table(rows)._repr_markdown_() + none
 
 
 def section(name: str, text: str) -> str:
@@ -500,7 +672,8 @@ def section(name: str, text: str) -> str:
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
     results = "\n\n".join([strategies(), multitask(), methods(), speed()])
-    tables = [section("results", results), section("memory", memory()), section("faults", reliability())]
+    tables = [section("results", results), section("gpu-day", gpu_day()), section("memory", memory())]
+    tables.append(section("faults", reliability()))
     return {"README.md": [section("headlines", headlines())], "tests/benchmarks/README.md": tables}
 
 

@@ -3,12 +3,13 @@
     python tests/benchmarks/speed.py                     # writes results/speed-cpu-<n>-cores.json
     python tests/benchmarks/speed.py --part features     # that part alone; the other rows stay
 
-Real weights, real sentences (the first 640 of rotten-tomatoes), float32, on a CPU even where there is a GPU
-(bert_base.py is for GPUs).  Fine-tuning: one pass in batches of 32, dropout on; every method sees the same sentences
-and makes the same number of steps, in its own order; the mean loss of all steps is stored.  The Trainer's best
-settings are searched first, and the search is stored.  Features: every method returns the mean over the tokens of
-the last layer; the largest difference from the first method's numbers is stored.  Peak memory is measured in a
-process of its own for each method.
+Real weights, real sentences (the first 640 of rotten-tomatoes), on a CPU even where there is a GPU (bert_base.py is
+for GPUs), each method in the precision it has as it comes: float32, and bf16 for `fit` and `precision="auto"` where the
+CPU multiplies that fast; for the best settings of the others both are tried.  Fine-tuning: one pass in batches of 32,
+dropout on; every method sees the same sentences and makes the same number of steps, in its own order; the mean loss of
+all steps is stored.  The Trainer's best settings are searched first, and the search is stored.  Features: every method
+returns the mean over the tokens of the last layer; the smallest cosine to the first method's vectors is stored.  Peak
+memory is measured in a process of its own for each method.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from record import RESULTS, SpeedTable
 from roofline import best_rate, encoder_flops, shapes
 
 import ftlib
+from ftlib.core.device import DTYPES
 
 MAX_LENGTH = 128
 PARTS = ("fine-tune", "features")
@@ -34,9 +36,12 @@ ENCODE = "sentence-transformers encode, batch 32 (default)"
 FEATURE_METHODS = (
     ENCODE,
     "sentence-transformers encode, batch 64",
+    "sentence-transformers encode, bf16",
     "ONNX Runtime",
+    "ONNX Runtime, dynamic int8",
     "ftlib.extract_features",
     "ftlib.extract_features, unpad",
+    "ftlib.extract_features, unpad, precision auto",
 )
 
 
@@ -52,6 +57,7 @@ def fine_tuning(count: int) -> methods.Work:
         make_model=lambda: ftlib.load_model("minilm", task="sequence-classification", num_labels=2),
         rows=ftlib.tokenize(sentences(count), tokenizer, max_length=MAX_LENGTH),
         collator=DataCollatorWithPadding(tokenizer),
+        precision="auto",
     )
 
 
@@ -61,10 +67,13 @@ def feature_method(name: str, texts: list[str]) -> Method | None:
         model, tokenizer = ftlib.load_model("minilm"), ftlib.load_tokenizer("minilm")
         if "unpad" in name:
             ftlib.unpad(model)
-        encode = functools.partial(ftlib.extract_features, model, tokenizer=tokenizer, max_length=MAX_LENGTH)
-    elif name == "ONNX Runtime":
+        options = {"precision": "auto" if "auto" in name else None, "max_length": MAX_LENGTH}
+        encode = functools.partial(ftlib.extract_features, model, tokenizer=tokenizer, **options)
+    elif name.startswith("ONNX Runtime"):
         try:
-            from onnx_twin import encode
+            import onnx_twin
+
+            encode = functools.partial(onnx_twin.encode, int8="int8" in name)
         except ImportError as error:
             print(f"ONNX Runtime: not measured, {error}", flush=True)
             return None
@@ -75,18 +84,20 @@ def feature_method(name: str, texts: list[str]) -> Method | None:
         transformer = Transformer(str(ftlib.inputs.assets.path("minilm")), max_seq_length=MAX_LENGTH)
         pooling = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        model = model.bfloat16() if "bf16" in name else model
         encode = functools.partial(model.encode, batch_size=64 if "64" in name else 32)
     return lambda: timed(lambda: encode(texts), "vectors")
 
 
 def rate(tokens: int) -> dict[str, Any]:
-    """Float32 products of MiniLM's feed-forward block on so many tokens, and a large square one."""
-    return best_rate(shapes(tokens, 384, 1536, 2048), device="cpu", dtype=torch.float32)
+    """Products of MiniLM's feed-forward block on so many tokens, and a large square one, in the precision of `auto`."""
+    dtype = DTYPES[ftlib.choose_precision(torch.device("cpu"))[0]]
+    return best_rate(shapes(tokens, 384, 1536, 2048), device="cpu", dtype=dtype)
 
 
 def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
     work = fine_tuning(args.count)
-    candidates = methods.CANDIDATES[:1] if args.toy else methods.CANDIDATES
+    candidates = [methods.HALF] if args.toy else [methods.HALF, *methods.CANDIDATES]
     small = fine_tuning(args.count if args.toy else args.count // 2)
     found = methods.search(small, candidates, rounds=1 if args.toy or args.rounds < 5 else 2)
     table.replace({"part": "Trainer search"}, [{"work": work_name, "sentences": len(small.rows), **found}])
@@ -113,9 +124,9 @@ def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) ->
     results = run_rounds(rivals, args.rounds, functools.partial(rate, tokens))
     flops = encoder_flops(ftlib.load_model("minilm"), lengths, training=False)
     rows = summary(results, count=args.count, against=[n for n in FEATURE_METHODS if "ftlib" not in n], flops=flops)
-    first = np.asarray(rows[0]["vectors"])
-    for row in rows:
-        row["difference"] = float(np.abs(np.asarray(row.pop("vectors")) - first).max())
+    first, *others = (torch.as_tensor(np.asarray(row.pop("vectors"), dtype=np.float32)) for row in rows)
+    for row, vectors in zip(rows, [first, *others], strict=True):
+        row["cosine"] = torch.cosine_similarity(first, vectors, dim=-1).min().item()
         row |= alone(__file__, "--one", row["method"], "--count", str(args.count))
     table.replace({"part": "features"}, [{"work": work_name, **row} for row in rows])
 
@@ -155,7 +166,7 @@ def main() -> None:
     for part, run in zip(PARTS, (run_fine_tune, run_features), strict=True):
         if args.part in (None, part):
             table = SpeedTable(f"python tests/benchmarks/speed.py --part {part} --rounds {args.rounds}", args.results)
-            run(args, table, f"{part}: MiniLM, {args.count} sentences of rotten-tomatoes, float32")
+            run(args, table, f"{part}: MiniLM, {args.count} sentences of rotten-tomatoes")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 Every run starts from the same pretrained MiniLM; the seed changes the head's (and adapters') first weights, the choice
 and order of the training texts, and dropout.  The learning rate is searched at the smaller size of each corpus with
 one seed of its own, by validation accuracy: three rates by factors of about 3, and further while the best is at an
-edge; the larger size takes the same rate.  Accuracies are on the corpus's own test split.
+edge; the larger size takes the same rate.  Accuracies are on the corpus's own test split.  On a GPU: part 5 of the GPU
+day (gpu_day.py), which has a file of its own.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from record import Table, device_slug
+from record import Table
 
 import ftlib
 from ftlib.inputs.pretrained import load_model, load_tokenizer
@@ -29,9 +31,9 @@ from ftlib.inputs.pretrained import load_model, load_tokenizer
 PARTS = ("rotten-tomatoes", "banking77", "cost")
 # corpus -> {training texts: (batch size, epochs)}; banking77 has 77 classes, and as many texts of each
 SIZES = {"rotten-tomatoes": {200: (16, 4), 1000: (32, 2)}, "banking77": {385: (16, 6), 1540: (32, 3)}}
+MODEL = "minilm"  # or a folder with its weights
 LADDER = (2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 SEARCH_SEED = 100
-WHERE = f"-{device_slug()}" if torch.cuda.is_available() else ""  # a GPU's results have files of their own
 MANY, FEW, PROMPT = 1.5e-4, 1.5e-3, 5e-3  # where the search starts: all weights move, a few, a prompt
 STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
     "full": (("full", {}), MANY),
@@ -57,7 +59,7 @@ STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
 def tuned(strategy: str, labels: int, seed: int):
     """A fresh MiniLM with a head, unpadded, the strategy applied; and the report."""
     (name, options), _ = STRATEGIES[strategy]
-    model = load_model("minilm", task="sequence-classification", num_labels=labels, seed=seed)
+    model = load_model(MODEL, task="sequence-classification", num_labels=labels, seed=seed)
     ftlib.unpad(model)
     if name.endswith("Config"):
         import peft
@@ -79,12 +81,17 @@ def chosen(labels: list[int], count: int, seed: int) -> list[int]:
     return rows
 
 
-def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
-    command = f"python tests/benchmarks/strategies.py --part {corpus}"
-    table = Table(f"strategies-{corpus}{WHERE}", command, f"MiniLM on {corpus}, test accuracy of every strategy")
-    data, tokenizer = ftlib.load_corpus(corpus), load_tokenizer("minilm")
-    tokens = ftlib.tokenize(data, tokenizer, max_length=64)
-    labels = tokens["train"]["labels"]
+def tokenized(corpus: str):
+    """{split: rows with input_ids and labels}."""
+    return ftlib.tokenize(ftlib.load_corpus(corpus), load_tokenizer("minilm"), max_length=64)
+
+
+def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any) -> None:
+    """Search the rate of each strategy, then train with every seed; `table` has `row(key, measure)`.
+
+    tokens: {split: rows}, a Dataset or a list.
+    """
+    labels = [row["labels"] for row in tokens["train"]]
 
     def train(strategy: str, rate: float, count: int, seed: int, split: str) -> dict:
         model, report = tuned(strategy, len(set(labels)), seed)
@@ -92,8 +99,8 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str]) -> None:
         config = ftlib.TrainConfig(
             epochs=epochs, batch_size=batch_size, learning_rate=rate, seed=seed, progress=False
         )  # fmt: skip
-        rows = tokens["train"].select(chosen(labels, count, seed))
-        run = ftlib.fit(model, rows, tokenizer=tokenizer, config=config)
+        rows = [tokens["train"][place] for place in chosen(labels, count, seed)]
+        run = ftlib.fit(model, rows, config=config)
         last = run.history[-10:]
         return {
             split: ftlib.evaluate(model, tokens[split])["accuracy"], "trainable": report.trainable,
@@ -149,7 +156,7 @@ def measure_one(strategy: str) -> None:
 
 def costs(only: list[str]) -> None:
     """All strategies in turn, so that a busy moment of the machine does not fall on one of them, in rounds."""
-    table = Table(f"strategies-cost{WHERE}", "python tests/benchmarks/strategies.py --part cost", "what a step costs")
+    table = Table("strategies-cost", "python tests/benchmarks/strategies.py --part cost", "what a step costs")
     rounds: dict[str, list[dict]] = {strategy: [] for strategy in only}
     for _ in range(ROUNDS):
         for strategy in only:
@@ -171,17 +178,21 @@ def costs(only: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="one part; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (5 on a GPU)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--only", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], help="some strategies")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.measure:
         return measure_one(wanted.measure)
+    if torch.cuda.is_available():
+        return print("these are the tables of a CPU; on a GPU: python tests/benchmarks/gpu_day.py --part 5")
     for part in [wanted.part] if wanted.part else PARTS:
         if part == "cost":
             costs(wanted.only)
         else:
-            accuracies(part, tuple(range(wanted.seeds)), wanted.only)
+            command = f"python tests/benchmarks/strategies.py --part {part}"
+            table = Table(f"strategies-{part}", command, f"MiniLM on {part}, test accuracy of every strategy")
+            accuracies(part, tuple(range(wanted.seeds)), wanted.only, tokenized(part), table)
 
 
 if __name__ == "__main__":

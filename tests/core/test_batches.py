@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizing import ROWS
+from junk import ROWS
 from torch.testing import assert_close
 
 from ftlib.core.batches import IGNORE, collate, number, one_of, padded, short, split_by_size, stacked, to_device, whole

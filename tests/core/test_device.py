@@ -3,9 +3,17 @@
 import pytest
 import torch
 
+from ftlib.core import device as device_module
 from ftlib.core.device import DTYPES, PRECISIONS, choose_device, choose_precision, computing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    """No FTLIB_PRECISION, and a CPU without fast bfloat16."""
+    monkeypatch.delenv("FTLIB_PRECISION")
+    monkeypatch.setattr(device_module, "fast_bf16", lambda: None)
 
 
 @pytest.fixture
@@ -71,3 +79,33 @@ def test_computing(word):
             assert linear(x).dtype == dtype == DTYPES[word]
     assert linear(x).dtype == torch.float32
     assert {DTYPES[word] for word in PRECISIONS[1:]} == {torch.float32, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("level", "amx", "avx", "found"),
+    [
+        ("AVX512", True, True, "AMX"), ("AVX512", False, True, "AVX512_BF16"), ("AVX512", False, False, None),
+        ("AVX2", True, True, None), ("SVE256", False, False, None),
+    ],
+)  # fmt: skip
+def test_auto_is_half_precision_on_a_cpu_that_multiplies_it_fast(monkeypatch, level, amx, avx, found):
+    monkeypatch.undo()
+    monkeypatch.delenv("FTLIB_PRECISION", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    assert device_module.fast_bf16() == found
+    word, reason = choose_precision(CPU)
+    assert word == ("bf16" if found else "fp32") and (found or "no gain") in reason
+    assert choose_precision(torch.device("mps"))[0] == "fp32"
+
+
+def test_the_environment_decides_what_nobody_chose(monkeypatch):
+    monkeypatch.setenv("FTLIB_PRECISION", "bf16")
+    assert choose_precision(CPU) == ("bf16", "as FTLIB_PRECISION says")
+    assert choose_precision(CPU, "fp32") == ("fp32", "as asked")
+    monkeypatch.setenv("FTLIB_PRECISION", "half")
+    with pytest.raises(ValueError, match="FTLIB_PRECISION=half: choose one of auto, fp32"):
+        choose_precision(CPU)
+    monkeypatch.setenv("FTLIB_PRECISION", "")
+    assert choose_precision(CPU)[0] == "fp32"

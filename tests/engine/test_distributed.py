@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parents[1]
 START = f"""
 import json, shutil, sys
 from pathlib import Path
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / 'engine')!r}, {str(TESTS / 'inputs')!r}, {str(TESTS.parent)!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "engine")!r}, {str(TESTS / "inputs")!r}, {str(TESTS.parent)!r}]
 import torch
 torch.set_num_threads(1)
 """
@@ -483,6 +483,43 @@ def test_one_bad_process_ends_all(tmp_path):
     assert "ValueError: one bad process" in done.stderr and "rank      : 1" in done.stderr
 
 
+SILENT = """
+import time
+from conftest import make_tiny_model
+from test_fit import before_steps, make_rows, quick
+from ftlib.engine import distributed
+from ftlib.engine.fit import fit
+
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+
+before_steps(Patch, lambda number, step: time.sleep(1000 if (number, distributed.rank()) == (2, 1) else 0))
+fit(make_tiny_model(), make_rows(16), config=quick(distributed=sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_process_that_says_nothing_is_given_up(tmp_path, monkeypatch, mode):
+    """As when a machine hangs: the other says how long it waited and what to do, and torchrun ends both."""
+    monkeypatch.setenv("FTLIB_TIMEOUT", "20")
+    (tmp_path / "silent.py").write_text(START + SILENT)
+    done = start(tmp_path / "silent.py", mode, timeout=200)
+    assert done.returncode == 1 and "rank      : 0" in done.stderr
+    assert "lost another process, or waited more than FTLIB_TIMEOUT=20 seconds for it" in done.stderr
+    assert "start all again: with checkpoints and resume='auto' they go on" in done.stderr
+
+
+def test_two_hosts():
+    """Hosts with a network of their own, one of them killed: tests/benchmarks/two_hosts.py, of which this is a part."""
+    command = [sys.executable, str(TESTS / "benchmarks/two_hosts.py"), "--toy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode == 3:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 KILLED = """
 import os, signal
 import torch
@@ -595,6 +632,55 @@ def test_every_process_gets_as_many_batches(monkeypatch):
         [([3], 1.0), ([4, 1], 0.0)],
         [([4, 1], 0.0), ([4, 1], 0.0)],
     ]
+
+
+def test_what_is_lost_between_processes_is_explained(monkeypatch):
+    """gloo's and NCCL's own words, once; other errors, and one process's, stay as they are."""
+    for words in (
+        "Timed out waiting 9ms for recv operation",
+        "Read error [10.0.0.2]: Connection reset by peer",
+        "NCCL",
+    ):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(words)}$"), distributed.explained():
+            raise RuntimeError(words)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for words in (
+        "Timed out waiting 9ms for recv operation",
+        "Read error [10.0.0.2]: Connection reset by peer",
+        "NCCL",
+    ):
+        with pytest.raises(RuntimeError, match="FTLIB_TIMEOUT=600 seconds") as found:
+            with distributed.explained(), distributed.explained():
+                raise RuntimeError(words)
+        assert str(found.value).count("start all again") == 1 and words in str(found.value)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), distributed.explained():
+        raise RuntimeError("shapes differ")
+
+
+def test_no_way_to_the_others(monkeypatch):
+    """The interface that gloo shall use is not there: the message names the setting."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "nothere0"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"can't reach each other \(.*nothere0.*\); name .* GLOO_SOCKET_IFNAME=eth0"):
+        distributed.start()
+    assert distributed.world_size() == 1
+
+
+def test_how_long_processes_wait(monkeypatch):
+    monkeypatch.delenv("FTLIB_TIMEOUT", raising=False)
+    assert distributed.patience().total_seconds() == 600
+    monkeypatch.setenv("FTLIB_TIMEOUT", "90")
+    assert distributed.patience().total_seconds() == 90
+    for wrong in ("0", "-3", "1.5", "ten"):
+        monkeypatch.setenv("FTLIB_TIMEOUT", wrong)
+        with pytest.raises(ValueError, match=f"FTLIB_TIMEOUT='{wrong}' must be a number of seconds"):
+            distributed.patience()
 
 
 def test_settings():

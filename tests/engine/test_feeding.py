@@ -1,6 +1,8 @@
 """Rows in order and in micro-batches; a step that ran out of memory is done again in smaller ones, to the same end."""
 
+import sys
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ftlib.engine.recovery import out_of_memory
 from ftlib.engine.settings import Run
 from ftlib.inputs.agreement import Padding
 from ftlib.inputs.rows import parts_for
+from ftlib.methods import speedups
 from ftlib.methods.unpadding import unpad
 from ftlib.tasks.task import tasks_of
 
@@ -235,3 +238,42 @@ def test_a_stream_that_is_shorter_than_what_was_trained(tiny_model, tmp_path):
     fit(tiny_model(), iter(make_rows(16)), config=config)
     with pytest.raises(ValueError, match="train_dataset ends before step 4, which a checkpoint has"):
         fit(tiny_model(), iter(make_rows(4)), config=config)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_a_step_waits_for_the_gpu_once(tiny_model, monkeypatch, unpadded, options):
+    """Whatever asks a tensor for its numbers waits for a GPU; only what came from the CPU is looked at there."""
+    asked, rows = [], make_rows(40)
+
+    def counting(name):
+        ask = getattr(torch.Tensor, name)
+
+        def call(tensor, *args, **kwargs):
+            caller = sys._getframe(1)
+            while caller.f_code.co_name in ("call", "<listcomp>"):
+                caller = caller.f_back
+            if not (caller.f_code.co_name == "of" and caller.f_locals.get("host") is not None):
+                asked.append((name, caller.f_code.co_filename, caller.f_lineno))
+            return ask(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    def moved(batch, device):
+        if isinstance(batch, dict):
+            return {key: moved(value, device) for key, value in batch.items()}
+        there = batch.clone()
+        there.host = batch
+        return there
+
+    monkeypatch.setattr(feeding, "to_device", moved)
+    monkeypatch.setattr(speedups, "computed_in", lambda x: None)  # the CPU's shortcuts serve no GPU
+    for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        counting(name)
+    counts = []
+    for total in (3, 8):
+        asked.clear()
+        model = tiny_model(hidden_dropout_prob=0.1)
+        fit(unpad(model) if unpadded else model, rows, config=quick(max_steps=total, batch_size=5, **options))
+        counts.append(sum(unpadded or "masking_utils" not in file for _, file, _ in asked))  # where stock models ask
+    assert counts[1] - counts[0] == 5, Counter(asked)

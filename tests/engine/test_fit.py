@@ -7,11 +7,11 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizing import ROWS
+from junk import ROWS
 from torch.testing import assert_close
 
 from ftlib.core.batches import collate
-from ftlib.core.device import choose_device, choose_precision
+from ftlib.core.device import choose_precision
 from ftlib.core.loop import schedule_factor
 from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
@@ -886,18 +886,6 @@ def test_bfloat16(tiny_model):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     plain = fit(tiny_model(), make_rows(8), config=quick())
     assert steps(run) == pytest.approx(steps(plain), abs=0.05) and steps(run) != steps(plain)
-
-
-def test_precision_and_its_reason():
-    assert choose_precision(CPU) == ("fp32", "on this device half precision brings no gain we rely on")
-    assert choose_precision(CPU, "bf16") == ("bf16", "as asked")
-    with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
-        choose_precision(CPU, "fp16")
-    with pytest.raises(ValueError, match=r"precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or more"):
-        choose_precision(CPU, "tf32")
-    with pytest.raises(ValueError, match="precision='int8': choose one of auto, fp32, tf32, bf16, fp16"):
-        choose_precision(CPU, "int8")
-    assert choose_device().type in ("cpu", "cuda", "mps")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import transformers
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizing import JUNK, ROWS
+from junk import JUNK, ROWS
 
 import ftlib
 from ftlib.__main__ import main

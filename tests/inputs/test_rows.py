@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizing import JUNK, ROWS
+from junk import JUNK, ROWS
 
 from ftlib.core.anatomy import max_positions
 from ftlib.core.batches import collate

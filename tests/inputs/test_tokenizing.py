@@ -583,16 +583,6 @@ def test_any_texts_end_in_rows_or_a_plain_error(tiny_tokenizer, texts, max_lengt
     assert all(0 < len(row["input_ids"]) <= (max_length or 40) for row in rows)
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(-100),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["", "a"]), inner, max_size=2),
-    max_leaves=5,
-)
-ROWS = st.lists(
-    JUNK | st.fixed_dictionaries({"input_ids": JUNK}, optional={"labels": JUNK, "token_type_ids": JUNK}), max_size=3
-)
-
-
 def test_regression_takes_no_text_and_tags_are_read_from_words(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"regression needs numbers, .* are .*'10.5'.*; convert the column"):
         tokenize({"text": ["good", "bad"], "label": ["10.5", "2.5"]}, tiny_tokenizer, task="regression")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -164,6 +165,66 @@ def test_attend_with_dropout_has_the_right_mean_and_gradient():
 
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(seeded, inputs)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 7, 1], [150, 2]])
+def test_attend_in_half_precision_is_attend_of_the_same_numbers(lengths):
+    """The result, and the gradients, rounded to bfloat16 at the end: within 2 units in its last place."""
+    wide = [torch.randn(2, sum(lengths), 8).bfloat16().float().requires_grad_() for _ in range(3)]
+    half = [x.detach().bfloat16().requires_grad_() for x in wide]
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = speedups.attend(*half, lengths, scale=8**-0.5)
+    theirs = speedups.attend(*wide, lengths, scale=8**-0.5)
+    assert mine.dtype == torch.bfloat16
+    torch.testing.assert_close(mine.float(), theirs, atol=2**-6, rtol=2**-6)
+    for out in (mine, theirs):
+        out.float().pow(2).sum().backward()
+    for a, b in zip(half, wide, strict=True):
+        assert a.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(a.grad.float(), b.grad, atol=0.05, rtol=0.05)
+
+
+def test_dropout_in_half_precision_keeps_what_the_seed_says_in_both_types():
+    x = torch.randn(1000).bfloat16()
+    outs = []
+    for one in (x, x.float()):
+        torch.manual_seed(5)
+        outs.append(speedups.dropout(one, 0.25))
+    assert outs[0].dtype == torch.bfloat16 and torch.equal(outs[0] == 0, outs[1] == 0)
+    torch.testing.assert_close(outs[0].float(), outs[1], atol=0, rtol=2**-7)
+    assert 0.2 < (outs[0] == 0).float().mean() < 0.3
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "albert", "modernbert", "gpt2"])
+def test_half_precision_by_shortcuts_is_no_farther_from_float32_than_stock_autocast(tiny_model, model_type):
+    """Logits and gradients of real sizes of rounding: at most twice the stock error, and of the same direction."""
+    kind = "sequence-classification"
+    model = tiny_model(kind, model_type=model_type).eval()
+    inputs = {"input_ids": torch.randint(5, 60, (8, 12)), "attention_mask": torch.ones(8, 12, dtype=torch.long)}
+
+    def run(autocast, quick):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with speedups.shortcuts(model) if quick else nullcontext():
+                logits = model(**inputs).logits
+        logits.float().logsumexp((0, 1)).backward()
+        return logits.detach().float(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    right, stock, ours = run(False, False), run(True, False), run(True, True)
+    for a, b, c in zip(right, stock, ours, strict=True):
+        assert 0 < (c - a).norm() < 2 * (b - a).norm() + 1e-3 * a.norm()
+        assert torch.cosine_similarity(a.flatten(), c.flatten(), dim=0) > 0.999
+
+
+def test_a_layer_norm_hands_on_what_is_computed_in():
+    norm, x = nn.LayerNorm(8), torch.randn(3, 8)
+    with speedups.shortcuts(nn.Sequential(norm)):
+        assert norm(x).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            half = norm(x)
+        assert half.dtype == torch.bfloat16 and torch.equal(half, norm(x).bfloat16())
+        with torch.autocast("cpu", torch.float16):  # not ours: as it is
+            assert norm(x).dtype == torch.float32
 
 
 class Small(nn.Module):

@@ -229,8 +229,8 @@ def test_packed_inputs_by_position_and_by_name(tiny_model, model_type):
 def test_layers_see_real_tokens_only(tiny_model, model_type, monkeypatch):
     model = unpad(tiny_model("encoder", model_type=model_type, **OPTIONS[model_type]))
     packings, attended, packing_of, attend = [], [], Packing.of, unpadding._attend_packed
-    monkeypatch.setattr(unpadding.speedups, "usable", lambda x: False)
-    monkeypatch.setattr(Packing, "of", lambda mask: packings.append(packing_of(mask)) or packings[-1])
+    monkeypatch.setattr(unpadding.speedups, "computed_in", lambda x: None)
+    monkeypatch.setattr(Packing, "of", lambda *a, **k: packings.append(packing_of(*a, **k)) or packings[-1])
     monkeypatch.setattr(
         unpadding, "_attend_packed", lambda q, *args: attended.append((q.shape[2], args[2])) or attend(q, *args)
     )
@@ -553,6 +553,25 @@ def test_packing_tells_where_tokens_are():
     assert len(left.indices) == 4 and left.cu_seqlens is None
 
 
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_a_mask_that_came_from_the_cpu_is_looked_at_there(tiny_model, model_type, monkeypatch):
+    """`to_device` leaves the CPU's tensor at the one it moved; changed since, it counts for nothing."""
+    model, hosts, packing_of = unpad(tiny_model("encoder", model_type=model_type)), [], Packing.of
+    monkeypatch.setattr(Packing, "of", lambda mask, host, **k: hosts.append(host) or packing_of(mask, host, **k))
+    inputs = inputs_of(model_type, "right")
+    plain = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = moved = mask.clone()
+    moved.host = mask
+    assert_close(model(**inputs).last_hidden_state, plain, atol=0, rtol=0)
+    moved[0, -1] = moved[0, -1]  # in place
+    model(**inputs)
+    assert [host is mask for host in hosts] == [False, True, False] and hosts[0] is hosts[2] is None
+    left = torch.tensor([[0, 1], [1, 1]]).bool()
+    for a, b in zip(packing_of(left, left.clone()), packing_of(left), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 # ------------------------------------------------------------------------- attention on the packed tokens (GPU)
 
 
@@ -581,7 +600,7 @@ def varlen(monkeypatch):
 
     monkeypatch.setattr(module, "varlen_attn", counted)
     monkeypatch.setattr(unpadding, "_can_varlen", lambda q, packing, p: packing.cu_seqlens is not None and not p)
-    monkeypatch.setattr(unpadding.speedups, "usable", lambda x: False)
+    monkeypatch.setattr(unpadding.speedups, "computed_in", lambda x: None)
     return windows
 
 

@@ -32,6 +32,9 @@ KNOWN_TAGS = {
 }
 MACHINE_PATH = re.compile(r"(?<![\w./~:])/(?:home|root|Users|tmp|opt|mnt|content|var|usr)/[\w.]|\b[A-Z]:\\\w")
 INDEX_HOST = re.compile(r"--(?:extra-)?index-url|--find-links|https?://\S+/simple\b")
+NOT_MEASURED = "not measured yet"  # a row or cell without a measurement is left out, or shows a dash
+NO_GPU = "no gpu has been measured so far"
+GPU_DAY = "tests/benchmarks/README.md#the-gpu-day"
 TIMING = re.compile(r"\d\s?(?:s|ms|µs|us|ns|sec|secs|seconds?|min|minutes?|it/s|examples/s|tokens/s)\b")
 
 
@@ -57,6 +60,8 @@ def check_text(text: str) -> Iterator[tuple[str, str]]:
         yield f"the machine path {found.group()}…", "show a relative path, or nothing"
     if found := INDEX_HOST.search(text):
         yield f"a package index ({found.group()})", "leave the index to the reader's own pip settings"
+    if NOT_MEASURED in text.lower():
+        yield f"the words `{NOT_MEASURED}`", "leave the row or the cell out, or show a dash"
 
 
 def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
@@ -147,8 +152,11 @@ def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution
         )
 
 
-def check_sections(notebook: dict) -> Iterator[Finding]:
-    """The headings every notebook has, in order, and a guarded cell under "On a GPU"."""
+def check_sections(notebook: dict, measured: bool) -> Iterator[Finding]:
+    """The headings every notebook has, in order; under "On a GPU" a guarded cell, and what was measured or how to.
+
+    measured: whether there are results of a GPU in tests/benchmarks/results.
+    """
     headings = [
         (number, cells.source(cell).lstrip())
         for number, cell in enumerate(notebook["cells"], 1)
@@ -184,13 +192,16 @@ def check_sections(notebook: dict) -> Iterator[Finding]:
             "add the real-size run under a top-level `if`",
         )
     words = "\n".join(cells.source(cell) for cell in body if cell["cell_type"] == "markdown")
-    shown = "\n".join(cells.output_text(output) for cell in body for output in cell.get("outputs", ()))
-    if "not measured yet" not in words + shown and not re.search(r"(?m)^\|.*\d.*\|", words + shown):
-        yield (
-            start,
-            "neither a measured table nor the words `not measured yet`",
-            "give the numbers, or say so",
-        )
+    outputs = [output for cell in body for output in cell.get("outputs", ())]
+    forms = [(cells.output_text(output), "".join(output.get("data", {}).get("text/markdown", ""))) for output in outputs]
+    shown = "\n".join(text for both in forms for text in both)
+    none = NO_GPU in (words + shown).lower()
+    if none and measured:
+        yield start, "it says that no GPU has been measured, and there are results of one", "give the numbers"
+    if none and GPU_DAY not in words:
+        yield start, "no GPU measured, and no word on how to", f"link to {GPU_DAY}"
+    if not none and not re.search(r"(?m)^\|.*\d.*\|", words + shown):
+        yield start, "neither a measured table nor a word that there is none", f"give the numbers, or say: {NO_GPU}"
 
 
 def check_figures(notebook: dict) -> Iterator[Finding]:
@@ -314,7 +325,8 @@ def check(path: Path, root: Path, source: Source, url: str) -> list[str]:
     if is_solution:
         findings += check_solutions(notebook, read_lesson(path.parents[1] / path.name))
     else:
-        findings += [*check_sections(notebook), *check_figures(notebook), *check_exercises(notebook)]
+        measured = any(root.glob("tests/benchmarks/results/gpu-day-2-*.json"))
+        findings += [*check_sections(notebook, measured), *check_figures(notebook), *check_exercises(notebook)]
         if not (path.parent / "solutions" / path.name).exists():
             findings.append((None, "no solutions", f"write notebooks/solutions/{path.name}"))
     findings.sort(key=lambda finding: finding[0] or 0)

@@ -72,7 +72,7 @@ def lesson():
 
         **You need:** fingers.
 
-        **Time and memory:** 2 min 3 s and 1.2 GB on 2 CPU cores; on a GPU: not measured yet.
+        **Time and memory:** 2 min 3 s and 1.2 GB on 2 CPU cores.
 
         {cells.badge(URL, "notebooks/01_counting.ipynb")}"""
     exercises = [
@@ -92,7 +92,7 @@ def lesson():
         markdown("*Figure 1. A line.*"),
         markdown("## What goes wrong: dividing"),
         code("1 / 0", "raises-exception", outputs=[error()]),
-        markdown("## On a GPU\n\nnot measured yet"),
+        markdown(f"## On a GPU\n\nNo GPU has been measured so far: [how](../{gate.GPU_DAY})"),
         code("if env.size == 'full':\n    print(1)"),
         markdown("## Exercises"),
         *exercises,
@@ -174,6 +174,28 @@ ftlib.setup(seed=0).device  # a function and a module are called so
 show.plots.heat_map""")(notebook)
     save(project, notebook, solutions())
     assert findings(project, capsys) == []
+
+
+@pytest.mark.parametrize("place", ["text", "output"])
+def test_a_table_of_a_gpu_passes(place, project, capsys):
+    notebook, table = lesson(), "| device | ms |\n|---|---|\n| H200 | 12 |\n"
+    text(7, "No GPU has been measured so far: [how]", table if place == "text" else "Measured [so]")(notebook)
+    if place == "output":
+        both = {"text/plain": "device  ms\n------  --\nH200    12", "text/markdown": table}
+        shown(8, {"output_type": "display_data", "metadata": {}, "data": both})(notebook)
+    save(project, notebook, solutions())
+    (project / "tests/benchmarks/results").mkdir(parents=True)
+    (project / "tests/benchmarks/results/gpu-day-2-speed-nvidia-h200.json").write_text("{}")
+    assert findings(project, capsys) == []
+
+
+def test_results_of_a_gpu_belie_that_there_are_none(project, capsys):
+    (project / "tests/benchmarks/results").mkdir(parents=True)
+    (project / "tests/benchmarks/results/speed-cpu.json").write_text("{}")
+    assert findings(project, capsys) == []
+    (project / "tests/benchmarks/results/gpu-day-2-speed-nvidia-h200.json").write_text("{}")
+    [line] = findings(project, capsys)
+    assert "cell 8: it says that no GPU has been measured, and there are results of one" in line
 
 
 def test_an_empty_series_fails(tmp_path, capsys):
@@ -270,7 +292,10 @@ LESSON = {
         "the closing sections are out of order",
     ),
     "guard": (put(8, source="print(1)"), "cell 8: no guarded code cell"),
-    "measured": (text(7, "not measured yet", "fast"), "cell 8: neither a measured table nor"),
+    "measured": (text(7, "No GPU has", "It has"), "cell 8: neither a measured table nor"),
+    "how to measure": (text(7, "../tests/", "other/"), "cell 8: no GPU measured, and no word on how to"),
+    "old words in text": (text(4, "A line", "Not measured yet"), "cell 5: the words `not measured yet`"),
+    "old words in an output": (shown(8, stream("not measured yet")), "cell 9: the words `not measured yet`"),
     "few exercises": (text(16, "### Exercise 3", "### Task 3"), "2 exercises"),
     "exercise order": (text(13, "Exercise 2", "Exercise 4"), "cell 14: exercise 4 comes where exercise 2"),
     "exercise cells": (tag(11), "cell 11: exercise 1 is not followed by its two cells"),

@@ -22,9 +22,19 @@ def test_stored_results(installed, tmp_path, monkeypatch):
     message = r"no stored results 'speed' \(there are: fine_tuning\).*python tests/benchmarks/speed.py"
     with pytest.raises(FileNotFoundError, match=message):
         stored_results("speed")
-    for name in ("../secret", "a.json", ""):
+    for name in ("../secret", "a.json", "", "*", "a*b", "../*"):
         with pytest.raises(ValueError, match="plain name"):
             stored_results(name)
+
+
+def test_stored_results_of_all_devices(tmp_path, monkeypatch):
+    folder = tmp_path / "tests/benchmarks/results"
+    folder.mkdir(parents=True)
+    for name in ("speed-b", "speed-a", "speedy", "other"):
+        (folder / f"{name}.json").write_text(json.dumps({"rows": [{"device": name}], "about": name}))
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "ftlib/show/tables.py"))
+    assert stored_results("speed-*") == {"rows": [{"device": "speed-a"}, {"device": "speed-b"}]}
+    assert stored_results("gpu-day-2-*") == {"rows": []}
 
 
 def test_no_results_at_all(tmp_path, monkeypatch):
@@ -63,7 +73,7 @@ def test_tie_rule():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "not measured yet"),
+        (None, "–"),
         (0.78549, "0.785"),
         (1234.5678, "1,234.568"),
         (22_700_000, "22,700,000"),
@@ -90,20 +100,16 @@ ROWS = [
 def test_table_as_text():
     table = results_table(ROWS, ["method", "trainable", "accuracy", "seconds"], digits={"seconds": 1})
     assert str(table).splitlines() == [
-        "method      trainable          accuracy           seconds",
-        "---------  ----------  ----------------  ----------------",
-        "head|only         770     0.744 ± 0.004               3.2",
-        "<full>     22,713,986  0.785 (one seed)  not measured yet",
+        "method      trainable          accuracy  seconds",
+        "---------  ----------  ----------------  -------",
+        "head|only         770     0.744 ± 0.004      3.2",
+        "<full>     22,713,986  0.785 (one seed)        –",
     ]
     assert repr(table) == str(table)
 
 
 def test_table_as_markdown():
-    lines = (
-        results_table(ROWS, {"method": "method", "trainable": "trained parameters"})
-        ._repr_markdown_()
-        .splitlines()
-    )
+    lines = results_table(ROWS, {"method": "method", "trainable": "trained parameters"})._repr_markdown_().splitlines()
     assert lines == [
         "| method     | trained parameters |",
         "| ---------- | -----------------: |",
