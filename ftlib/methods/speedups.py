@@ -3,14 +3,18 @@
 - `linear`: matrix products by oneDNN, which PyTorch brings along but does not use for float32 layers.  On AMD's CPUs
   with AVX-512 it is about twice as fast as MKL, which `torch.nn.functional.linear` calls.
 - `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
-- `attend`: attention over packed rows, one example at a time: no scores of padding, and quick with dropout too.
+- `attend`: attention over packed rows, in groups of about one length: few scores of padding, and quick with dropout.
+- under autocast to bfloat16 all between two products stays bfloat16, but for softmax and means, which are float32.
+- `memory_kept`: what a step frees stays with the process for the next.
 
 To copy: this file, core/anatomy.py and torch.
 """
 
-from collections.abc import Iterable, Iterator
+import ctypes
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -54,92 +58,94 @@ class _Linear(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, p):
-        count = len(query) * sum(rows * n * n for rows, n, _ in layout.groups)
-        ctx.wide = torch.promote_types(query.dtype, torch.float32)  # the softmax is never half precision
-        mask = keep_mask(query.new_empty(count, dtype=ctx.wide), p).div_(1 - p) if p else None
+        q, k, v = (layout.lay(x) for x in (query, key, value))
+        scores = q.new_empty(layout.squares)
+        for rows, square in layout.groups:
+            torch.bmm(rows(q), rows(k).transpose(1, 2), out=square(scores))
+        weights = scores.to(torch.promote_types(q.dtype, torch.float32))  # the softmax is never half precision
+        weights.index_fill_(0, layout.hidden, -torch.inf)
+        for _, square in layout.groups:
+            torch.softmax(square(weights), -1, out=square(weights))
+        kept = keep_mask(weights, p).div_(1 - p) if p else None
+        dropped, out = (weights * kept if p else weights).to(q.dtype), layout.empty(v)
+        for rows, square in layout.groups:
+            torch.bmm(square(dropped), rows(v), out=rows(out))
+        ctx.save_for_backward(q, k, v, weights, kept, dropped)
         ctx.layout, ctx.shape = layout, query.shape
-        query, key, value = (layout.out(x) for x in (query, key, value))
-        outs, saved = [], []
-        for hidden, q, k, v in layout.split(query, key, value):
-            weights = _weights(q, k, hidden)  # (heads * rows, n, n)
-            kept = None
-            if p:
-                kept, mask = mask[: weights.numel()].view_as(weights), mask[weights.numel() :]
-            saved += [weights, kept, (weights * kept if p else weights).to(q.dtype)]
-            outs.append(torch.bmm(saved[-1], v))
-        ctx.save_for_backward(query, key, value, *saved)
-        return layout.back(outs, ctx.shape)
+        return layout.back(out, query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, key, value, *saved = ctx.saved_tensors
-        layout, saved, found = ctx.layout, iter(saved), []
-        for _, q, k, v, g in layout.split(query, key, value, layout.out(gradient, zeros=True)):
-            weights, kept, dropped = next(saved), next(saved), next(saved)
-            d_weights = torch.bmm(g, v.transpose(1, 2)).to(ctx.wide)
-            if kept is not None:
-                d_weights.mul_(kept)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
-            d_query, d_key = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
-            found.append((d_query, d_key, torch.bmm(dropped.transpose(1, 2), g)))
-        return *(layout.back(parts, ctx.shape) for parts in zip(*found, strict=True)), None, None
-
-
-def _weights(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
-    """softmax(QKᵀ) of (heads * rows, n, width), at least float32; `hidden` (rows, n): keys that are padding."""
-    scores = torch.bmm(q, k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
-    if hidden is not None:
-        scores.unflatten(0, (-1, len(hidden))).masked_fill_(hidden[:, None], -torch.inf)
-    return scores.softmax(-1)
+        (q, k, v, weights, kept, dropped), layout = ctx.saved_tensors, ctx.layout
+        g, d_dropped = layout.lay(gradient).index_fill_(0, layout.padding, 0), torch.empty_like(dropped)
+        found = d_query, d_key, d_value = [layout.empty(q) for _ in range(3)]
+        for rows, square in layout.groups:
+            torch.bmm(square(dropped).transpose(1, 2), rows(g), out=rows(d_value))
+            torch.bmm(rows(g), rows(v).transpose(1, 2), out=square(d_dropped))
+        d_weights = d_dropped.to(weights.dtype)
+        if kept is not None:
+            d_weights.mul_(kept)
+        for _, square in layout.groups:
+            own = square(d_weights)
+            torch._softmax_backward_data(own, square(weights), -1, own.dtype, grad_input=own)
+        d_scores = d_weights.to(q.dtype)
+        for rows, square in layout.groups:
+            torch.bmm(square(d_scores), rows(k), out=rows(d_query))
+            torch.bmm(square(d_scores).transpose(1, 2), rows(q), out=rows(d_key))
+        return *(layout.back(x, ctx.shape) for x in found), None, None
 
 
 class Layout:
-    """How packed rows are laid out for attention: in groups of about one length, each a batch of a few paddings.
+    """How packed rows of such lengths are laid out for attention: (row, head, token), row after row in groups.
 
-    Rows of up to 128 tokens are padded to a multiple of 8, in which many small products become few.
+    A group's rows are of one length, so that it is one batched product: those of up to 128 tokens are padded to a
+    multiple of 8, in which many small products become few.  The scores of all groups lie side by side.
     """
 
-    def __init__(self, lengths: tuple[int, ...]):
+    def __init__(self, lengths: tuple[int, ...], tokens: int, heads: int):
         sizes = torch.tensor([n if n > 128 else -(-n // 8) * 8 for n in lengths], dtype=torch.int64)
         sizes, order = sizes.sort(stable=True)
         own = torch.tensor(lengths, dtype=torch.int64)
         begin, own = (own.cumsum(0) - own)[order], own[order]
-        row = torch.arange(len(sizes)).repeat_interleave(sizes)
-        place = torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
-        padding, self.source = place >= own[row], begin[row] + torch.minimum(place, own[row] - 1)
-        self.home = torch.empty(int(own.sum()), dtype=torch.int64)  # where each token went
+        blocks = sizes * heads
+        row = torch.arange(len(sizes)).repeat_interleave(blocks)
+        place = torch.arange(len(row)) - (blocks.cumsum(0) - blocks)[row]
+        head, token = place // sizes[row], place % sizes[row]
+        padding = token >= own[row]
+        self.padding = padding.nonzero().flatten()
+        self.source = (begin[row] + torch.minimum(token, own[row] - 1)) * heads + head  # at padding a token once more
+        self.home = torch.full((tokens * heads,), len(row))  # where each token's head went; of no row: to the zeros
         self.home[self.source[~padding]] = (~padding).nonzero().flatten()
-        self.groups, start = [], 0  # (rows, n, which keys are padding)
-        for n, rows in zip(*(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True):
-            hidden = padding[start : start + rows * n].view(rows, n)
-            self.groups.append((rows, n, hidden if hidden.any() else None))
-            start += rows * n
+        self.groups, hidden, begin, corner = [], [], 0, 0
+        for n, count in zip(*(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True):
+            own, square = slice(begin, begin + count * heads * n), slice(corner, corner + count * heads * n * n)
+            parts = dict(own=own, shape=(-1, n, -1)), dict(own=square, shape=(-1, n, n))
+            self.groups.append(tuple(partial(_part, **part) for part in parts))
+            if n <= 128:
+                keys = padding[own].view(-1, 1, n).expand(-1, n, n)
+                hidden.append(keys.flatten().nonzero().flatten() + corner)
+            begin, corner = own.stop, square.stop
+        self.squares, self.hidden = corner, torch.cat(hidden or [self.padding])  # the scores of padded keys
 
-    def out(self, x: Tensor, zeros: bool = False) -> Tensor:
-        """Packed (heads, N_tokens, width) laid out; at padding a token once more, or zeros."""
-        if not zeros:
-            return x.index_select(1, self.source)
-        laid = x.new_zeros(len(x), len(self.source), x.shape[2])
-        return laid.index_copy_(1, self.home, x[:, : len(self.home)])
+    def lay(self, x: Tensor) -> Tensor:
+        """Packed (N_tokens, heads, width) laid out, (N, width)."""
+        return x.reshape(-1, x.shape[2]).index_select(0, self.source)
 
-    def split(self, *laid: Tensor) -> Iterator[list]:
-        """Group by group: its padded keys, and every (heads, N, width) as (heads * rows, n, width)."""
-        threads, begin = torch.get_num_threads(), 0
-        try:
-            for rows, n, hidden in self.groups:
-                own = slice(begin, begin + rows * n)
-                begin = own.stop
-                # where waking a second thread costs more than it computes, one works
-                torch.set_num_threads(1 if len(laid[0]) * rows * n**2 < 65536 else threads)
-                yield [hidden, *(x[:, own].reshape(-1, n, x.shape[2]) for x in laid)]
-        finally:
-            torch.set_num_threads(threads)
+    def empty(self, like: Tensor) -> Tensor:
+        """Room for what is laid out, and a row of zeros."""
+        room = like.new_empty(len(self.source) + 1, like.shape[1])
+        room[-1] = 0
+        return room
 
-    def back(self, parts: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """The groups as packed tokens again, `shape` (heads, N_tokens, width); zeros for tokens of no row."""
-        laid = torch.cat([part.view(shape[0], -1, shape[2]) for part in parts], dim=1)
-        return F.pad(laid.index_select(1, self.home), (0, 0, 0, shape[1] - len(self.home)))
+    def back(self, room: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Packed again, `shape` (N_tokens, heads, width); zeros for tokens of no row."""
+        return room.index_select(0, self.home).view(shape)
+
+
+def _part(x: Tensor, own: slice, shape: tuple[int, ...]) -> Tensor:
+    """A group's part of what is laid out, (heads * rows, n, width), or of the scores, (heads * rows, n, n)."""
+    return x[own].view(-1, shape[1], x.shape[-1] if shape[2] < 0 else shape[2])
 
 
 _layout = lru_cache(maxsize=4)(Layout)  # all layers of a model ask for the same
@@ -185,18 +191,37 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: flo
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
-    layout = _layout(tuple(lengths))
+    layout = _layout(tuple(lengths), query.shape[1], len(query))
+    query, key, value = (x.transpose(0, 1) for x in (query * scale, key, value))  # (N_tokens, heads, head_dim)
     with torch.autocast("cpu", enabled=False):
-        query = query * scale
-        if torch.is_grad_enabled() or p:
-            return _Attend.apply(query, key, value, layout, p)
-        outs = []
-        for hidden, q, k, v in layout.split(*(layout.out(x) for x in (query, key, value))):
-            if q.shape[1] > 128:  # without gradients nothing asks for the scores, so they need not be kept
-                outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0])
-            else:
-                outs.append(torch.bmm(_weights(q, k, hidden).to(q.dtype), v))
-        return layout.back(outs, query.shape)
+        if torch.is_grad_enabled() or p or max(lengths, default=0) <= 128:
+            return _Attend.apply(query, key, value, layout, p).transpose(0, 1)
+        q, k, v = (layout.lay(x) for x in (query, key, value))
+        seen, out = torch.ones(layout.squares, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(v)
+        for rows, square in layout.groups:  # without gradients nothing asks for the scores, so they need not be kept
+            mask = square(seen) if rows(q).shape[1] <= 128 else None
+            rows(out).copy_(F.scaled_dot_product_attention(*(rows(x)[None] for x in (q, k, v)), mask, scale=1.0)[0])
+        return layout.back(out, query.shape).transpose(0, 1)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Inside, the C library keeps what is freed for the next step; afterwards the machine gets it back.
+
+    Else it hands large blocks back at every step, and each page that comes anew costs a virtual machine a microsecond
+    or two.  glibc's switch, for the whole process; elsewhere nothing happens.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "malloc_trim"):
+        yield
+        return
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes; 64 and 32 MB are the most glibc sets by itself
+    try:
+        library.mallopt(trim, 2**31 - 1), library.mallopt(mmap, 2**30)
+        yield
+    finally:
+        library.mallopt(trim, 2**26), library.mallopt(mmap, 2**25)
+        library.malloc_trim(0)
 
 
 @contextmanager
@@ -212,7 +237,8 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
     }
     free = [module for module in model.modules() if anatomy.taken_by(module) is None]
     functions = {module: ours[type(module)] for module in free if type(module) in ours}
-    with anatomy.forwards(functions | {module: _gelu_forward for module in free if _makes_gelu(module)}):
+    functions |= {module: _gelu_forward for module in free if _makes_gelu(module)}
+    with anatomy.forwards(functions), memory_kept():
         yield
 
 

@@ -564,9 +564,10 @@ def two_hosts() -> str:
     table = []
     for row in (row for row in rows if "tried" in row):
         kernel = f", tcp_retries2 = {row['tcp_retries2']}" * (row["tcp_retries2"] != 8)
-        then = "ended in an error, started again" if row["started again"] else "went on by itself"
+        times = f"{' and '.join(f'{one:.0f}' for one in row['seconds'])} s"
+        beside = f"an error after {times}, then again" if row["started again"] else f"went on, done after {times}"
         line = {"two hosts": row["fault"] + kernel} | {key: row[key] for key in ("tried", "survived", "lost")}
-        table.append(line | {"beside": f"{then}; ended after {' and '.join(f'{one:.0f}' for one in row['seconds'])} s"})
+        table.append(line | {"beside": beside})
     apart = [
         f"{row['largest difference']:.1e} ({row['distributed']}, {row['optimizer']})"
         for row in rows
@@ -580,7 +581,7 @@ def two_hosts() -> str:
 
 
 def reliability() -> str:
-    """What was tried on runs, what on versions, and a million rows; "not measured yet" where no row is stored."""
+    """What was tried on runs, what on versions, and a million rows; a dash where no row is stored."""
     found = {row["fault"]: row for row in rows_of("faults")}
     table = []
     for fault in FAULTS:

@@ -193,8 +193,8 @@ def check_sections(notebook: dict, measured: bool) -> Iterator[Finding]:
         )
     words = "\n".join(cells.source(cell) for cell in body if cell["cell_type"] == "markdown")
     outputs = [output for cell in body for output in cell.get("outputs", ())]
-    forms = [(cells.output_text(output), "".join(output.get("data", {}).get("text/markdown", ""))) for output in outputs]
-    shown = "\n".join(text for both in forms for text in both)
+    tables = ["".join(output.get("data", {}).get("text/markdown", "")) for output in outputs]
+    shown = "\n".join([*map(cells.output_text, outputs), *tables])
     none = NO_GPU in (words + shown).lower()
     if none and measured:
         yield start, "it says that no GPU has been measured, and there are results of one", "give the numbers"
