@@ -118,13 +118,15 @@ def steps(
             loss = gradient(model, step)
             if scaler:
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # weights spread over processes
             value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()  # one wait
             scale = scaler.get_scale() if scaler else 0.0  # overflow is the scaler's while it can scale down
             good = math.isfinite(value) and (math.isfinite(length) or scale >= 1)
             record = {"step": number + 1, "loss": value, "grad_norm": length}
             record |= {"learning_rate": max(group["lr"] for group in groups)} | ({} if good else {"skipped": True})
+            if good and max_grad_norm is not None and length > max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
             with whole():
                 if good:
                     scaler.step(optimizer) if scaler else optimizer.step()

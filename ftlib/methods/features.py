@@ -129,9 +129,12 @@ def extract_features(
         chosen, _ = choose_precision(device, precision)
         dtype, mixed = DTYPES[chosen], chosen == "bf16" and device.type == "cpu"
         if {p.dtype for p in base.parameters() if p.is_floating_point()} != {dtype}:
-            base = copy.deepcopy(base)
-            for module in [m for m in base.modules() if type(m) is nn.Linear] if mixed else [base]:
-                module.to(dtype)
+            linear = {id(p) for m in base.modules() if type(m) is nn.Linear for p in m.parameters()}
+            own = {id(p): p for p in base.parameters()}  # what is not converted is shared, not copied
+            for key in linear if mixed else own:
+                own[key] = nn.Parameter(own[key].detach().to(dtype), requires_grad=False)
+            base = copy.deepcopy(base, own)
+            base = base if mixed else base.to(dtype)  # its buffers
             autocast = computing(device, chosen) if mixed else nullcontext
     with anatomy.evaluating(base), shortcuts(base), autocast(), closing(_ahead(iterator, recipe, work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling or recipe.pooling, dense, unit, size, progress)

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/step_profile.py    # adds rows to results/speed-<device>.json; uses a GPU if there is one
 
-On a CPU MiniLM's size, batches of 32 sentences, float32; on a GPU BERT-base's size, batches of 256, bf16; random
-weights, real lengths, dropout on.  Each method's steps run once without the profiler (seconds a step) and once
-with it (seconds of each group).  An operator's own time goes to the group of the nearest operator, going outwards,
-that the list below knows; so a product inside the optimizer's step is the optimizer's.  "rest" is what no operator
-claims: Python, the loader, and on a GPU the time it waits.
+On a CPU MiniLM's size, batches of 32 sentences, in the precision `fit` chooses; on a GPU BERT-base's size, batches of
+256, bf16; random weights, real lengths, dropout on.  Each method's steps run once without the profiler (seconds a
+step) and once with it (seconds of each group).  An operator's own time goes to the group of the nearest operator,
+going outwards, that the list below knows; so a product inside the optimizer's step is the optimizer's.  "rest" is what
+no operator claims: Python, the loader, and on a GPU the time it waits.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lengths import measured_lengths
 from record import RESULTS, SpeedTable
 from torch.profiler import ProfilerActivity, profile
 
-from ftlib import collate
+from ftlib import choose_precision, collate
 
 # The first group with a piece that is in the operator's name gets its time.
 GROUPS = {
@@ -83,7 +83,7 @@ def main() -> None:
         rows=token_rows(lengths),
         collator=collate,
         batch=batch,
-        precision="bf16" if gpu else "fp32",
+        precision=choose_precision(torch.device("cuda" if gpu else "cpu"))[0],
     )
     size = "toy" if args.toy else "BERT-base-sized" if gpu else "MiniLM-sized"
     what = f"{size}, batch {batch}, {work.precision}, {sum(lengths) // args.steps} real tokens a step"
