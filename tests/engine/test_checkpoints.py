@@ -214,8 +214,16 @@ def _other_start(model):
     return model
 
 
+def test_a_run_goes_on_in_its_precision_alone(tiny_model, tmp_path, monkeypatch):
+    rows, config = make_rows(8), quick(checkpoint_dir=str(tmp_path / "c"), resume="auto")
+    fit(tiny_model(), rows, config=config)
+    monkeypatch.setenv("FTLIB_PRECISION", "bf16")  # as another machine's "auto" would
+    with pytest.raises(ValueError, match="from another run: precision was 'fp32' and is 'bf16'"):
+        fit(tiny_model(), rows, config=config)
+
+
 @pytest.mark.parametrize("what", ["dtype", "dropout", "types", "l2-sp", "mixout", "peft", "head"])
-def test_what_makes_a_run_another(tiny_model, tmp_path, what):
+def test_what_makes_a_run_another(tiny_model, tmp_path, monkeypatch, what):
     rows, config = make_rows(8), quick(checkpoint_dir=str(tmp_path / "c"), resume="auto")
 
     def build(other):
@@ -230,6 +238,7 @@ def test_what_makes_a_run_another(tiny_model, tmp_path, what):
             peft = pytest.importorskip("peft")
             tune(model, peft.LoraConfig(r=2, lora_alpha=64 if other else 4))
         elif what == "dtype":  # of frozen weights, which stay as they are; those that train are float32 in any case
+            monkeypatch.delenv("FTLIB_PRECISION", raising=False)
             tune(model, "head-only")
         return model.to(torch.bfloat16) if other and what == "dtype" else model
 

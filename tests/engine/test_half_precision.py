@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_fit import make_rows, quick, same, steps, weights
 
+from ftlib.core import device
 from ftlib.engine.fit import fit
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import STRATEGIES, tune
@@ -22,6 +23,13 @@ OTHERS = {
         dropout_rate=0.0,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_without_fast_bfloat16(monkeypatch):
+    """Nobody has chosen a precision."""
+    monkeypatch.delenv("FTLIB_PRECISION")
+    monkeypatch.setattr(device, "fast_bf16", lambda: None)
 
 
 def moved(model, before):
@@ -73,6 +81,20 @@ def test_frozen_bfloat16_stays_near_the_float32_model(tiny_model, model_type):
     assert steps(run) == pytest.approx(steps(wanted), rel=0.04) and steps(run) != steps(wanted)
     assert moved(model, before) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(module._forward_hooks for module in model.modules() if module is not model)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "whole"])
+def test_weights_in_bfloat16_on_a_cpu_that_multiplies_it_fast(tiny_model, monkeypatch, kind):
+    model = tiny_model(hidden_size=32).to(torch.bfloat16)
+    tune(model, "lora" if kind == "frozen" else "full")
+    twin, before = copy.deepcopy(model).float(), weights(model)
+    wanted = fit(twin, make_rows(16), config=quick(epochs=4))
+    monkeypatch.setattr(device, "fast_bf16", lambda: "AMX")
+    run = fit(model, make_rows(16), config=quick(epochs=4))
+    assert run.precision == "bf16" and ("frozen" if kind == "frozen" else "AMX") in run.reason
+    assert steps(run) == pytest.approx(steps(wanted), rel=0.04) and steps(run) != steps(wanted)
+    assert moved(model, before) <= {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_asked_for_float32_it_computes_so(tiny_model):
