@@ -388,7 +388,7 @@ def test_every_remedy_trains(program):
 
 def test_profile_program_at_toy_size(tmp_path):
     rows = toy(tmp_path, "step_profile.py", "--steps", "2")
-    methods = ["ftlib.fit without shortcuts", "ftlib.fit without shortcuts, unpad", "ftlib.fit", "ftlib.fit, unpad"]
+    methods = ["ftlib.fit without shortcuts, unpad", "ftlib.fit, unpad, fp32", "ftlib.fit", "ftlib.fit, unpad"]
     assert [row["method"] for row in rows] == methods[0 if not torch.cuda.is_available() else 2 :]
     for row in rows:
         assert row["groups"]["matrix products"] > 0 and row["groups"]["optimizer and clipping"] > 0
