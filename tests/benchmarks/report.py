@@ -714,7 +714,7 @@ def headlines() -> str:
     table = [
         ("fine-tuning MiniLM, against the `Trainer` as it comes", ratio("fine-tune", TRAINER), "speed"),
         ("the same, against the `Trainer` with the best settings found", ratio("fine-tune", BEST), "speed"),
-        ("features of MiniLM, against sentence-transformers' `encode`", ratio("features", ENCODE), "speed"),
+        ("features of MiniLM, against sentence-transformers' `encode` in bf16", ratio("features", ENCODE), "speed"),
         ("features of MiniLM, against ONNX Runtime", ratio("features", "ONNX Runtime"), "speed"),
         (f"LoRA and full fine-tuning, {count:,} film reviews, test accuracy", f"{accuracy}{equal}", "strategies"),
         ("what the two save", f"{saved} MB", "strategies"),
