@@ -204,6 +204,10 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, base: Any, no
     tensors = read_tensors(path)
     if read_json(folder / "adapter_config.json").get("megatron_config") is not None:
         raise ValueError(f"{folder}/adapter_config.json: megatron_config would import a module; refused")
+    if place is model and note.get("strategy") and heads and not isinstance(base, nn.Module):
+        if not any(f".{part}." in f".{name}" for part in heads for name in tensors):
+            what = f"{path} lacks the task head ({', '.join(heads)}), which would start random"
+            raise ValueError(f"{what}; pass base=a model that has it")
     bases.fit_to(place, tensors, note.get("base"), folder, base is not None)
     with said(f"{folder}: its settings make no adapter for this model; mend them"):
         tune(model, note["strategy"], **note["options"]) if ours else tune(model, through_peft.settings_in(folder))

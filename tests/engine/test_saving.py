@@ -277,6 +277,10 @@ def test_a_lost_head_is_said(base, tmp_path, strategy):
         for mine, theirs in zip(whole.classifier.parameters(), _head(model), strict=True):
             mine.copy_(theirs)
     assert_close(logits(load(folder, base=whole)), logits(model), atol=1e-6, rtol=0)
+    if strategy in ("lora", "pfeiffer"):  # what went with the head, the pooler, is not taken for another base
+        without(folder, "pooler")
+        with pytest.raises(ValueError, match=r"lacks the task head \(.*classifier.*\), which would start random"):
+            load(folder)
 
 
 def _head(model):
