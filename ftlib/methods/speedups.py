@@ -26,6 +26,7 @@ from ..core import anatomy
 # oneDNN's linear layer, the one torch.compile calls.  A choice by processor, not by stopwatch: the same every time.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+SHORT = 128  # tokens of a row up to which many small products are better made into few
 
 
 def keep_mask(like: Tensor, p: float) -> Tensor:
@@ -99,12 +100,12 @@ class _Attend(torch.autograd.Function):
 class Layout:
     """How packed rows of such lengths are laid out for attention: (row, head, token), row after row in groups.
 
-    A group's rows are of one length, so that it is one batched product: those of up to 128 tokens are padded to a
-    multiple of 8, in which many small products become few.  The scores of all groups lie side by side.
+    A group's rows are of one length, so that it is one batched product: short ones are padded to a multiple of 8, and
+    come first.  The scores of all groups lie side by side.
     """
 
     def __init__(self, lengths: tuple[int, ...], tokens: int, heads: int):
-        sizes = torch.tensor([n if n > 128 else -(-n // 8) * 8 for n in lengths], dtype=torch.int64)
+        sizes = torch.tensor([n if n > SHORT else -(-n // 8) * 8 for n in lengths], dtype=torch.int64)
         sizes, order = sizes.sort(stable=True)
         own = torch.tensor(lengths, dtype=torch.int64)
         begin, own = (own.cumsum(0) - own)[order], own[order]
@@ -117,16 +118,17 @@ class Layout:
         self.source = (begin[row] + torch.minimum(token, own[row] - 1)) * heads + head  # at padding a token once more
         self.home = torch.full((tokens * heads,), len(row))  # where each token's head went; of no row: to the zeros
         self.home[self.source[~padding]] = (~padding).nonzero().flatten()
-        self.groups, hidden, begin, corner = [], [], 0, 0
+        self.groups, hidden, begin, self.squares, self.short = [], [self.padding[:0]], 0, 0, 0
         for n, count in zip(*(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True):
-            own, square = slice(begin, begin + count * heads * n), slice(corner, corner + count * heads * n * n)
-            parts = dict(own=own, shape=(-1, n, -1)), dict(own=square, shape=(-1, n, n))
-            self.groups.append(tuple(partial(_part, **part) for part in parts))
-            if n <= 128:
+            own = slice(begin, begin + count * heads * n)
+            square = slice(self.squares, self.squares + count * heads * n * n)
+            self.groups.append((partial(_part, own=own, n=n), partial(_part, own=square, n=n)))
+            if n <= SHORT:
                 keys = padding[own].view(-1, 1, n).expand(-1, n, n)
-                hidden.append(keys.flatten().nonzero().flatten() + corner)
-            begin, corner = own.stop, square.stop
-        self.squares, self.hidden = corner, torch.cat(hidden or [self.padding])  # the scores of padded keys
+                hidden.append(keys.flatten().nonzero().flatten() + square.start)
+                self.short = square.stop  # where the scores of short rows end
+            begin, self.squares = own.stop, square.stop
+        self.hidden = torch.cat(hidden)  # the scores of padded keys
 
     def lay(self, x: Tensor) -> Tensor:
         """Packed (N_tokens, heads, width) laid out, (N, width)."""
@@ -143,9 +145,9 @@ class Layout:
         return room.index_select(0, self.home).view(shape)
 
 
-def _part(x: Tensor, own: slice, shape: tuple[int, ...]) -> Tensor:
-    """A group's part of what is laid out, (heads * rows, n, width), or of the scores, (heads * rows, n, n)."""
-    return x[own].view(-1, shape[1], x.shape[-1] if shape[2] < 0 else shape[2])
+def _part(x: Tensor, own: slice, n: int) -> Tensor:
+    """A group's part of what is laid out, as (heads * rows, n, width), or of the scores, as (heads * rows, n, n)."""
+    return x[own].view(-1, n, x.shape[1] if x.ndim == 2 else n)
 
 
 _layout = lru_cache(maxsize=4)(Layout)  # all layers of a model ask for the same
@@ -194,12 +196,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: flo
     layout = _layout(tuple(lengths), query.shape[1], len(query))
     query, key, value = (x.transpose(0, 1) for x in (query * scale, key, value))  # (N_tokens, heads, head_dim)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() or p or max(lengths, default=0) <= 128:
+        if torch.is_grad_enabled() or p or layout.squares == layout.short:
             return _Attend.apply(query, key, value, layout, p).transpose(0, 1)
         q, k, v = (layout.lay(x) for x in (query, key, value))
-        seen, out = torch.ones(layout.squares, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(v)
+        seen, out = torch.ones(layout.short, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(v)
         for rows, square in layout.groups:  # without gradients nothing asks for the scores, so they need not be kept
-            mask = square(seen) if rows(q).shape[1] <= 128 else None
+            mask = square(seen) if rows(q).shape[1] <= SHORT else None
             rows(out).copy_(F.scaled_dot_product_attention(*(rows(x)[None] for x in (q, k, v)), mask, scale=1.0)[0])
         return layout.back(out, query.shape).transpose(0, 1)
 
@@ -226,9 +228,9 @@ def memory_kept() -> Iterator[None]:
 
 @contextmanager
 def shortcuts(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's nn.Linear and nn.Dropout modules run by `linear` and `dropout` where these serve.
+    """Inside, the model's nn.Linear, nn.Dropout and nn.LayerNorm run by `linear`, `dropout` and `layer_norm`.
 
-    Without gradients a BERT layer's GELU is computed inside the product before it.
+    Without gradients a BERT layer's GELU is computed inside the product before it; freed memory is kept.
     """
     ours = {
         nn.Linear: lambda module, input: linear(input, module.weight, module.bias),

@@ -431,6 +431,14 @@ def late(work: Path, tries: int) -> dict[str, Any]:
     return {"tried": tries, "survived": tries - lost, "lost": lost, "seconds": times, "started again": 0}
 
 
+def once(what: str, good: bool, statuses: list[int], seconds: float, run: Any) -> dict[str, Any]:
+    """The row of a fault tried once, after which all was started again."""
+    if not good:
+        print(f"LOST: {what}: ended with {statuses}; kept in {run.pair.work}", file=sys.stderr)
+    counts = {"tried": 1, "survived": int(good), "lost": int(not good)}
+    return counts | {"seconds": [round(seconds, 1)], "started again": 1}
+
+
 def wrong(where: str, said: str, work: Path) -> dict[str, Any]:
     """The second machine is given another endpoint; then the right one.  The first waits, no longer than it is told."""
     expected = digest(undisturbed(work / "whole-ddp", "ddp"))
@@ -441,15 +449,7 @@ def wrong(where: str, said: str, work: Path) -> dict[str, Any]:
         texts = run.said()
         good = statuses == [1, 1] and "RendezvousTimeoutError" in texts[0] and said in texts[1]
         good = good and mended(run) and digest(run.output) == expected
-    if not good:
-        print(f"LOST: {where}: ended with {statuses}; kept in {run.pair.work}", file=sys.stderr)
-    return {
-        "tried": 1,
-        "survived": int(good),
-        "lost": int(not good),
-        "seconds": [round(seconds, 1)],
-        "started again": 1,
-    }
+    return once(where, good, statuses, seconds, run)
 
 
 def loopback(work: Path) -> dict[str, Any]:
@@ -463,15 +463,7 @@ def loopback(work: Path) -> dict[str, Any]:
         statuses, seconds = run.wait()
         good = statuses == [1, 1] and any("GLOO_SOCKET_IFNAME=eth0" in text for text in run.said())
         good = good and mended(run, GLOO_SOCKET_IFNAME="eth0") and digest(run.output) == expected
-    if not good:
-        print(f"LOST: loopback: ended with {statuses}; kept in {run.pair.work}", file=sys.stderr)
-    return {
-        "tried": 1,
-        "survived": int(good),
-        "lost": int(not good),
-        "seconds": [round(seconds, 1)],
-        "started again": 1,
-    }
+    return once("loopback", good, statuses, seconds, run)
 
 
 def toy(work: Path) -> dict[str, Any]:

@@ -76,6 +76,7 @@ rows = make_rows(13, "token-classification")
 held_out = make_rows(5, "token-classification", seed=9)
 cases = {
     "plain": {}, "micro": dict(micro_batch_size=1), "tokens": dict(max_tokens=12), "adamw": dict(optimizer="adamw"),
+    "clipped": dict(max_grad_norm=0.05),
     "stops": dict(epochs=30, patience=1, eval_every=1, learning_rate=0.1), "frozen": {}, "shared layers": {},
     "checkpointing": dict(gradient_checkpointing=True),
     "bf16": dict(precision="bf16"), "r-drop": dict(r_drop=1.0, micro_batch_size=2),
@@ -255,7 +256,7 @@ def test_the_processes_found_each_other(runs):
 
 
 TASKS = ["tasks", "pcgrad", "cosines", "uncertainty", "gradnorm", "famo", "mgda"]
-ALIKE = ["plain", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
+ALIKE = ["plain", "clipped", "micro", "tokens", "frozen", "shared layers", "checkpointing", "r-drop", "lora", "prompt"]
 DDP = [*ALIKE, "stops", *TASKS, "gradual-unfreezing", "l2-sp"]
 
 
@@ -286,6 +287,13 @@ def test_two_processes_lose_as_one(runs, name):
 
 def losses(runs, world, name):
     return [record["loss"] for record in runs[world, 0][name][0] if "loss" in record]
+
+
+def test_a_long_gradient_is_clipped_by_its_length_over_all_processes(runs):
+    for mode in ("ddp", "fsdp"):
+        records = [record for record in runs[2, 0][f"{mode} clipped"][0] if "grad_norm" in record]
+        assert all(record["grad_norm"] > 0.05 for record in records)  # the length before it was cut
+        assert losses(runs, 2, f"{mode} clipped")[-1] != pytest.approx(losses(runs, 2, f"{mode} plain")[-1], abs=1e-3)
 
 
 def test_bf16(runs):
