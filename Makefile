@@ -91,7 +91,7 @@ BENCH := fine_tuning strategies multitask task_growth half_precision speed memor
 
 # fine_tuning, strategies and multitask measure what is missing. Not in the list, as they take long: faults,
 # long_features, pins, two_hosts. What needs a GPU is gpu-day.
-# As readers run it: measuring wants a quiet machine anyway, and sleeping threads would cost a fifth of a step.
+# As readers run it: measuring wants a quiet machine anyway, and sleeping threads take long to wake.
 AWAKE := env -u OMP_WAIT_POLICY $(PY)
 
 bench: data  ## programs of tests/benchmarks, then the tables of their README (ONLY="speed memory": these)
