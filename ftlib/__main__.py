@@ -110,17 +110,19 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
         parts = prepared(run, data, config.seed, note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    columns = {key: column_of(run, key, data) for key in ("text", "text_pair") if key == "text" or key in run}
+    classes = ftlib.task.TASKS[run["task"]].labelled
+    asked = [key for key in ("text", "text_pair") if key in run or (key == "text" and classes)]
+    columns = {key: column_of(run, key, data) for key in asked} | ({"label": "label"} if classes else {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*labels that are text are numbered")  # said below
         limit = run.get("max_length") or ftlib.rows.token_limit(ftlib.runfile.LENGTH, tokenizer, settings)
-        tokens = ftlib.tokenize(parts, tokenizer, max_length=limit, **columns, label="label", task=run["task"])
-    feature, label = tokens["train"].features["labels"], column_of(run, "label", data)
+        tokens = ftlib.tokenize(parts, tokenizer, max_length=limit, **columns, task=run["task"])
+    feature, label = tokens["train"].features["labels"], column_of(run, "label", data) if classes else ""
     names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)
     if names:
         order = ", ".join(f"{i} = {name!r}" for i, name in enumerate(names[:20]))
         note(f"{label!r} holds {len(names)} classes: {order}{', …' * (len(names) > 20)}")
-    count = len(names or ()) or np.size(tokens["train"][0]["labels"])
+    count = len(names or ()) or (np.size(tokens["train"][0]["labels"]) if classes else None)
     with ftlib.distributed.one_first():
         model = ftlib.load_model(run["model"], run["task"], count, label_names=names, seed=config.seed)
     _unpad(model, say)
@@ -151,7 +153,8 @@ def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any
     if unused := [name for name in data if name not in found.values()]:
         say(f"not used: {', '.join(unused)}")
     parts = {split: data[name] for split, name in found.items() if name in data}
-    parts = ftlib.runfile.labelled(parts, column_of(run, "label", data), run["task"], say)
+    if ftlib.task.TASKS[run["task"]].labelled:
+        parts = ftlib.runfile.labelled(parts, column_of(run, "label", data), run["task"], say)
     if share:
         rows = parts["train"].shuffle(seed=seed, keep_in_memory=True)  # train_test_split would write beside the data
         count = min(max(round(wanted * len(rows)), 1), len(rows) - 1)

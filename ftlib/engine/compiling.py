@@ -1,6 +1,6 @@
 """How a model runs while it trains: compiled, with gradient checkpointing, in TF32; and as it came afterwards.
 
-To copy: this file, methods/{adapters,optimizing,regularization,speedups}.py, core/{anatomy,batches,device}.py, torch.
+To copy: this file, methods/{adapters,optimizing,regularization,speedups,token_losses}.py, core/, tasks/ and torch.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import anatomy
 from ..core.device import asked
+from ..methods import token_losses
 from ..methods.adapters import adapters_of
 from ..methods.optimizing import tuning_of
 from ..methods.regularization import dropout_rate
 from ..methods.speedups import shortcuts
+from ..tasks.task import TASKS, tasks_of
 
 
 @contextmanager
@@ -38,6 +40,8 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             elif config.shortcuts:
                 stack.enter_context(shortcuts(model))
             stack.enter_context(dropout_rate(model, config.dropout))
+            if any(not TASKS[kind].labelled for kind, _ in tasks_of(model).values()):  # a language model's own loss
+                stack.enter_context(token_losses.in_chunks(model, config.label_smoothing))
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

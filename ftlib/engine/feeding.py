@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,23 @@ from ..inputs.rows import Rows, Stream, take
 from ..methods.multitask import TaskSampler
 from ..tasks.task import TASKS
 from . import distributed
+
+
+def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows packed into batches of at most `most` tokens, each where it leaves the least room: best fit decreasing.
+
+    >>> best_fit([5, 3, 4, 2], most=7)
+    [[0, 3], [2, 1]]
+    """
+    out, room = [], []  # room: tokens that still go into each batch
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = min((k for k, left in enumerate(room) if left >= lengths[i]), key=room.__getitem__, default=len(out))
+        if place == len(out):
+            out.append([])
+            room.append(most)
+        out[place].append(i)
+        room[place] -= lengths[i]
+    return out
 
 
 class Step(list):
@@ -50,7 +67,8 @@ class Step(list):
         """Make the run's micro-batches half as large, and warn; MemoryError for one row, and for several processes."""
         run = self.feed.run
         count = max(len(batch["input_ids"]) for batch in self)
-        tokens = max(batch["input_ids"].numel() for batch in self)
+        each = [batch["attention_mask"] if self.feed.packed else batch["input_ids"] for batch in self]
+        tokens = max(int(one.sum()) if self.feed.packed else one.numel() for one in each)
         less = "ftlib.tune(model, 'lora'), a smaller max_length in tokenize, or a smaller model"
         if count == 1:
             remedy = f"try gradient_checkpointing=True, precision='bf16', {less}"
@@ -80,8 +98,8 @@ class Feed:
     thread, and the order of everything is as without it.
     """
 
-    def __init__(self, parts: dict[str, Rows | Stream], tasks: dict, run: Any, pad: Padding, device: torch.device):
-        self.parts, self.tasks, self.run, self.pad, self.device = parts, tasks, run, pad, device
+    def __init__(self, parts: dict, tasks: dict, run: Any, pad: Padding, device: torch.device, packed: bool = False):
+        self.parts, self.tasks, self.run, self.pad, self.device, self.packed = parts, tasks, run, pad, device, packed
         self.stack = {task: TASKS[kind].stack for task, (kind, _) in tasks.items()}
         self.streams = isinstance(parts.get(""), Stream)
         self.rows = {} if self.streams else {name: len(rows) for name, rows in parts.items()}
@@ -137,8 +155,12 @@ class Feed:
             return list(alike.values())  # in the order they came
         for group in alike.values():
             lengths = [len(row["input_ids"]) for row in group]
-            sizes = dict(batch_size=batch_size, max_tokens=max_tokens, alike=self.pad.alike)
-            out += [[group[i] for i in cut] for cut in split_by_size(range(len(group)), lengths, **sizes)]
+            if max_tokens and self.packed:
+                cuts = best_fit(lengths, max_tokens)
+            else:
+                sizes = dict(batch_size=batch_size, max_tokens=max_tokens, alike=self.pad.alike)
+                cuts = split_by_size(range(len(group)), lengths, **sizes)
+            out += [[group[i] for i in cut] for cut in cuts]
         return out
 
     def digest(self, others: list[Rows]) -> str:

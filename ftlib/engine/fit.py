@@ -1,7 +1,6 @@
 """`fit`: a `for` over `core.loop.steps`, on any model with a task head.
 
-What happens between two steps, evaluation, early stopping, checkpoints, progress, is the body of the `for`.  The loop
-itself is what to take home: core/loop.py, alone.
+What happens between two steps, evaluation, checkpoints, progress, is its body.  To take home: core/loop.py, alone.
 """
 
 import hashlib
@@ -22,6 +21,7 @@ from ..inputs.agreement import agree, name_classes
 from ..inputs.rows import Stream, parts_for, rows_for
 from ..methods import optimizing
 from ..methods.regularization import dropout_places
+from ..methods.unpadding import is_unpadded
 from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
 from . import checkpoints, compiling, distributed, recovery, task_gradients
@@ -45,15 +45,14 @@ def fit(
             `config.max_steps`, a stream: any iterable of rows without a length, begun again where it ends if it can.
         eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps); a stream is read whole.
         tokenizer: for the padding id; default: the model's config knows it.
-        loss: (logits, labels) -> scalar, *summed* over the labelled items, in training and evaluation; default: the
-            task's own, `task_loss`.
+        loss: (logits, labels) -> scalar, *summed* over labelled items, here and in evaluation; default: `task_loss`.
         on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
     Weights of half precision are float32 while they train, and rounded back at the end; where most are frozen
     bfloat16, those stay so (`Run.precision` says which).
     Modes (train or eval) and the global random state end as they were.  An interrupt (Ctrl-C) ends the run early with
-    its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With
-    distributed="fsdp" a sharded copy is trained, and its weights come back at the end.
+    its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With "fsdp" a
+    sharded copy is trained, and its weights come back.
     When memory runs out in a step, its micro-batches are halved, with a warning, and the whole step is done again.
     A step whose loss or gradient is not finite is skipped, with a warning and a record that name its rows; fp16's
     overflow is left to the loss scaler.
@@ -150,12 +149,11 @@ class Training:
         self.model, self.held_out, self.config, self.on_record = model, held_out, config, on_record
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
-            device = choose_device()
-            model.to(device)
+            model.to(device := choose_device())
         self.device = device
         precision, reason = choose_precision(device, config.precision)
-        sizes = dict(micro_batch_size=config.micro_batch_size, max_tokens=config.max_tokens)
-        self.result = Run(config, precision=precision, reason=reason, **sizes)
+        sizes = config.micro_batch_size, config.max_tokens
+        self.result = Run(config, precision=precision, reason=reason, micro_batch_size=sizes[0], max_tokens=sizes[1])
         self.autocast = computing(device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         tasks = tasks_of(model)
@@ -163,7 +161,7 @@ class Training:
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
         self.padding = padding
-        self.feed = Feed(parts, tasks, self.result, padding, device)
+        self.feed = Feed(parts, tasks, self.result, padding, device, is_unpadded(model))
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
         self.joint = task_gradients.begin(model, config, parts, precision, self.epoch)  # None for a single task
@@ -175,8 +173,8 @@ class Training:
         self.kept = self._checkpoints(parts) if config.checkpoint_dir else None
         self.together = recovery.Together()
         self.wrapped = distributed.wrap(model)
-        smoothing = config.label_smoothing
-        functions = {t: smoothed or task_loss(k, smoothing * TASKS[k].smooths) for t, (k, _) in tasks.items()}
+        flat = config.label_smoothing
+        functions = {t: smoothed or task_loss(k, flat * TASKS[k].smooths) for t, (k, _) in tasks.items()}
         losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast, check=smoothed is not None)
         self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
 
@@ -276,8 +274,7 @@ class Training:
         self.random.take()
 
     def _save(self) -> None:
-        if self.kept:
-            self.kept.save(self.result.steps, best=self.best.step)
+        self.kept and self.kept.save(self.result.steps, best=self.best.step)
 
     def _tell(self, record: dict[str, Any]) -> None:
         if self.on_record and distributed.rank() == 0:
@@ -296,8 +293,8 @@ class Training:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.result, self.config
         rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
-        options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, shared=True, batch_size=rows)
-        metrics = scores(self.model, self.held_out, **options)
+        options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, batch_size=rows)
+        metrics = scores(self.model, self.held_out, shared=True, **options)
         if config.patience and math.isnan(metrics.get(config.metric, 0.0)):
             warnings.warn(f"{config.metric} is not a number at step {run.steps}: no evaluation is better", stacklevel=5)
         if config.patience:
@@ -326,13 +323,16 @@ class Training:
 
 def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list, parts: list) -> None:
     """Refuse what is asked for and has no meaning for this model, or these rows."""
-    records, smoothing = [TASKS[kind] for kind, _ in tasks.values()], config.label_smoothing
+    kinds = sorted({kind for kind, _ in tasks.values()})
+    records, smoothing = [TASKS[kind] for kind in kinds], config.label_smoothing
     names = metric_names(model, held_out) if held_out else []
     refuse(
         (smoothing and loss is None and not any(record.smooths for record in records),
-         f"label_smoothing={smoothing} has no meaning for {', '.join(sorted({kind for kind, _ in tasks.values()}))}"),
+         f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
         (config.r_drop and any(record.divergence is None for record in records),
-         f"r_drop={config.r_drop} compares predicted distributions; regression has none"),
+         f"r_drop={config.r_drop} compares predicted distributions of classes; not for {', '.join(kinds)}"),
+        (loss is not None and not all(record.labelled for record in records),
+         "loss= takes logits, which a language model never has all at once; give ftlib.steps a gradient function"),
         (config.patience and not held_out, "patience needs eval_dataset"),
         (config.patience and config.metric not in names,
          f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),

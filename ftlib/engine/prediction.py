@@ -19,7 +19,9 @@ from ..inputs.agreement import Padding, agree
 from ..inputs.reading import SUFFIXES, as_dataset
 from ..inputs.rows import Door, Rows, checked, is_stream, listed, rows_for, take, token_limit
 from ..inputs.tokenizing import encode_texts
+from ..methods import token_losses
 from ..methods.speedups import shortcuts
+from ..tasks import language_modeling
 from ..tasks.task import TASKS, given_names, names_of, tasks_of
 from . import distributed
 
@@ -33,7 +35,8 @@ def batches_of(
     """(numbers of the rows, the rows, their logits: a tensor, or {task: tensor}), a batch each, longest rows first.
 
     shared: each of several processes computes a part of the batches; where there are too few, another's, with no
-    numbers.  Every module's train or eval mode is as before afterwards.
+    numbers.  Every module's train or eval mode is as before afterwards.  Of a language model, whose rows need labels,
+    the summed loss comes in place of logits.
     """
     pad = padding or agree(model)
     places = [(part, i) for part, rows in enumerate(parts) for i in range(len(rows))]
@@ -48,18 +51,25 @@ def batches_of(
         from tqdm.auto import tqdm
 
         plan = tqdm(plan, desc="predict", unit="batch", leave=False)
-    several = hasattr(model, "tasks") and not task
-    stack = {name: TASKS[kind].stack for name, (kind, _) in model.tasks.items()} if several else {}
+    several, tokens = hasattr(model, "tasks") and not task, _of_tokens(model)
+    stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
-    with anatomy.evaluating(model), shortcuts(model):
+    with anatomy.evaluating(model), shortcuts(model), token_losses.in_chunks(model) if tokens else nullcontext():
         for indices, counts in plan:
             rows = take(numbered, [places[i] for i in indices])
-            plain = rows if several else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+            plain = rows if several or tokens else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
             batch = collate(plain, pad_token_id=pad.id, padding_side=pad.side, stack=stack)
-            batch.pop("labels", None)
+            if not tokens:
+                batch.pop("labels", None)
             with (autocast or nullcontext)():
                 output = model(**to_device(batch, device), **named)
-            yield (indices if counts else []), rows, (output if several or task else output.logits)
+            found = output if several or task else output.loss if tokens else output.logits
+            yield (indices if counts else []), rows, found
+
+
+def _of_tokens(model: nn.Module) -> bool:
+    """Whether this is a language model, whose labels are tokens."""
+    return any(not TASKS[kind].labelled for kind, _ in tasks_of(model).values())
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
@@ -83,7 +93,7 @@ def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options:
 
 def evaluate(
     model: nn.Module, dataset: Any, *, tokenizer: Any = None, batch_size: int = 64, autocast: Any = None,
-    progress: bool = False, shared: bool = False,
+    progress: bool = False, shared: bool = False, generate: dict[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The loss and the metrics that fit the task, over a tokenized dataset with labels.
 
@@ -91,12 +101,31 @@ def evaluate(
     `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
     several numbers a row (regression) have only `mse`.  With shared=True processes that are all given the same share
     the work, and each gets the metrics over all rows.  autocast: a context manager for the forward passes.
+    Of a language model: `perplexity`, exp(loss); with a tokenizer `bits_per_byte` of the trained text (UTF-8), which
+    compares models of different vocabularies; with generate={"max_new_tokens": 32, ...}, options of `ftlib.generate`,
+    answers are made to what stands before each row's last trained tokens and compared with these: `exact_match`, `f1`
+    and `valid_json`.
     Raises ValueError or TypeError naming the row for labels that do not fit the model.
     """
     parts = rows_for(dataset, model, name="dataset")
     padding = agree(model, tokenizer, batch_size != 1 and sum(map(len, parts)) > 1)
     options = dict(batch_size=batch_size, progress=progress, shared=shared, autocast=autocast and (lambda: autocast))
-    return scores(model, parts, padding=padding, **options)
+    found = scores(model, parts, padding=padding, **options)
+    tokens = _of_tokens(model)
+    if generate is not None and (tokenizer is None or not tokens):
+        raise ValueError("generate= needs tokenizer=" if tokens else "generate= is for language models")
+    if tokens and tokenizer is not None:
+        found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, parts[0])
+    return found if generate is None else found | _answered(model, parts[0], tokenizer, progress, generate)
+
+
+def _answered(model: nn.Module, rows: Rows, tokenizer: Any, progress: bool, options: dict) -> dict[str, float]:
+    from .generation import generate
+
+    prompts, wanted = zip(*map(language_modeling.last_answer, rows), strict=True)
+    answers = generate(model, prompts, tokenizer=tokenizer, progress=progress, **options)
+    wanted = [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+    return TASKS[tasks_of(model)[""][0]].score(answers, wanted, None)
 
 
 def scores(
@@ -106,8 +135,11 @@ def scores(
     tasks = tasks_of(model)
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
     sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
+    tokens = _of_tokens(model)
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
-        for task, (kind, _) in tasks.items() if indices else ():
+        if indices and tokens:  # the logits are the summed loss
+            sums[""].append((float(logits), sum(int(TASKS[tasks[""][0]].items(np.asarray(r["labels"]))) for r in rows)))
+        for task, (kind, _) in tasks.items() if indices and not tokens else ():
             own = [i for i, row in enumerate(rows) if not task or task in row["labels"]]
             if own:
                 labels = [rows[i]["labels"][task] if task else rows[i]["labels"] for i in own]
@@ -123,11 +155,17 @@ def scores(
         losses, items = zip((0.0, 0), *(batch for batches in every.values() for batch in batches), strict=True)
         if sum(items):
             # fsum: the same bits whoever computed which batch
-            own = {"loss": math.fsum(losses) / sum(items)} | _scored(TASKS[kind], pairs, names_of(model, task))
+            mean = math.fsum(losses) / sum(items)
+            more = {"perplexity": _exp(mean)} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
+            own = {"loss": mean} | more
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     if not results and parts:
         raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
     return results
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:
@@ -164,8 +202,8 @@ def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
 
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
-    found = []
-    for task, (kind, count) in labelled(model, parts).items():
+    found = ["loss", "perplexity"] if _of_tokens(model) else []
+    for task, (kind, count) in labelled(model, parts).items() if not found else ():
         decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
         decided = [decided] if TASKS[kind].a_token else decided
         names = ["loss", *TASKS[kind].score(decided, decided, given_names(names_of(model, task)))]
@@ -202,6 +240,8 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
+    if not TASKS[kind].labelled:
+        raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     record, names = TASKS[kind], names_of(model, task)
     data = _listed(data, record)
     if tokenizer is None and _are_texts(data):

@@ -192,7 +192,8 @@ def _base_of(folder: Path, base: Any, note: dict) -> nn.Module:
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ValueError(f"{folder}/adapter_config.json names no base model; pass base=... (a name, folder or model)")
     note = note or through_peft.head_guess(folder, config)
-    given = {key: note[key] for key in ("num_labels", "label_names") if note.get("task") and note.get(key) is not None}
+    classes = note.get("task") in TASKS and TASKS[note["task"]].labelled
+    given = {key: note[key] for key in ("num_labels", "label_names") if classes and note.get(key) is not None}
     safe = {"use_safetensors": True} if name == own else {}
     with said(f"{folder}: can't load its base model {str(name)!r}; pass base=..."):
         return pretrained.load_model(pretrained.local_name(name), note.get("task"), **given, **safe)
@@ -250,6 +251,7 @@ def write_card(model: nn.Module, folder: Path, about: dict[str, Any] | None, pla
     data, licence = about.get("data") or [], str(about.get("licence") or "")
     data, known = [data] if isinstance(data, str) else [*map(str, data)], _ID.fullmatch(licence)
     use = f"{'token' if TASKS[kind].a_token else 'text'}-classification" if kind else "feature-extraction"
+    use = "text-generation" if kind and not TASKS[kind].labelled else use
     front = {
         "library_name": "peft" if (place / "adapter_config.json").is_file() else "transformers", "tags": ["ftlib"],
         "base_model": home if base == home else "", "datasets": [*filter(_ID.fullmatch, data)],

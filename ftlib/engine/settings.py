@@ -30,7 +30,7 @@ class TrainConfig:
     max_steps: int | None = None  # stop after so many optimizer steps; the schedule ends there too
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch_size: int | None = None  # examples a forward pass; None: the whole step, halved if memory runs out
-    max_tokens: int | None = None  # padded tokens a forward pass, instead of a number of examples
+    max_tokens: int | None = None  # tokens a forward pass, padding counted unless the model is unpadded
     learning_rate: float = 5e-5  # the largest one of the schedule
     schedule: str = "linear"  # constant, linear, cosine, exponential, or range (rising: `find_learning_rate`)
     warmup_fraction: float = 0.1  # share of the steps over which the learning rate rises from 0

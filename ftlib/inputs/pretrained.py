@@ -51,10 +51,11 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     name: a short name ("minilm"), an existing folder, or a hub id. task: a kind of task, "sequence-classification" say.
     num_labels may come from `label_names` (which fill config.id2label); regression defaults to 1; a folder saved with a
     head for this task keeps its own. New head weights are drawn from `seed`; the global random state is left alone.
-    `kwargs` go to from_pretrained: dtype, attn_implementation, values of the config.
+    A "causal-lm" has its vocabulary for labels, and a head that was trained. `kwargs` go to from_pretrained: dtype,
+    attn_implementation, values of the config.
 
     Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
-    fit, or a checkpoint that lacks weights of the encoder itself.
+    fit, a checkpoint that lacks weights of the encoder itself, or, for "causal-lm", any, or one that looks ahead.
     """
     kind = TASKS.get(one_of("task", task or "encoder", ("encoder", *TASKS)))
     num_labels, label_names = _check_labels(kind, num_labels, label_names)
@@ -62,7 +63,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     import transformers
 
     place = _locate(name, kwargs)
-    if kind is not None:
+    if kind is not None and kind.labelled:
         if num_labels is None:  # a checkpoint with this kind of head knows
             places = kwargs.keys() & {"revision", "subfolder", "cache_dir", "local_files_only", "token"}
             where = {key: kwargs[key] for key in places} | {"trust_remote_code": False}
@@ -84,7 +85,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     with _explain(name, place), quiet(), torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: CUDA is not started, nor its state touched
         model, info = auto.from_pretrained(place, **options)
-    _check_weights(name, model, info, kind is not None, kwargs.get("ignore_mismatched_sizes", False))
+    _check_weights(name, model, info, kind, kwargs.get("ignore_mismatched_sizes", False))
     return model
 
 
@@ -92,8 +93,10 @@ def _check_labels(kind, num_labels, label_names):
     """Number and names of the labels, made consistent; (None, None) when the checkpoint has to tell."""
     names = None if label_names is None else [str(label) for label in label_names]
     count = num_labels if names is None else len(names)
+    if kind and not kind.labelled:
+        refuse((count is not None, "the labels of a language model are tokens: leave out num_labels and label_names"))
     if count is None:
-        return (1 if kind and kind.probabilities is None else None), None
+        return (1 if kind and kind.labelled and kind.probabilities is None else None), None
     one = whole("num_labels", count) == 1 and kind and kind.problem_type == "single_label_classification"
     repeated = [label for label, times in Counter(names).items() if times > 1]
     refuse(
@@ -182,16 +185,25 @@ def quiet():
         logger.removeFilter(wanted)
 
 
-def _check_weights(name, model, info: dict, headed: bool, may_differ: bool) -> None:
-    """Only the head may be new; a hole in the encoder means the checkpoint is not what it is taken for."""
+def _check_weights(name, model, info: dict, kind, may_differ: bool) -> None:
+    """Only the head of a classifier may be new; another hole means the checkpoint is not what it is taken for."""
     different = info["mismatched_keys"]  # (key, shape in the file, shape asked for)
     other = [f"{key} {tuple(saved)} in the file, {tuple(asked)} asked for" for key, saved, asked in different]
     if other and not may_differ:
         remedy = "num_labels of a saved head is what it was saved with; ignore_mismatched_sizes=True starts anew"
         raise ValueError(f"the weights of '{name}' do not fit ({'; '.join(sorted(other)[:3])}): {remedy}")
-    prefix = f"{model.base_model_prefix}." if headed else ""
+    prefix = f"{model.base_model_prefix}." if kind else ""
     fresh = {*info["missing_keys"], *(key[0] for key in different)}
     holes = sorted(key for key in fresh if key.startswith(prefix) and not re.search(_POOLER, key))
     if holes:
         lost = f"{len(holes)} weights of the encoder itself ({', '.join(holes[:3])}, …), which would start random"
         raise ValueError(f"the checkpoint '{name}' lacks {lost}; is it one of {type(model).__name__}?")
+    if kind is None or kind.labelled:
+        return
+    tokens = model.get_input_embeddings().num_embeddings
+    causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    lost = f"lacks {', '.join(sorted(fresh)[:3])}: a head that starts random over {tokens} tokens is no language model"
+    refuse(
+        (fresh, f"the checkpoint '{name}' {lost}; load one that was trained to predict the next token"),
+        (causal == {False}, f"'{name}' is no language model: in {type(model).__name__} each token sees all others"),
+    )

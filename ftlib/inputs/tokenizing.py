@@ -38,7 +38,9 @@ def tokenize(
             where `labels` becomes a dict.  A list of whole numbers or names beside a list of words is tags, one a word:
             each is put on the first piece of its word, -100 elsewhere.  Any other list is kept: multi-label.
         task: the kind of task, for those that read further columns: "relation-classification" reads `spans`;
-            with "multi-label-classification" lists of class names become a 0 or 1 for each class.
+            with "multi-label-classification" lists of class names become a 0 or 1 for each class; "causal-lm" reads
+            `messages` (by the tokenizer's chat template; with `tools`, if there), or `prompt` and `completion`, or
+            `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels`.
     Labels that are text are numbered, over all splits together, in the order of their names (the tag O first, whole
@@ -54,6 +56,11 @@ def tokenize(
     record = TASKS[one_of("task", task, TASKS)] if task is not None else None
     found, done, split = {}, {}, ""
     try:
+        if record and record.rows:
+            refuse((text_pair is not None or label is not None, f"{task} reads no text_pair= and no label="))
+            for split, part in parts.items():
+                done[split] = _made(part, tokenizer, record, text, max_length, truncation)
+            return type(data)(done) if isinstance(data, dict) else done[""]
         for split, part in parts.items():
             found[split] = _columns(part, text, text_pair, label, record)
         names = _class_names(parts, found)
@@ -90,8 +97,7 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
             inputs = {**inputs, "labels": labels.get(None, mixed)}
         return {**encoded, **inputs}
 
-    how, stream = dict(batched=True, with_indices=True, remove_columns=columns), is_stream(part)
-    part = part if stream else part.with_format(None)
+    part, features = part if is_stream(part) else part.with_format(None), None
     if any(names.values()) and (first := next(iter(part), None)):  # labels with the names of their classes
         features = datasets.Dataset.from_dict(work({name: [value] for name, value in first.items()}, [0])).features
         for task, column in sources.items():
@@ -100,8 +106,36 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
                 kind, several = datasets.ClassLabel(names=list(names[column])), isinstance(where[key], datasets.List)
                 size = len(names[column]) if record and record.multi_hot else -1
                 where[key] = datasets.List(kind, length=size) if several else kind
-        how["features"] = features
-    if stream:
+    return _mapped(part, work, columns, features)
+
+
+def _made(part: Any, tokenizer: Any, record: Any, text: str | None, max_length: Any, truncation: bool) -> Any:
+    """One split for a task whose record makes the rows itself, of the first of its forms that is there."""
+    columns = _names(part)
+    forms = [form for form in (((text,),) if text else record.forms) if {*form} <= {*columns}]
+    wanted = " or ".join(" and ".join(form) for form in record.forms)
+    refuse(
+        (not callable(tokenizer), f"tokenizer is {short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('smollm2')"),
+        (not forms, f"the dataset has {', '.join(columns)}; it needs {wanted}; name a column of texts: text="),
+        *_unfit(part),
+    )
+    if max_length is not None:
+        whole("max_length", max_length, 2)
+    read = {"text" if name == text else name: name for name in (*forms[0], "tools") if name in columns}
+
+    def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        wheres = [f"row {i}" for i in indices]
+        return record.rows(tokenizer, {n: batch[name] for n, name in read.items()}, wheres, max_length, truncation)
+
+    return _mapped(part if is_stream(part) else part.with_format(None), work, columns)
+
+
+def _mapped(part: Any, work: Callable, columns: list[str], features: Any = None) -> Any:
+    """`part.map` by batches, quietly where it is quick, without a file beside the data."""
+    import datasets
+
+    how = dict(batched=True, with_indices=True, remove_columns=columns, **({"features": features} if features else {}))
+    if is_stream(part):
         return part.map(work, **how)
     with ExitStack() as after:
         if datasets.is_caching_enabled():  # its file would lie beside the data; else it is a temporary one
@@ -115,7 +149,7 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
 
 def _columns(part: Any, text: Any, text_pair: Any, label: Any, record: Any) -> tuple[str, Any, dict, list[str]]:
     """The columns of the texts, {task: column} of the labels, where they are not named looked for; and all columns."""
-    columns = part.column_names or list(next(iter(part.take(1)), {}))  # a stream may not know them
+    columns = _names(part)
     usual = [column for column in ("label", "labels") if column in columns]
     of_words = "text" not in columns or (record and record.a_token) or label not in (None, *usual)
     text = text or ("tokens" if "tokens" in columns and of_words else "text")
@@ -125,8 +159,7 @@ def _columns(part: Any, text: Any, text_pair: Any, label: Any, record: Any) -> t
     read = [text, *([text_pair] if text_pair else []), *sources.values(), *(record.columns if record else ())]
     has = f"the dataset has {', '.join(columns)}; name it: text=, label= (a file's first line names its columns)"
     refuse(
-        (not is_stream(part) and len(part) == 0, "the dataset has zero examples; nothing to tokenize"),
-        (transforms(part), "a transform (with_transform) would not be applied: apply it with map first"),
+        *_unfit(part),
         (label is None and len(usual) > 1, "columns 'label' and 'labels': say which is meant, label="),
         (text not in columns and "input_ids" in columns, "already tokenized: it has 'input_ids'; pass it to fit"),
         *((column not in columns, f"no column {column!r}: {has}") for column in read),
@@ -134,6 +167,18 @@ def _columns(part: Any, text: Any, text_pair: Any, label: Any, record: Any) -> t
     if lost := sorted(INPUTS.intersection(columns).difference(read)):
         warnings.warn(f"columns left out: {', '.join(lost)}: they go with tokens; add them to the result", stacklevel=3)
     return text, text_pair, sources, columns
+
+
+def _names(part: Any) -> list[str]:
+    """The columns, which a stream may not know."""
+    return part.column_names or list(next(iter(part.take(1)), {}))
+
+
+def _unfit(part: Any) -> list[tuple]:
+    return [
+        (not is_stream(part) and len(part) == 0, "the dataset has zero examples; nothing to tokenize"),
+        (transforms(part), "a transform (with_transform) would not be applied: apply it with map first"),
+    ]
 
 
 def _class_names(parts: dict, found: dict) -> dict[str, dict[str, dict[str, int]]]:

@@ -38,7 +38,7 @@ class Head:
     weight: float = 1.0  # of this task's loss in the sum
 
     def __post_init__(self) -> None:
-        one_of("task", self.task, KINDS)
+        one_of("task", self.task, [kind for kind in KINDS if TASKS[kind].labelled])
         whole("num_labels", self.num_labels)
         number("weight", self.weight, 0)
         if self.label_names is not None and len(self.label_names) != self.num_labels:

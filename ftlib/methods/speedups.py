@@ -27,6 +27,7 @@ from ..core import anatomy
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 SHORT = 128  # tokens of a row up to which many small products are better made into few
+LONG = 256  # tokens from which a causal row is better left to PyTorch's kernel, which computes no score it would hide
 
 
 def keep_mask(like: Tensor, p: float) -> Tensor:
@@ -59,20 +60,20 @@ class _Linear(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, p):
-        q, k, v = (layout.lay(x) for x in (query, key, value))
+        q, k, v = layout.lay(query), layout.keys.lay(key), layout.keys.lay(value)
         scores = q.new_empty(layout.squares)
-        for rows, square in layout.groups:
-            torch.bmm(rows(q), rows(k).transpose(1, 2), out=square(scores))
+        for rows, keys, square in layout.groups:
+            torch.bmm(rows(q), keys(k).transpose(1, 2), out=square(scores))
         weights = scores.to(torch.promote_types(q.dtype, torch.float32))  # the softmax is never half precision
-        weights.index_fill_(0, layout.hidden, -torch.inf)
-        for _, square in layout.groups:
+        layout.hide(weights)
+        for _, _, square in layout.groups:
             torch.softmax(square(weights), -1, out=square(weights))
         kept = keep_mask(weights, p).div_(1 - p) if p else None
-        dropped, out = (weights * kept if p else weights).to(q.dtype), layout.empty(v)
-        for rows, square in layout.groups:
-            torch.bmm(square(dropped), rows(v), out=rows(out))
+        dropped, out = (weights * kept if p else weights).to(q.dtype), layout.empty(q)
+        for rows, keys, square in layout.groups:
+            torch.bmm(square(dropped), keys(v), out=rows(out))
         ctx.save_for_backward(q, k, v, weights, kept, dropped)
-        ctx.layout, ctx.shape = layout, query.shape
+        ctx.layout, ctx.shapes = layout, (query.shape, key.shape)
         return layout.back(out, query.shape)
 
     @staticmethod
@@ -80,33 +81,36 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, gradient):
         (q, k, v, weights, kept, dropped), layout = ctx.saved_tensors, ctx.layout
         g, d_dropped = layout.lay(gradient).index_fill_(0, layout.padding, 0), torch.empty_like(dropped)
-        found = d_query, d_key, d_value = [layout.empty(q) for _ in range(3)]
-        for rows, square in layout.groups:
-            torch.bmm(square(dropped).transpose(1, 2), rows(g), out=rows(d_value))
-            torch.bmm(rows(g), rows(v).transpose(1, 2), out=square(d_dropped))
+        d_query, d_key, d_value = layout.empty(q), layout.keys.empty(k), layout.keys.empty(v)
+        for rows, keys, square in layout.groups:
+            torch.bmm(square(dropped).transpose(1, 2), rows(g), out=keys(d_value))
+            torch.bmm(rows(g), keys(v).transpose(1, 2), out=square(d_dropped))
         d_weights = d_dropped.to(weights.dtype)
         if kept is not None:
             d_weights.mul_(kept)
-        for _, square in layout.groups:
+        for _, _, square in layout.groups:
             own = square(d_weights)
             torch._softmax_backward_data(own, square(weights), -1, own.dtype, grad_input=own)
         d_scores = d_weights.to(q.dtype)
-        for rows, square in layout.groups:
-            torch.bmm(square(d_scores), rows(k), out=rows(d_query))
-            torch.bmm(square(d_scores).transpose(1, 2), rows(q), out=rows(d_key))
-        return *(layout.back(x, ctx.shape) for x in found), None, None
+        for rows, keys, square in layout.groups:
+            torch.bmm(square(d_scores), keys(k), out=rows(d_query))
+            torch.bmm(square(d_scores).transpose(1, 2), rows(q), out=keys(d_key))
+        of_query, of_key = ctx.shapes
+        found = layout.back(d_query, of_query), layout.keys.back(d_key, of_key), layout.keys.back(d_value, of_key)
+        return *found, None, None
 
 
 class Layout:
     """How packed rows of such lengths are laid out for attention: (row, head, token), row after row in groups.
 
     A group's rows are of one length, so that it is one batched product: short ones are padded to a multiple of 8, and
-    come first.  The scores of all groups lie side by side.
+    come first.  The scores of all groups lie side by side.  Heads that share keys and values follow each other, and
+    stand in the product as one head of more queries.  Rows longer than `longest` are left out.
     """
 
-    def __init__(self, lengths: tuple[int, ...], tokens: int, heads: int):
-        sizes = torch.tensor([n if n > SHORT else -(-n // 8) * 8 for n in lengths], dtype=torch.int64)
-        sizes, order = sizes.sort(stable=True)
+    def __init__(self, lengths: tuple[int, ...], tokens: int, heads: int, key_heads: int, causal: bool, longest: float):
+        sizes = [0 if n > longest else n if n > SHORT else -(-n // 8) * 8 for n in lengths]
+        sizes, order = torch.tensor(sizes, dtype=torch.int64).sort(stable=True)
         own = torch.tensor(lengths, dtype=torch.int64)
         begin, own = (own.cumsum(0) - own)[order], own[order]
         blocks = sizes * heads
@@ -118,17 +122,29 @@ class Layout:
         self.source = (begin[row] + torch.minimum(token, own[row] - 1)) * heads + head  # at padding a token once more
         self.home = torch.full((tokens * heads,), len(row))  # where each token's head went; of no row: to the zeros
         self.home[self.source[~padding]] = (~padding).nonzero().flatten()
+        self.keys = self if heads == key_heads else Layout(lengths, tokens, key_heads, key_heads, causal, longest)
         self.groups, hidden, begin, self.squares, self.short = [], [self.padding[:0]], 0, 0, 0
-        for n, count in zip(*(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True):
-            own = slice(begin, begin + count * heads * n)
-            square = slice(self.squares, self.squares + count * heads * n * n)
-            self.groups.append((partial(_part, own=own, n=n), partial(_part, own=square, n=n)))
-            if n <= SHORT:
+        self.later = []  # of every group, (n, n), True at the keys after a query
+        groups = sizes[sizes > 0].unique_consecutive(return_counts=True)
+        for n, count in zip(*(x.tolist() for x in groups), strict=True):
+            own, its_keys = (slice(begin * h, (begin + count * n) * h) for h in (heads, key_heads))
+            square, queries = slice(self.squares, self.squares + count * heads * n * n), n * heads // key_heads
+            parts = (own, queries, None), (its_keys, n, None), (square, queries, n)
+            self.groups.append([partial(_part, own=own, n=n, width=width) for own, n, width in parts])
+            self.later.append(torch.ones(n, n, dtype=torch.bool).triu(1) if causal else None)
+            if n <= SHORT and not causal:  # padded keys come after every token
                 keys = padding[own].view(-1, 1, n).expand(-1, n, n)
                 hidden.append(keys.flatten().nonzero().flatten() + square.start)
                 self.short = square.stop  # where the scores of short rows end
-            begin, self.squares = own.stop, square.stop
+            begin, self.squares = begin + count * n, square.stop
         self.hidden = torch.cat(hidden)  # the scores of padded keys
+
+    def hide(self, scores: Tensor) -> None:
+        """-inf where a query must not look."""
+        scores.index_fill_(0, self.hidden, -torch.inf)
+        for (_, _, square), later in zip(self.groups, self.later, strict=True):
+            if later is not None:
+                square(scores).view(-1, *later.shape).masked_fill_(later, -torch.inf)
 
     def lay(self, x: Tensor) -> Tensor:
         """Packed (N_tokens, heads, width) laid out, (N, width)."""
@@ -145,9 +161,9 @@ class Layout:
         return room.index_select(0, self.home).view(shape)
 
 
-def _part(x: Tensor, own: slice, n: int) -> Tensor:
-    """A group's part of what is laid out, as (heads * rows, n, width), or of the scores, as (heads * rows, n, n)."""
-    return x[own].view(-1, n, x.shape[1] if x.ndim == 2 else n)
+def _part(x: Tensor, own: slice, n: int, width: int | None) -> Tensor:
+    """A group's part of what is laid out, as (key heads * rows, n, width of x), or of the scores, with `width` keys."""
+    return x[own].view(-1, n, width or x.shape[1])
 
 
 _layout = lru_cache(maxsize=4)(Layout)  # all layers of a model ask for the same
@@ -182,28 +198,44 @@ def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
     return type(module).forward(module, x).to(computed_in(x) or x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
     """Attention of packed rows (heads, N_tokens, head_dim): each of `lengths` tokens sees its own example alone.
 
     softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim), zeros for tokens after
-    the last example.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
+    the last example.  key and value may have fewer heads, each for as many of query's in turn.  causal: a token sees
+    those up to itself.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
 
     >>> q = torch.randn(2, 5, 8)
     >>> out = attend(q, q, q, [3, 2], scale=8**-0.5)
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
-    layout = _layout(tuple(lengths), query.shape[1], len(query))
+    whole = causal and not p  # PyTorch's own kernel keeps no scores, and needs no mask
+    layout = _layout(tuple(lengths), query.shape[1], len(query), len(key), causal, LONG if whole else torch.inf)
     query, key, value = (x.transpose(0, 1) for x in (query * scale, key, value))  # (N_tokens, heads, head_dim)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() or p or layout.squares == layout.short:
-            return _Attend.apply(query, key, value, layout, p).transpose(0, 1)
-        q, k, v = (layout.lay(x) for x in (query, key, value))
-        seen, out = torch.ones(layout.short, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(v)
-        for rows, square in layout.groups:  # without gradients nothing asks for the scores, so they need not be kept
-            mask = square(seen) if rows(q).shape[1] <= SHORT else None
-            rows(out).copy_(F.scaled_dot_product_attention(*(rows(x)[None] for x in (q, k, v)), mask, scale=1.0)[0])
+        if causal or torch.is_grad_enabled() or p or layout.squares == layout.short:
+            out = _Attend.apply(query, key, value, layout, p).transpose(0, 1)
+            return _with_long_rows(query, key, value, lengths, out) if whole and max(lengths) > LONG else out
+        q, k, v = layout.lay(query), layout.keys.lay(key), layout.keys.lay(value)
+        seen, out = torch.ones(layout.short, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(q)
+        for rows, keys, square in layout.groups:  # without gradients nothing asks for the scores: they are not kept
+            mask = square(seen) if keys(k).shape[1] <= SHORT else None
+            found = F.scaled_dot_product_attention(*(x[None] for x in (rows(q), keys(k), keys(v))), mask, scale=1.0)[0]
+            rows(out).copy_(found)
         return layout.back(out, query.shape).transpose(0, 1)
+
+
+def _with_long_rows(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], out: Tensor) -> Tensor:
+    """Causal attention of every row longer than LONG put into `out`, (heads, N_tokens, head_dim)."""
+    sizes, options = [*lengths, len(query) - sum(lengths)], {"is_causal": True, "scale": 1.0, "enable_gqa": True}
+    parts = zip(sizes, *(x.transpose(0, 1)[None].split(sizes, 2) for x in (query, key, value)), strict=True)
+    found = [F.scaled_dot_product_attention(q, k, v, **options)[0] if n > LONG else None for n, q, k, v in parts]
+    found = [one if one is not None else short for one, short in zip(found, out.split(sizes, 1), strict=True)]
+    return torch.cat(found, 1)
 
 
 @contextmanager

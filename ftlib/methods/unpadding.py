@@ -1,11 +1,14 @@
-"""Run a Transformers encoder on real tokens only: same numbers, no work on padding.
+"""Run a Transformers encoder or decoder on real tokens only: same numbers, no work on padding.
 
-`unpad(model)` hooks the encoder: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
+`unpad(model)` hooks the model: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
 an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
-With padding on the right, attention runs on the packed tokens: on a CPU in float32 by `speedups.attend`, on a CUDA GPU
-of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.  Otherwise
-the heads are padded again for it.
+Attention runs on the packed tokens (for an encoder with padding on the right): on a CPU by `speedups.attend`, on a CUDA
+GPU of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.
+Otherwise, as for soft-capped scores and a CPU's sliding windows, the heads are padded again for it.
+
+In a decoder a token sees its own example up to itself, and positions start at 0 in every example.  Asked for a cache
+(`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.
 
 To copy: this file, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
@@ -21,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..core import anatomy
 from . import speedups
@@ -35,7 +40,20 @@ _ENCODER = (
 )  # fmt: skip
 # With rotary positions, which the base model computes: its inputs are packed; other keywords go on to the attention.
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
-_KNOWN = (*_ENCODER, *_ROTARY)
+# Decoders whose layers pass keywords on to the attention.
+_DECODER = (
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
+    "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3", "opt",
+    "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+_KNOWN = (*_ENCODER, *_ROTARY, *_DECODER)
+_WHY_NOT = {
+    "bloom": "ALiBi biases the scores by position",
+    "falcon": "its attention takes no function from outside (Falcon 3 is a llama, and works)",
+    "gemma3": "images see each other both ways; load the text model alone, of type gemma3_text",
+    "mpt": "ALiBi biases the scores by position",
+    "stablelm": "its layers keep from the attention where an example ends",
+}
 
 
 class Packing(NamedTuple):
@@ -43,24 +61,36 @@ class Packing(NamedTuple):
 
     indices: Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
     mask: Tensor  # (batch, tokens) bool, True at real tokens
-    cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None if padding isn't on the right
+    cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None for an encoder with padding elsewhere
     longest: int  # kept tokens of the longest row
-    lengths: list[int] | None = None  # kept tokens of every row; None if padding isn't on the right
+    lengths: list[int] | None = None  # kept tokens of every row; None where cu_seqlens is
     spare: int = 0  # rows added to the packed tokens: oneDNN prepares a product for every new shape, so have few
+    gapless: bool = True  # no padding between a row's tokens: packed, they are as far from each other
+    causal: bool = False
 
     @classmethod
-    def of(cls, mask: Tensor, host: Tensor | None = None) -> "Packing":
-        """From a bool mask (batch, tokens), True at real tokens; `host`: the same on the CPU, or a GPU is asked."""
+    def of(cls, mask: Tensor, host: Tensor | None = None, causal: bool | None = None) -> "Packing":
+        """From a bool mask (batch, tokens), True at real tokens; `host`: the same on the CPU, or a GPU is asked.
+
+        causal: None for an encoder, which keeps position 0 of every row, unattended if it is padding: stock heads read
+        it.  A decoder's row without tokens keeps it, to have one.
+        """
         kept, seen = mask.clone(), mask if host is None else host.bool()
-        kept[:, 0] = True
-        on_the_right = (seen[:, 1:] <= seen[:, :-1]).all() & seen[:, 0].all()
-        *lengths, on_the_right = torch.cat((seen.sum(1) + ~seen[:, 0], on_the_right.long()[None])).tolist()
+        kept[:, 0] |= True if causal is None else ~mask.any(1)
+        rises = (seen[:, 1:] > seen[:, :-1]).sum(1)
+        if causal is None:
+            added, gapless = ~seen[:, 0], seen[:, 0] & (rises == 0)
+        else:
+            added, gapless = ~seen.any(1), rises + seen[:, 0] <= 1
+        *lengths, gapless = torch.cat((seen.sum(1) + added, gapless.all().long()[None])).tolist()
         total, on_cpu = sum(lengths), mask.device.type == "cpu"
         indices = kept.flatten().nonzero_static(size=total).flatten()
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if on_the_right else None
+        known = bool(gapless) or causal is not None
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if known else None
         ends = None if ends is None else ends.to(mask.device, non_blocking=True)
         spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
-        return cls(indices, mask, ends, max(lengths), lengths if on_the_right else None, spare)
+        mask, lengths, longest = mask if causal is None else kept, lengths if known else None, max(lengths)
+        return cls(indices, mask, ends, longest, lengths, spare, bool(gapless), bool(causal))
 
 
 def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
@@ -93,18 +123,37 @@ def pad_input(packed: Tensor, packing: Packing) -> Tensor:
     return flat.unflatten(0, packing.mask.shape)
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(mask(cap * tanh(scale * QKᵀ / cap))) V, (batch, heads, tokens, head_dim); seen: bool, True at keys."""
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores.float() / softcap)
+    lowest = torch.finfo(torch.float32).min  # not -inf: a padded query has no key at all
+    scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+    return F.dropout(scores.softmax(-1).to(value.dtype), dropout) @ value
+
+
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None,
+    window: int | None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """(1, heads, N_tokens, head_dim) to (1, N_tokens, heads, head_dim); window: how far a token sees to each side."""
     # (batch, heads, tokens, head_dim) each
     query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
-    keys = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
+    position = torch.arange(packing.mask.shape[1], device=query.device)
+    back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
+    seen = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
+    if packing.causal:
+        seen = seen & (back >= 0)  # (batch, 1, tokens, tokens)
     if window is not None:
-        position = torch.arange(packing.mask.shape[1], device=query.device)
-        keys = keys & ((position[:, None] - position).abs() <= window)  # (batch, 1, tokens, tokens)
-    out = F.scaled_dot_product_attention(query, key, value, keys, dropout_p=dropout, scale=scaling)
+        seen = seen & (back.abs() <= window)
+    out = _attend(query, key, value, seen, dropout, scaling, softcap)
     return _pack(out.transpose(1, 2), packing, packing.spare)  # (1, N_tokens, heads, head_dim)
 
 
@@ -113,10 +162,15 @@ def _attend_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+    if not grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
     ends, longest = packing.cu_seqlens, packing.longest
-    options = {} if window is None else {"window_size": (window, window)}
-    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, **options).unsqueeze(0)
+    left = -1 if window is None else window
+    sides = (left, 0 if packing.causal else left)  # how far a token sees, -1: to the end of its example
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides, **grouped)
+    return out.unsqueeze(0)
 
 
 def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
@@ -130,30 +184,56 @@ def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-    packing: Packing | None = None, **kwargs: Any,
+    packing: Packing | None = None, softcap: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Packed, query is (1, heads, N_tokens, head_dim); key and value may have fewer heads."""
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if isinstance(attention_mask, Packing):
         packing = attention_mask
     if packing is None:
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
+        return _attention_as_it_came(module, query, key, value, attention_mask, dropout, scaling, softcap, is_causal)
+    device = query.device.type  # rotary positions leave float32 under autocast
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     local = sliding_window is not None and sliding_window < packing.mask.shape[1]  # one that holds every row is none
     window = sliding_window - 1 if local else None
+    if softcap is not None or (local and not packing.gapless):
+        return _attend_packed(query, key, value, packing, dropout, scaling, window, softcap), None
     if window is None and speedups.computed_in(query) and packing.lengths is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale)
+        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale, packing.causal)
         return out.transpose(0, 1).unsqueeze(0), None  # (1, N_tokens, heads, head_dim)
     if _can_varlen(query, packing, dropout):
         return _attend_varlen(query, key, value, packing, scaling, window), None
     return _attend_packed(query, key, value, packing, dropout, scaling, window), None
 
 
+def _attention_as_it_came(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
+    scaling: float | None, softcap: float | None, is_causal: bool | None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Not packed, (batch, heads, tokens, head_dim): Transformers' own with the mask it made, and with soft-capping."""
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if mask is not None and mask.ndim == 2:  # of an encoder that only shares the config of an unpadded one
+        mask = mask[:, None, None].bool()
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=causal)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril() if causal and len(mask) > 1 else mask
+    return _attend(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(NAME, _attention)
-# What Transformers calls to build the (batch, 1, tokens, tokens) mask; we hand the (batch, tokens) one on.
-AttentionMaskInterface.register(NAME, lambda attention_mask=None, **kwargs: attention_mask)
+
+
+def _mask(config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """What Transformers calls for a (batch, 1, tokens, tokens) mask; most encoders pack by the (batch, tokens) one."""
+    if config.model_type in _ENCODER:
+        return attention_mask
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)  # the others ask only where they run as they came
+
+
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +253,7 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _checked(base: nn.Module, kwargs: dict) -> dict:
-    """The inputs of the base model; packed if it has rotary positions."""
+    """The inputs of the base model; packed for a decoder and if it has rotary positions."""
     kind, asked = base.config.model_type, kwargs.get("output_attentions")
     if asked or (asked is None and base.config.output_attentions):
         remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
@@ -182,26 +262,47 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
     if inputs is None:
         return kwargs  # the model itself says what is wrong
     shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
+    if kind in _DECODER and _as_it_came(kwargs, shape):
+        return kwargs
     if mask is not None and getattr(mask, "shape", None) != shape:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         needed = f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got {got}"
         raise ValueError(f"{needed}; for a mask of your own, a cache or prefix tuning call repad(model) first")
     as_sent = mask is not None and (mask.is_inference() or mask._version == 0)  # not changed since on this device
     host = getattr(mask, "host", None) if as_sent else None  # see core.batches.to_device
-    if kind not in _ROTARY:
+    if kind in _ENCODER:
         _encoder_of(base)._host = host
         return kwargs
-    mask = torch.ones(shape, device=inputs.device) if mask is None else mask
-    packing = Packing.of(mask.to(inputs.device, torch.bool), host)
+    mask = (torch.ones(shape, device=inputs.device) if mask is None else mask).to(inputs.device, torch.bool)
+    packing = Packing.of(mask, host, _sees_back_only(base.config, kwargs) if kind in _DECODER else None)
     for module in _hooked(base):
         module._packing = packing
-    kwargs = {**kwargs, "attention_mask": None, "packing": packing}
+    # a mask of four dimensions is handed on as it is; empty, it fits no attention but ours
+    kwargs = {**kwargs, "attention_mask": packing.mask[:1, None, None, :0], "packing": packing}
+    places = torch.arange(shape[1], device=inputs.device)[None]
+    if kind in _DECODER:
+        places = mask.cumsum(1) - 1 if kind == "opt" else places - mask.int().argmax(1, keepdim=True)
     if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = torch.arange(shape[1], device=inputs.device)[None]
+        kwargs["position_ids"] = places.clamp(min=0)
     for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if kwargs.get(name) is not None:
             kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing, packing.spare)
     return kwargs
+
+
+def _as_it_came(kwargs: dict, shape: tuple) -> bool:
+    """Whether a decoder is asked for what packed tokens can't give: a cache, or a mask or packing of one's own."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        return True
+    kwargs["use_cache"] = False  # else Transformers, which tells packed examples by their positions, would not look
+    return kwargs.get("position_ids") is not None if mask is None else getattr(mask, "shape", None) != shape
+
+
+def _sees_back_only(config: Any, kwargs: dict) -> bool:
+    """Whether a decoder's attention is causal: Transformers can switch that off, and EmbeddingGemma does."""
+    asked = kwargs.get("is_causal", getattr(config, "is_causal", None))
+    return asked is not False and not (config.model_type == "gemma3_text" and config.use_bidirectional_attention)
 
 
 def _before_pooler(pooler: nn.Module, args: tuple) -> tuple | None:
@@ -229,7 +330,13 @@ def _after_encoder(encoder: nn.Module, args: tuple, output: Any) -> Any:
 def _encoder_of(base: nn.Module) -> nn.Module:
     """The module around which tokens are packed."""
     kind = base.config.model_type
-    return base if kind in _ROTARY else base.transformer if kind == "distilbert" else base.encoder
+    return base.transformer if kind == "distilbert" else base.encoder if kind in _ENCODER else base
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The base model; of OPT its decoder, which the language model calls past it."""
+    base = anatomy.base_of(model)
+    return base.decoder if anatomy.kind_of(base) == "opt" and hasattr(base, "decoder") else base
 
 
 def _hooked(base: nn.Module) -> list[nn.Module]:
@@ -239,21 +346,26 @@ def _hooked(base: nn.Module) -> list[nn.Module]:
 
 
 def unpad(model: nn.Module) -> nn.Module:
-    """Make a Transformers encoder skip padding, in place; returns the model.
+    """Make a Transformers encoder or decoder skip padding, in place; returns the model.
 
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
-    positions the hidden states are zero; a stock question-answering head reads them, so its loss differs.
+    positions the hidden states are zero; a stock question-answering head reads them, so its loss differs, and so does
+    a language model's where padding has labels.  A decoder's row gives what it gives alone, unless `position_ids` say
+    otherwise (a stock model counts padding on the left).  With a cache, a mask that isn't (batch, tokens), or packed
+    examples told apart by `position_ids`, a decoder runs as it came: exact, and padded.
 
-    Raises ValueError naming the model type for what can't be unpadded: decoders, cross-attention, relative position
-    biases.  The unpadded model raises it for `output_attentions` and an attention_mask that isn't (batch, tokens).
+    Raises ValueError naming the model type for what can't be unpadded: cross-attention, relative position biases.
+    The unpadded model raises it for `output_attentions`, and an encoder for an attention_mask that isn't
+    (batch, tokens).
     """
-    base = anatomy.base_of(model)
+    base = _base_of(model)
     if why := _obstacle(base):
         raise ValueError(why)
     if is_unpadded(model):
         return model
     encoder, *poolers = _hooked(base)
-    encoder._before_unpad = base.config._attn_implementation
+    before = base.config._attn_implementation
+    encoder._before_unpad = "sdpa" if before == NAME else before
     base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
     anatomy.put_forward(base, _forward, signature=True)
@@ -271,16 +383,19 @@ def _obstacle(base: nn.Module) -> str | None:
     if (by := str(getattr(config, "_attn_implementation", ""))).startswith(PREFIX) and by != NAME:
         return f"another copy of unpad is on ({by.removeprefix(PREFIX)}); call its repad(model) first"
     if kind not in _KNOWN:
-        need = "encoders with Transformers' own attention, without relative positions"
-        return f"unpad can't handle model type {kind!r}; it handles {need}: {', '.join(sorted(_KNOWN))}"
-    decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
-    return f"unpad handles encoders; this {kind} is a decoder (is_decoder or add_cross_attention)" if decoder else None
+        why = f" ({_WHY_NOT[kind]})" if kind in _WHY_NOT else ""
+        need = "models with Transformers' own attention, without relative positions"
+        return f"unpad can't handle model type {kind!r}{why}; it handles {need}: {', '.join(sorted(_KNOWN))}"
+    crossed, decoder = getattr(config, "add_cross_attention", False), getattr(config, "is_decoder", False)
+    if crossed or (decoder and kind not in _DECODER):
+        return f"unpad handles no cross-attention, and no {kind} as a decoder (is_decoder or add_cross_attention)"
+    return None
 
 
 def repad(model: nn.Module) -> nn.Module:
     """Undo `unpad`, in place; returns the model."""
     if is_unpadded(model):
-        base = anatomy.base_of(model)
+        base = _base_of(model)
         _remove_hooks(base)
         base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
     return model
@@ -297,5 +412,7 @@ def _remove_hooks(base: nn.Module) -> None:
 
 def is_unpadded(model: nn.Module) -> bool:
     """Whether `unpad` is on."""
-    config = getattr(anatomy.base_of(model), "config", None)
-    return getattr(config, "model_type", None) in _KNOWN and config._attn_implementation == NAME
+    base = _base_of(model)
+    config, forward = getattr(base, "config", None), anatomy.taken_by(base)  # a config may be that of several models
+    on = getattr(config, "_attn_implementation", None) == NAME and config.model_type in _KNOWN
+    return on and getattr(forward, "func", None) is _forward

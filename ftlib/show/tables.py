@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,16 @@ def results_table(rows: Sequence[Mapping[str, Any]], columns: Any = None, *, dig
     cells = [[format_cell(row[key], places[key]) for key in headings] for row in rows]
     numeric = [all(not isinstance(row[key], str | bool) for row in rows) for key in headings]
     return Table([str(heading) for heading in headings.values()], cells, numeric)
+
+
+def show_tokens(row: Mapping[str, Any], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+    """A tokenized row of a language model as text, what is trained between marks.
+
+    Look at a row before a training that costs something: a prompt inside the marks is trained to be said, and an end
+    token outside them never.  row: `input_ids` and `labels`, -100 where nothing is trained.
+    """
+    labels = [-100, *row["labels"], -100]
+    edges = [i for i, (a, b) in enumerate(pairwise(labels)) if (a == -100) != (b == -100)]
+    cuts = pairwise([0, *edges, len(row["labels"])])
+    parts = [tokenizer.decode(row["input_ids"][a:b]) for a, b in cuts]
+    return "".join(f"{marks[0]}{part}{marks[1]}" if i % 2 else part for i, part in enumerate(parts))

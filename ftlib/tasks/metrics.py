@@ -8,6 +8,10 @@ either side; anything divided by zero is 0. A correlation with a constant is nan
 
 from __future__ import annotations
 
+import json
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -158,6 +162,63 @@ def entity_scores(predictions, labels) -> dict[str, float]:
     return dict(zip(("precision", "recall", "f1", "accuracy"), map(float, scores), strict=True))
 
 
+def _texts(values, what: str) -> list[str]:
+    values = [] if isinstance(values, str) else list(values)
+    if not values or not all(isinstance(text, str) for text in values):
+        raise ValueError(f"{what} must be a list of texts, at least one; got {values[:3]!r}")
+    return values
+
+
+def _words(predictions, references) -> list[tuple[list[str], list[str]]]:
+    """Both sides' words, lower case, without ASCII punctuation and articles."""
+    pairs = zip_longest(_texts(predictions, "predictions"), _texts(references, "references"))
+    no_marks, words = str.maketrans("", "", string.punctuation), []
+    for row, pair in enumerate(pairs):
+        if None in pair:
+            raise ValueError(f"row {row}: a prediction without a reference, or the reverse")
+        plain = (re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(no_marks)) for text in pair)
+        words.append(tuple(text.split() for text in plain))
+    return words
+
+
+def exact_match(predictions, references) -> float:
+    """Share of texts that are the reference, capitals, punctuation, articles and white space aside: "-1.5" is "15".
+
+    Source: Rajpurkar et al. 2016 (SQuAD, arXiv:1606.05250), section 6.1.
+
+    >>> exact_match(["The cat.", "a dog"], ["cat", "dogs"])
+    0.5
+    """
+    return float(np.mean([found == wanted for found, wanted in _words(predictions, references)]))
+
+
+def token_f1(predictions, references) -> float:
+    """Mean over texts of F1 = 2 · shared / (found + wanted) of their words, compared as in `exact_match`.
+
+    >>> token_f1(["the black cat"], ["cat"])  # 2 · 1 / (2 + 1)
+    0.6666666666666666
+    """
+    pairs = _words(predictions, references)  # where both are empty, 1: SQuAD 2's rule for no answer
+    shared = [(Counter(found) & Counter(wanted)).total() for found, wanted in pairs]
+    return float(np.mean([2 * n / (len(a) + len(b)) if a or b else 1 for n, (a, b) in zip(shared, pairs, strict=True)]))
+
+
+def valid_json(predictions) -> float:
+    """Share of texts that are a JSON object or array, white space around it aside.
+
+    >>> valid_json(['{"city": "boston"}', '{"city": boston}', '3'])
+    0.3333333333333333
+    """
+    return float(np.mean([_is_json(text) for text in _texts(predictions, "predictions")]))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_constant=int), (dict, list))  # int refuses NaN, as JSON does
+    except (ValueError, RecursionError):
+        return False
+
+
 def _same_lengths(predictions, labels) -> None:
     for row, (found, wanted) in enumerate(zip_longest(map(len, predictions), map(len, labels), fillvalue="no")):
         if found != wanted:
@@ -172,6 +233,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     - "regression": numbers (n,) or (n, 1) -> mse, pearson, spearman.
     - "token-classification": a row of ids per sentence; when `label_names` are BIO tags -> precision, recall,
       f1 of entities, accuracy of tokens; otherwise (parts of speech) the scores of tokens as classes.
+    - "causal-lm": generated texts and references -> exact_match, f1 (`token_f1`), valid_json.
 
     Raises ValueError for another task, unequal lengths, nothing to score, nan, and ids outside `label_names`.
 
@@ -180,6 +242,9 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     """
     if task not in _FITTING:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(map(repr, _FITTING))}")
+    if task == "causal-lm":
+        words = {"exact_match": exact_match(predictions, labels), "f1": token_f1(predictions, labels)}
+        return words | {"valid_json": valid_json(predictions)}
     if task == "token-classification":
         return _token_scores(predictions, labels, label_names)
     if task == "regression":  # a head with one output gives (n, 1)
@@ -216,4 +281,5 @@ _FITTING = {
     "multi-label-classification": (f1_micro, f1_macro, accuracy),
     "regression": (mse, pearson, spearman),
     "token-classification": (accuracy, f1_macro, precision, recall),  # if no name is a BIO tag
+    "causal-lm": (exact_match, token_f1, valid_json),
 }

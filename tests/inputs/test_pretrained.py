@@ -1,4 +1,4 @@
-"""Names, heads, seeds and refusals on tiny random checkpoints; then the real MiniLM."""
+"""Names, heads, seeds and refusals on tiny random checkpoints; then the real MiniLM and SmolLM2."""
 
 import json
 import logging
@@ -192,6 +192,13 @@ def test_an_asset_is_called_by_its_hub_id_elsewhere(encoder_folder, monkeypatch)
     assert local_name("stanfordnlp/imdb") == "stanfordnlp/imdb"  # a corpus
 
 
+def test_a_language_model_is_called_by_its_hub_id_too():
+    from ftlib.inputs.pretrained import local_name, public_name
+
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name(str(assets.cache_dir() / "smollm2")) == hub and local_name(hub) == "smollm2"
+
+
 def test_hub_failure_names_what_works_without_it(monkeypatch):
     import transformers
 
@@ -237,6 +244,88 @@ def test_settings_that_make_no_sense_are_our_error(tiny_model, tmp_path):
             load_model(tmp_path)
 
 
+# ------------------------------------------------------------------------------- language models
+
+
+def decoder(kind: str, tied: bool):
+    """A random decoder of 50 tokens, its head the embedding's weights or not."""
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    torch.manual_seed(0)
+    ends = dict(vocab_size=50, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied)
+    if kind == "gpt2":
+        return AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **ends))
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return AutoModelForCausalLM.from_config(LlamaConfig(num_key_value_heads=1, **sizes, **ends))
+
+
+def without(folder, *lost: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for name in lost:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_language_model_comes_back_with_its_head_tied_or_not(tmp_path, kind, tied):
+    from transformers import AutoModelForCausalLM
+
+    saved = decoder(kind, tied).eval()
+    saved.save_pretrained(tmp_path)
+    model = load_model(tmp_path, "causal-lm")
+    assert type(model) is type(saved) and model.dtype == torch.float32 and not model.training
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert torch.equal(model(ids).logits, stock) and torch.equal(stock, saved(ids).logits)
+    saved.base_model.save_pretrained(tmp_path)  # without a head: enough where the embedding is the head
+    if tied:
+        assert torch.equal(load_model(tmp_path, "causal-lm")(ids).logits, stock)
+    else:
+        with pytest.raises(ValueError, match=r"lacks lm_head\.weight: a head that starts random over 50 tokens is no"):
+            load_model(tmp_path, "causal-lm")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_language_model_has_no_hole(tmp_path, kind):
+    decoder(kind, False).save_pretrained(tmp_path)
+    table = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}[kind]
+    with pytest.raises(ValueError, match=r"do not fit .*\(50, 16\) in the file, \(60, 16\) asked for"):
+        load_model(tmp_path, "causal-lm", vocab_size=60)
+    with pytest.raises(ValueError, match=rf"lacks 1 weights of the encoder itself \({table}"):
+        load_model(tmp_path, "causal-lm", vocab_size=60, ignore_mismatched_sizes=True)
+    without(tmp_path, "lm_head.weight", f"{table}.weight")
+    with pytest.raises(ValueError, match=rf"lacks 1 weights of the encoder itself \({table}"):
+        load_model(tmp_path, "causal-lm")
+
+
+def test_labels_of_a_language_model_are_tokens(tmp_path):
+    decoder("llama", True).save_pretrained(tmp_path)
+    for labels in (dict(num_labels=2), dict(label_names=["a", "b"]), dict(num_labels=50)):
+        with pytest.raises(ValueError, match="labels of a language model are tokens: leave out num_labels and label_n"):
+            load_model(tmp_path, "causal-lm", **labels)
+    model = load_model(tmp_path, "sequence-classification", 3)  # its layers under a new head of classes
+    assert type(model).__name__ == "LlamaForSequenceClassification" and model.num_labels == 3
+
+
+def test_an_encoder_is_no_language_model(encoder_folder, tmp_path):
+    from transformers import AutoConfig, BertForMaskedLM, BertLMHeadModel
+
+    with pytest.raises(ValueError, match=r"lacks cls\.predictions.* over \d+ tokens is no language model; load one"):
+        load_model(encoder_folder, "causal-lm")
+    config = AutoConfig.from_pretrained(encoder_folder)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "masked")  # whole, but every token sees those after it
+    with pytest.raises(ValueError, match="no language model: in BertLMHeadModel each token sees all others"):
+        load_model(tmp_path / "masked", "causal-lm")
+    config.is_decoder = True
+    BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
+    assert load_model(tmp_path / "decoder", "causal-lm").config.is_decoder
+
+
 def test_folder_without_tokenizer_files_is_refused(encoder_folder):
     with pytest.raises(ValueError, match="has no tokenizer files"):
         load_tokenizer(encoder_folder)
@@ -278,3 +367,63 @@ def test_minilm_puts_like_sentences_closer():
     means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)  # (texts, hidden)
     similarity = means @ means.T  # (texts, texts)
     assert similarity[0, 1] > 0.8 and similarity[0, 2] < 0.2
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2", "causal-lm"), load_tokenizer("smollm2")
+
+
+def test_smollm2_is_what_the_card_says(smollm2):
+    model, tokenizer = smollm2
+    config = model.config
+    assert model.num_parameters() == 134_515_008 and model.dtype == torch.float32
+    assert (config.num_hidden_layers, config.hidden_size) == (30, 576)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
+    assert len(tokenizer) == config.vocab_size == 49_152
+    assert tokenizer.model_max_length == config.max_position_embeddings == 8192
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for holder in (tokenizer, config, model.generation_config):
+        assert (holder.bos_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 0)
+    assert "{% generation %}" not in tokenizer.chat_template
+    assert assets.verify("smollm2").is_dir()
+
+
+# Token ids of the tokenizer on the hub, HuggingFaceTB/SmolLM2-135M-Instruct; what has two spaces before a digit, of
+# llama.cpp's rule for it: each digit is set apart first, what is between is split as for GPT-2.
+IDS = {
+    "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
+    "  multiple   spaces": [216, 2701, 256, 5600],
+    "PHY302K": [16386, 73, 35, 32, 34, 59],
+    "1_000_000": [33, 79, 32, 32, 32, 79, 32, 32, 32],
+    "it''s": [269, 3816, 99],
+    "can't won't shan't": [4055, 982, 3763, 982, 443, 276, 982],
+    "many\n\n\n": [18431, 16506],
+    "Zürich": [74, 7170, 5130],
+    "日本語": [23274, 115, 40993, 179, 120, 248],
+    "हिन्दी": [4300, 134, 27011, 30658, 16525, 44757, 37189],
+    "a🎉b": [81, 10813, 232, 227, 82],
+    "<|im_start|>system\nhi<|im_end|>\n": [1, 9690, 198, 6004, 2, 198],
+    "before<|endoftext|>after": [17985, 0, 9110],
+    "<|im_start": [44, 108, 306, 79, 3738],
+    "a\x04b": [81, 82],  # one of six bytes without a token
+    "a  1": [81, 256, 33],
+}
+
+
+@pytest.mark.parametrize("text", IDS)
+def test_smollm2_splits_a_text_as_its_tokenizer_on_the_hub(smollm2, text):
+    tokenizer = smollm2[1]
+    ids = tokenizer(text)["input_ids"]
+    assert ids == IDS[text]
+    assert tokenizer.decode(ids) == text.replace("\x04", "")
+
+
+def test_smollm2_answers_and_stops(smollm2, recwarn, caplog):
+    model, tokenizer = smollm2
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    with caplog.at_level(logging.WARNING, "transformers"):
+        rows = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**rows, max_new_tokens=20, do_sample=False)[0, rows["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id and len(answer) < 20
+    assert not recwarn.list and not caplog.records

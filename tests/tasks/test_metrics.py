@@ -1,4 +1,4 @@
-"""Each metric against numbers worked out by hand, and scikit-learn, scipy and seqeval; then bad input."""
+"""Each metric against numbers worked out by hand, and scikit-learn, scipy, seqeval and SQuAD's; then bad input."""
 
 import math
 import subprocess
@@ -77,6 +77,32 @@ def test_padded_arrays_and_all_ignored_rows():
     labels = torch.tensor([[0, 1, -100], [-100, -100, -100]])
     found = compute_metrics("token-classification", torch.tensor([[0, 1, 3], [1, 1, 1]]), labels, TAGS)
     assert found["f1"] == found["accuracy"] == 1.0
+
+
+def test_generated_texts_by_hand():
+    predictions = ['{"city": "Boston"}', "The  quick fox.", "no"]
+    references = ['{"city": "boston"}', "a quick brown fox", "yes"]
+    found = compute_metrics("causal-lm", predictions, references)
+    # words: city boston = city boston; quick fox, of quick brown fox: 2 * 2 / (2 + 3); nothing shared
+    assert found == {
+        "exact_match": pytest.approx(1 / 3),
+        "f1": pytest.approx((1 + 4 / 5 + 0) / 3),
+        "valid_json": pytest.approx(1 / 3),
+    }
+    assert list(found) == ["exact_match", "f1", "valid_json"]
+    assert all(type(value) is float for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("[]", 1), ('  {"a": [1, null, "x"]}\n', 1), ('{"a": 1}{"b": 2}', 0), ("{'a': 1}", 0), ('{"a": 1', 0),
+        ("3", 0), ('"text"', 0), ("null", 0), ("", 0), ('{"a": NaN}', 0), ('[Infinity, -Infinity]', 0),
+        ('```json\n{"a": 1}\n```', 0), ("[" * 100_000, 0), ('{"a": 1} and more', 0), ('{"a": "\n"}', 0),
+    ],
+)  # fmt: skip
+def test_valid_json_is_an_object_or_an_array(text, valid):
+    assert metrics.valid_json([text]) == valid
 
 
 # ------------------------------------------------------------------------------------------- defined cases
@@ -180,6 +206,59 @@ def test_seqeval_twin():
     assert found["accuracy"] == pytest.approx(twin.accuracy_score(labels, predictions))
 
 
+def squad(prediction, reference):
+    """(exact match, F1) step by step, as the script that came with SQuAD 2.0 describes it."""
+    import collections
+    import re
+    import string
+
+    def normal(text):
+        text = "".join(sign for sign in text.lower() if sign not in set(string.punctuation))
+        return " ".join(re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", text).split())
+
+    found, wanted = normal(prediction).split(), normal(reference).split()
+    same = sum((collections.Counter(found) & collections.Counter(wanted)).values())
+    if not found or not wanted:
+        return int(normal(prediction) == normal(reference)), int(found == wanted)
+    precision, recall = same / len(found), same / len(wanted)
+    f1 = 0 if same == 0 else 2 * precision * recall / (precision + recall)
+    return int(normal(prediction) == normal(reference)), f1
+
+
+def test_squad_twin():
+    cases = [
+        ("The Norman conquest", "norman Conquest", 1, 1),
+        ("in the 10th and 11th centuries", "10th and 11th centuries", 0, 2 * 4 / (5 + 4)),
+        ("a a b b b", "b b a", 0, 1 * 2 * 2 / (3 + 2)),  # articles go, also where they are letters: b b b, b b
+        ("theatre an", "the atre", 0, 0),  # whole words alone are articles
+        ("U.S.", "us", 1, 1),
+        ("1,000", "1000", 1, 1),
+        ("well-known", "well known", 0, 0),  # wellknown
+        ("", "", 1, 1),
+        ("the", "a.", 1, 1),
+        ("", "x", 0, 0),
+        ("café", "CAFÉ", 1, 1),
+        ("«oui»", "oui", 0, 0),  # only ASCII punctuation goes
+        ("x  \t\n y", "x y", 1, 1),
+        ("the-cat", "cat", 0, 0),  # punctuation goes first: thecat
+    ]
+    for prediction, reference, exact, f1 in cases:
+        assert squad(prediction, reference) == (exact, pytest.approx(f1)), prediction
+        assert metrics.exact_match([prediction], [reference]) == exact, prediction
+        assert metrics.token_f1([prediction], [reference]) == pytest.approx(f1), prediction
+    predictions, references, exact, f1 = zip(*cases, strict=True)
+    found = compute_metrics("causal-lm", predictions, references)
+    assert found["exact_match"] == pytest.approx(np.mean(exact))
+    assert found["f1"] == pytest.approx(np.mean(f1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(*[st.text(st.sampled_from("aA bt.-the\n\u00a0é "), max_size=12)] * 2)
+def test_squad_twin_for_any_text(prediction, reference):
+    pair = metrics.exact_match([prediction], [reference]), metrics.token_f1([prediction], [reference])
+    assert pair == pytest.approx(squad(prediction, reference))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=20), st.randoms())
 def test_order_of_rows_does_not_matter(rows, random):
@@ -223,12 +302,23 @@ def test_order_of_rows_does_not_matter(rows, random):
         ("token-classification", [[0], [7]], [[0], [1]], "sentence 1: predictions row 0 is 7"),
         ("token-classification", [[0]], [[-100]], "nothing to score"),
         ("token-classification", [], [], "nothing to score"),
+        ("causal-lm", ["a"], ["a", "b"], "row 1: a prediction without a reference"),
+        ("causal-lm", ["a", "b"], ["a"], "row 1: a prediction without a reference"),
+        ("causal-lm", [], [], "predictions must be a list of texts, at least one"),
+        ("causal-lm", ["a", None], ["a", "b"], r"predictions must be .*got \['a', None\]"),
+        ("causal-lm", ["a"], [3], r"references must be .*got \[3\]"),
+        ("causal-lm", "a", "a", "predictions must be a list of texts"),
         ("translation", [0], [0], "unknown task 'translation'"),
     ],
 )
 def test_bad_input(task, predictions, labels, message):
     with pytest.raises(ValueError, match=message):
         compute_metrics(task, predictions, labels, ["a", "b", "c"])
+
+
+def test_no_texts_are_no_valid_json():
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.valid_json([])
 
 
 def test_bad_tags():

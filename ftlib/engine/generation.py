@@ -1,0 +1,179 @@
+"""Let a language model go on from texts or conversations: batches of about one length, padded in front.
+
+To copy: this file, core/anatomy.py, core/batches.py, inputs/agreement.py, methods/speedups.py, tasks/, torch and
+transformers (engine/prediction.py and what it imports to find a tokenizer by the model's name).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ..core import anatomy
+from ..core.batches import collate, number, refuse, split_by_size, to_device, whole
+from ..inputs.agreement import inputs_of, token_ids, vocabulary
+from ..methods.speedups import shortcuts
+from ..tasks.language_modeling import end_ids, prompt_ids
+from ..tasks.task import TASKS, kind_of
+
+
+def generate(
+    model: nn.Module, prompts: Iterable[Any], *, tokenizer: Any = None, max_new_tokens: int = 64, batch_size: int = 16,
+    temperature: float = 0.0, top_p: float = 1.0, top_k: int | None = None, num_beams: int = 1,
+    stop: str | Sequence[str] = (), seed: int = 0, autocast: Any = None, progress: bool = False,
+) -> list[str]:  # fmt: skip
+    """The answers of a language model, in the order of the prompts: the new text alone, without special tokens.
+
+    Args:
+        prompts: texts; conversations, [{"role": ..., "content": ...}, ...], by the tokenizer's template; or token ids.
+        tokenizer: default: found by the model's name.
+        max_new_tokens: longest answer; an end token (the tokenizer's, the generation config's) ends it sooner.
+        batch_size: prompts at a time, longest first, each of num_beams rows.
+        temperature: 0: the likeliest token each time (greedy), or with num_beams the likeliest answer found; above 0
+            tokens are drawn: of the `top_k` likeliest, of the likeliest that have `top_p` of the probability together.
+        stop: texts that end an answer, and are cut off.
+        seed: of the draws, which depend on it and the prompt's place in the list, not on the batch; the global random
+            state is neither read nor changed.
+        autocast: a context manager for the forward passes, torch.autocast("cpu", torch.bfloat16) say; weights are cast
+            once, which takes half as much memory again.
+
+    Of the model's generation config the end tokens count, and nothing else: no sampling, lengths or penalties.
+    Raises TypeError for what is no list of prompts and for a model that can't go on; ValueError for options that make
+    no sense and, naming the prompt, for messages that the template refuses, for tokens that the model has no embedding
+    or position for, and for logits that are nan.
+    """
+    if isinstance(prompts, (str, bytes, Mapping)) or hasattr(prompts, "columns") or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is a {type(prompts).__name__}; pass a list of prompts, even for one: [prompt]")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
+    if tokenizer is None:
+        from .prediction import _tokenizer_of
+
+        tokenizer = _tokenizer_of(model)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # in front of the padding
+    ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual)
+    alike = "position_ids" not in inputs_of(model) or virtual > 0  # where padding would move the text
+    batches = split_by_size(range(len(ids)), list(map(len, ids)), batch_size=batch_size, alike=alike)
+    ends, device = end_ids(tokenizer, anatomy.unwrapped(model).generation_config), next(model.parameters()).device
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True, eos_token_id=ends or None,
+        pad_token_id=0,  # any will do: in front the mask hides it, behind an end token it is cut off
+    )  # fmt: skip
+    warpers = [TemperatureLogitsWarper(float(temperature))] if temperature else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    if progress:
+        from tqdm.auto import tqdm
+
+        batches = tqdm(batches, desc="generate", unit="batch", leave=False)
+    answers, kind = [""] * len(ids), torch.float32 if device.type == "mps" else torch.float64
+    with _answering(model, config, autocast):
+        for places in batches:
+            batch = collate([{"input_ids": ids[i]} for i in places], padding_side="left")
+            width = batch["input_ids"].shape[1]
+            each = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in places]
+            uniform = [torch.rand(max_new_tokens, 1, generator=one, dtype=kind) for one in each]
+            choose = [_choice(places, num_beams, warpers, torch.stack(uniform, 1).to(device))]
+            until = [_stopped(tokenizer, stop, width)] if stop else []
+            out = model.generate(  # (batch, width + new tokens)
+                **to_device(batch, device), generation_config=config, logits_processor=choose, stopping_criteria=until
+            )
+            for i, new in zip(places, out[:, width:].tolist(), strict=True):
+                answers[i] = _text(tokenizer, new, ends, stop)
+    return answers
+
+
+def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: Any, num_beams: int, stop: Any) -> None:
+    """Refuse a model that can't go on, and options that make no sense."""
+    kind, of = kind_of(model), anatomy.kind_of(model)
+    both_ways = "gpt_neox" not in of and getattr(getattr(model, "config", None), "is_decoder", True) is False  # BERT say
+    if kind is None or TASKS[kind].labelled or both_ways:
+        what = f"{type(anatomy.unwrapped(model)).__name__} can't go on from a text"
+        raise TypeError(f"{what}; load a decoder with task={next(k for k, t in TASKS.items() if not t.labelled)!r}")
+    number("temperature", temperature, 0), number("top_p", top_p, 0, 1), whole("num_beams", num_beams)
+    narrows = top_p < 1 or (top_k is not None and whole("top_k", top_k))
+    refuse(
+        (narrows and not temperature, "top_p and top_k need a temperature above 0"),
+        (num_beams > 1 and temperature, "num_beams looks for the likeliest answer; leave temperature at 0"),
+        (not all(isinstance(one, str) and one for one in stop), f"stop={stop!r}: need texts, none of them empty"),
+    )
+
+
+def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int) -> list[Sequence[int]]:
+    """Each prompt's tokens; ValueError where the model has no room for `more` behind them."""
+    size, limit, out = vocabulary(model), anatomy.max_positions(anatomy.base_of(model).config), []
+    for i, prompt in enumerate(prompts):
+        given = isinstance(prompt, (list, tuple)) and prompt and not any(isinstance(one, Mapping) for one in prompt)
+        out.append(token_ids(prompt if given else prompt_ids(tokenizer, prompt, f"prompt {i}"), size, f"prompt {i}"))
+        if limit and len(out[i]) + more > limit:
+            long = f"prompt {i}: {len(out[i])} tokens and {more} more, but the model has {limit} positions"
+            raise ValueError(f"{long}; shorten it, or lower max_new_tokens")
+    return out
+
+
+@contextmanager
+def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Iterator[None]:
+    """For a time the model is as generating needs it: eval mode, the quickest products, this generation config alone.
+
+    Transformers fills what a config leaves open from the model's own, so that is another name for the same one.
+    Autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token.
+    """
+    inner = anatomy.unwrapped(model)
+    before, frozen = inner.generation_config, [p for p in model.parameters() if autocast and not p.requires_grad]
+    frozen = [p for p in frozen if p.dtype == torch.float32]
+    try:
+        inner.generation_config = config
+        for weight in frozen:
+            weight.requires_grad = True
+        with anatomy.evaluating(model), shortcuts(model), autocast or nullcontext():
+            yield
+    finally:
+        inner.generation_config = before
+        for weight in frozen:
+            weight.requires_grad = False
+
+
+def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform: Tensor) -> Callable:
+    """For Transformers: refuses nan and, given warpers, draws a token a row.
+
+    It is the one at which the summed probabilities exceed the row's number in [0, 1); uniform: (steps, batch, 1).
+    """
+    numbers = iter(uniform)
+
+    def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(wrong := scores.isnan().any(-1).nonzero()):
+            raise ValueError(f"prompt {places[int(wrong[0]) // num_beams]}: logits are nan; compute in float32 or bf16")
+        for warp in warpers:
+            scores = warp(input_ids, scores)
+        if not warpers:
+            return scores
+        reached = scores.softmax(-1).cumsum(-1, dtype=uniform.dtype)  # (batch, vocabulary)
+        token = torch.searchsorted(reached, next(numbers) * reached[:, -1:], right=True)  # none of probability 0
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    return choose
+
+
+def _stopped(tokenizer: Any, stop: tuple[str, ...], width: int) -> Callable:
+    """For Transformers: which rows' new text holds one of `stop`; its own check looks into the prompt as well."""
+    tail = max(len(one.encode()) for one in stop) + 8  # a token is a byte at least, but for some that are no text
+
+    def holds(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return any(one in text for one in stop)
+
+    def check(input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        rows = input_ids[:, width:].tolist()
+        return torch.tensor([holds(row[-tail:]) and holds(row) for row in rows], device=input_ids.device)
+
+    return check
+
+
+def _text(tokenizer: Any, ids: list[int], ends: list[int], stop: tuple[str, ...]) -> str:
+    """New tokens as text, to the first end token or stop text."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]

@@ -1,0 +1,219 @@
+"""The loss of language models in chunks: head and cross-entropy never hold (tokens, vocabulary) at once.
+
+The logits of 4,096 tokens and 152,000 words are 2.5 GB in float32, and a plain loss holds them two or three times.
+Here a chunk of tokens goes through the head, leaves its gradient behind and is forgotten.
+
+To copy: this file, core/anatomy.py and torch.
+Source: Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989): gradients on the way forward.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ..core import anatomy
+
+IGNORE = -100
+CHUNK_BYTES = 2**26  # of logits in float32
+_COMPARED: WeakSet = WeakSet()  # models whose own loss is the one here
+Head = Callable[[Tensor], Tensor]  # (rows, hidden) -> logits (rows, vocabulary), every row by itself
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, head, rows, smoothing, hidden, targets, *parameters):
+        wanted, ctx.scale = any(ctx.needs_input_grad), 1.0
+        loss, d_hidden, sums = 0.0, torch.empty_like(hidden), {}
+        for x, y, d_x in zip(hidden.split(rows), targets[:, None].split(rows), d_hidden.split(rows), strict=True):
+            with torch.set_grad_enabled(wanted):
+                logits = head(x := x.detach().requires_grad_(wanted))  # (rows, vocabulary)
+            z = logits.detach().float()
+            total, right = z.logsumexp(-1, keepdim=True), z.gather(1, y)
+            evenly = z.mean(-1, keepdim=True) if smoothing else 0.0
+            loss = loss + (total - (1 - smoothing) * right - smoothing * evenly).sum()
+            if wanted:  # the gradient of the logits: softmax - (smoothed) target
+                d = (z - total).exp_().scatter_add_(1, y, torch.full_like(right, smoothing - 1))
+                d = d.sub_(smoothing / d.shape[1]) if smoothing else d
+                if logits.dtype == torch.float16:  # where a probability of 1e-5 has few digits left
+                    ctx.scale, d = 256.0, d.mul_(256.0)
+                d, *parts = torch.autograd.grad(logits, [x, *parameters], d.to(logits.dtype))
+                d_x.copy_(d)
+                for i, part in enumerate(parts):  # summed up in float32; autograd rounds it to what the weights are
+                    sums[i] = sums[i].add_(part) if i in sums else part.float()
+        ctx.found = [d_hidden, *sums.values()]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        found, ctx.found = ctx.found, None
+        if found is None:
+            raise RuntimeError("backward a second time: a loss in chunks hands its gradients over; compute it again")
+        d_hidden, *others = [part.mul_(gradient / ctx.scale) for part in found]
+        return None, None, None, d_hidden, None, *others
+
+
+def _rows(logits: Tensor) -> int:
+    return max(64, CHUNK_BYTES // (4 * logits.shape[-1]))
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The trainable parameters that a tensor was computed from."""
+    nodes = [tensor.grad_fn] if tensor.requires_grad else []
+    for node in nodes:  # which grows
+        nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+def chunked_cross_entropy(
+    head: Head, hidden: Tensor, targets: Tensor, parameters: Sequence[Tensor] | None = None, *,
+    label_smoothing: float = 0.0, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of head(hidden) against targets, in nats, summed: a scalar, float32.
+
+    hidden: float (n, hidden); targets: int64 (n,), all in 0 … vocabulary - 1; parameters: of the head, default: those
+    that train; chunk: rows at a time, default: 64 MB of logits, but no less than 64 rows.
+    Gradients reach `hidden` and the parameters, in one backward pass a loss; a second raises RuntimeError.
+
+    >>> head, hidden, targets = nn.Linear(4, 9), torch.ones(5, 4), torch.arange(5)
+    >>> whole = F.cross_entropy(head(hidden), targets, reduction="sum")
+    >>> torch.allclose(chunked_cross_entropy(head, hidden, targets, chunk=2), whole)
+    True
+    """
+    sample = head(hidden[:1].detach()) if parameters is None or chunk is None else None
+    parameters = _leaves(sample) if parameters is None else parameters
+    if not torch.is_grad_enabled():
+        hidden, parameters = hidden.detach(), ()
+    return _SummedLoss.apply(head, chunk or _rows(sample), label_smoothing, hidden, targets, *parameters)
+
+
+def token_log_probs(
+    head: Head, hidden: Tensor, targets: Tensor, *, chunk: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """log softmax(head(hidden) / temperature)[target] of every row: float32 (n,).  Arguments as above.
+
+    What comes from above differs by row, so for the backward pass a chunk's logits are computed again.
+    """
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(head(x).float() / temperature, y, reduction="none")
+
+    with torch.no_grad():
+        chunk = chunk or _rows(head(hidden[:1]))
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(part, x, y, use_reentrant=False) for x, y in parts])
+
+
+class _Answered:
+    """A module as its own forward sees it, where `answer(body, ...)` answers the calls of the body below its head."""
+
+    def __init__(self, module: nn.Module, body: str, answer: Callable):
+        self.module, self.body, self.answer = module, body, answer
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)  # OPT calls not its body but the decoder in it
+        return _Answered(value, "decoder", self.answer) if name == self.body and isinstance(value, nn.Module) else value
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return self.answer(self.module, *args, **inputs)
+
+
+def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> Any:
+    """The model's forward, but that its loss is reduce(lm, output, head, hidden, targets, places).
+
+    What stands between body and logits, soft-capping say, is the model's own code: it runs for every chunk, on the
+    body's output with the chunk for its hidden states.
+    """
+    if labels is None:
+        return before(*args, **inputs)
+    if hasattr(lm.config, "use_cache"):  # of keys and values, for generation
+        inputs.setdefault("use_cache", False)
+    found: list[Any] = []  # the body's output
+
+    def above(rows: Tensor | None = None) -> Any:
+        def answer(body: nn.Module, *args: Any, **inputs: Any) -> Any:
+            if not found:
+                found.append(body(*args, **inputs))
+            hidden = found[0].last_hidden_state[:1, :1].detach() if rows is None else rows[None]
+            return type(found[0])(**{**found[0], "last_hidden_state": hidden})
+
+        return type(lm).forward(_Answered(lm, lm.base_model_prefix, answer), *args, **inputs)
+
+    output = above()  # its logits are a sample of one row
+    targets = F.pad(labels[:, 1:], (1, 0), value=IGNORE).flatten()  # (batch * tokens,): nothing predicts a row's first
+    count = int((getattr(labels, "host", labels)[:, 1:] != IGNORE).sum())
+    places = (targets != IGNORE).nonzero_static(size=count)[:, 0]  # (labelled,)
+    hidden = found[0].last_hidden_state.flatten(0, 1).index_select(0, places - 1)
+    output.loss = reduce(lm, output, lambda rows: above(rows).logits.squeeze(0), hidden, targets, places)
+    output.logits = None
+    return output
+
+
+def _sum(lm, output, head, hidden, targets, places, smoothing=0.0) -> Tensor:
+    parameters, weights = _leaves(output.logits), lm.get_output_embeddings().parameters()
+    frozen = [p for p in weights if not p.requires_grad and torch.is_autocast_enabled(p.device.type)]
+    try:
+        for p in frozen:  # autocast keeps casts only of weights that require gradients, or makes one for each chunk
+            p.requires_grad_(True)
+        own = {"label_smoothing": smoothing, "chunk": _rows(output.logits)}
+        loss = chunked_cross_entropy(head, hidden, targets[places], parameters, **own)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    router = getattr(output, "aux_loss", None)  # of a mixture of experts, where asked for: added to a mean
+    return loss if router is None else loss + lm.router_aux_loss_coef * router * len(places)
+
+
+def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
+    """`_forward` on the language model inside; ValueError where its own loss is not that of the next token alone."""
+    lm = anatomy.unwrapped(getattr(model, "module", model))  # in DDP, in PEFT
+    if lm not in _COMPARED and getattr(anatomy.taken_by(lm), "func", None) is not _forward:  # inside another: it was
+        ids = torch.arange(1, 9, device=lm.get_input_embeddings().weight.device)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        with anatomy.evaluating(lm):
+            own = float(lm(**inputs).loss)
+            with anatomy.forwards({lm: partial(_forward, lm.forward, _sum)}):
+                ours = float(lm(**inputs).loss) / 7
+        if not abs(own - ours) < (1e-4 if lm.dtype == torch.float32 else 1e-2) * abs(own):
+            what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy as next tokens {ours:.5g}"
+            raise ValueError(f"{anatomy.kind_of(lm)}: {what}, so it can't be computed in chunks")
+        _COMPARED.add(lm)
+    return anatomy.forwards({lm: partial(_forward, lm.forward, reduce)})
+
+
+def in_chunks(model: nn.Module, label_smoothing: float = 0.0) -> AbstractContextManager:
+    """Inside, model(**inputs, labels=labels) has a `loss` summed over labelled tokens, in chunks, and no logits.
+
+    labels: int64 (batch, tokens), -100 for none; a token's label is for the prediction before it, as in Transformers.
+    Without labels the model answers as always.  Works inside PEFT, DDP, FSDP2 and autocast.
+    Raises ValueError, by the model's type, where its own loss, compared on 8 tokens, is another.
+    """
+    return _answering(model, partial(_sum, smoothing=label_smoothing))
+
+
+def label_log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """The log-probability of every label, 0 where there is none: float32 (batch, tokens); errors as `in_chunks`."""
+
+    def reduce(lm, output, head, hidden, targets, places):
+        if getattr(output, "aux_loss", None) is not None:
+            raise ValueError("output_router_logits: the router's loss is no log-probability; set it to False")
+        own = {"chunk": _rows(output.logits), "temperature": temperature}
+        values = token_log_probs(head, hidden, targets[places], **own)
+        return values.new_zeros(len(targets)).index_add(0, places, values)
+
+    with _answering(model, reduce):
+        values = model(**batch).loss.unflatten(0, (len(batch["labels"]), -1))
+    return values[:, -batch["labels"].shape[1] :]  # without those of PEFT's virtual tokens
+
+
+def sequence_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The log-probability of each row's labelled tokens together: float32 (batch,)."""
+    return label_log_probs(model, batch).sum(1)

@@ -1,0 +1,287 @@
+"""Supervised fine-tuning of SmolLM2-135M against TRL's SFTTrainer and a plain loop: tokens a second, memory, exactness.
+
+    python tests/benchmarks/language_model.py    # writes results/language_model-<CPU>.json; goes on the same day
+
+Real weights; the rows are questions of atis and their intent and slots as JSON, behind the chat template's system and
+user turn: the answer is trained, the prompt is not.  16 rows a step, on a CPU even where there is a GPU.  All ways have
+the same rows in the same batches (but where a setting of TRL's makes its own: packing, grouping by length), the same
+trained tokens, rate, AdamW and clipping.  LoRA: rank 8 on the query and value projections.
+
+Each way is a process of its own.  They take turns, a step each, so that a round is the same batch for all of them; the
+first step, with all that is prepared in it, is left out.  Seconds are of a step whole: batch, forward and backward
+pass, clipping, optimizer (TRL fetches the next batch between the steps, unmeasured).  Tokens are those of the rows,
+padding not counted.  Peak memory is of the whole process, and less what it held with the model loaded.  Exactness: how
+far the loss of a step is at most from that of the plain loop in float32 with the same batches; of ways with other
+batches, how far the first loss is from the same rows' loss one by one.
+TRL's best settings are searched first, each of TRL_SETTINGS against the others.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import decoders
+import torch
+from paired import spread
+from record import RESULTS, Table, device_slug
+
+import ftlib
+
+PARTS = {"lora": 2e-4, "full": 2e-5}  # the learning rates; the second is TRL's own
+BATCH = 16
+ASKED = "Answer with one JSON object: the intent of the question, and its slots by name."
+PACKED = {"packing": True, "per_device_train_batch_size": 2}  # of max_length=1024: about the tokens of 16 rows
+NO_CHECKPOINTS = {"gradient_checkpointing": False}
+DEFAULT, BEST = "TRL, as it comes", "TRL, best settings found"
+PLAIN = "plain loop, float32"
+TRL_SETTINGS: dict[str, dict[str, Any]] = {  # what a careful user would try on a CPU
+    DEFAULT: {},  # bf16, gradient checkpointing, SDPA, fused AdamW
+    "TRL, packing": PACKED,
+    "TRL, packing, wrapped": PACKED | {"packing_strategy": "wrapped"},
+    "TRL, no checkpointing": NO_CHECKPOINTS,
+    "TRL, no checkpointing, float32": NO_CHECKPOINTS | {"bf16": False},
+    "TRL, no checkpointing, by length": NO_CHECKPOINTS | {"train_sampling_strategy": "group_by_length"},
+    "TRL, no checkpointing, padding_free": NO_CHECKPOINTS | {"padding_free": True, "max_length": None},
+    "TRL, no checkpointing, packing": NO_CHECKPOINTS | PACKED,
+}
+OTHERS: dict[str, Any] = {
+    PLAIN: functools.partial(decoders.plain, bf16=False),
+    "plain loop, bf16": functools.partial(decoders.plain, bf16=True),
+    "ftlib.fit, unpad, float32": functools.partial(decoders.fit, precision="fp32"),
+    "ftlib.fit, unpad": decoders.fit,
+    "ftlib.fit, unpad, max_tokens=512": functools.partial(decoders.fit, max_tokens=512),
+}
+EXACT = 0.05  # a loss further from the right one than bf16 rounds it is of another sum
+
+
+# ---------------------------------------------------------------------------------------------------------- the rows
+
+
+def answer(row: dict[str, Any], tags: list[str], intents: list[str]) -> str:
+    """{"intent": ..., "slots": {name: words, or a list of them}} of a sentence with BIO tags."""
+    slots: dict[str, list[str]] = {}
+    for word, tag in zip(row["tokens"], (tags[number] for number in row["tags"]), strict=True):
+        if tag.startswith("B-"):
+            slots.setdefault(tag[2:], []).append(word)
+        elif tag.startswith("I-") and tag[2:] in slots:
+            slots[tag[2:]][-1] += f" {word}"
+    named = {name: words[0] if len(words) == 1 else words for name, words in slots.items()}
+    return json.dumps({"intent": intents[row["intent"]], "slots": named})
+
+
+def texts(count: int, tokenizer: Any) -> list[dict[str, str]]:
+    """Prompt and completion of the first sentences of atis; the prompt ends where the template asks for the answer."""
+    data = ftlib.load_corpus("atis")["train"].select(range(count))
+    tags, intents = data.features["tags"].feature.names, data.features["intent"].names
+    out = []
+    for row in data:
+        turns = [{"role": "system", "content": ASKED}, {"role": "user", "content": row["text"]}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        out.append({"prompt": prompt, "completion": answer(row, tags, intents)})
+    return out
+
+
+def work(part: str, steps: int, toy: bool) -> decoders.Work:
+    import datasets
+
+    tokenizer = ftlib.load_tokenizer("smollm2")
+    pairs = texts(BATCH * steps, tokenizer)
+    rows = ftlib.tokenize(datasets.Dataset.from_list(pairs), tokenizer, task="causal-lm")
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    first = rows[0]["input_ids"][:8]
+    assert all(row["input_ids"][:8] == first for row in rows)
+    load = functools.partial(tiny if toy else ftlib.load_model, "smollm2", task="causal-lm")
+    return decoders.Work(load, rows, tokenizer, steps, BATCH, PARTS[part], part, pairs, first)
+
+
+def tiny(name: str, task: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=49_152, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=True))
+
+
+def lengths(one: decoders.Work) -> dict[str, Any]:
+    """How long the rows are, and what share of the padded batches is padding."""
+    found = sorted(len(row["input_ids"]) for row in one.rows)
+    padded = sum(len(batch) * max(len(row["input_ids"]) for row in batch) for batch in one.batches)
+    tokens, trained = decoders.sizes(one.rows)
+    places = dict(zip(("min", "lower quartile", "median", "upper quartile", "max"), (0, 0.25, 0.5, 0.75, 1)))
+    quartiles = {name: found[round(place * (len(found) - 1))] for name, place in places.items()}
+    return quartiles | {"mean": tokens / len(found), "padding": 1 - tokens / padded, "trained": trained / tokens}
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+class Turns(decoders.Gate):
+    """Waits for a line before each step, and answers with a line after it."""
+
+    def begin(self) -> None:
+        if not sys.stdin.readline():
+            sys.exit("nobody asks for a step any more")
+        super().begin()
+
+    def end(self, loss: Any, rows: Any) -> None:
+        super().end(loss, rows)
+        say(self.steps[-1])
+
+
+def say(what: dict[str, Any]) -> None:
+    print(f"@{json.dumps(what)}", flush=True)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """One way, a step whenever it is asked for; then its peak memory."""
+    from ftlib.show.measuring import _status_mb
+
+    one = work(args.part, args.steps, args.toy)
+    way = OTHERS.get(args.serve) or functools.partial(decoders.trl, **args.settings)
+    model = one.make_model()
+    sum(p.sum() for p in model.parameters())  # weights in a mapped file are not resident before they are read
+    run = way(dataclasses.replace(one, make_model=lambda: model))
+    before = _status_mb("VmRSS")
+    say({"ready": True})
+    with ftlib.measure() as cost:
+        found = run(Turns())
+    say(found | {"peak_mb": cost.peak_mb, "above_mb": cost.peak_mb - before})
+
+
+class Process:
+    """A way in its process, seen from outside."""
+
+    def __init__(self, name: str, part: str, settings: dict[str, Any], steps: int, toy: bool):
+        command = [sys.executable, __file__, "--serve", name, "--part", part, "--settings", repr(settings)]
+        command += ["--steps", str(steps), *(["--toy"] if toy else [])]
+        self.said = tempfile.TemporaryFile()
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True)
+        self.steps: list[dict[str, Any]] = []
+        self.missing = ""
+        self.settings = settings
+        self.read()
+
+    def read(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines() or ["it ended"]
+        self.missing = lines[-1][:300]
+        print("\n".join(lines[-20:]), file=sys.stderr)
+        return {}
+
+    def step(self) -> None:
+        if self.missing:
+            return
+        print(file=self.process.stdin, flush=True)
+        if record := self.read():
+            self.steps.append(record)
+
+    def end(self) -> dict[str, Any]:
+        found = {"missing": self.missing} if self.missing else self.read()
+        self.process.stdin.close()
+        self.process.wait()
+        return found
+
+
+def compared(part: str, names: dict[str, dict[str, Any]], against: list[str], rounds: int, toy: bool) -> list[dict]:
+    """A row a way: 1 + `rounds` steps each, in turn."""
+    ways = {name: Process(name, part, settings, rounds + 1, toy) for name, settings in names.items()}
+    for _ in range(rounds + 1):
+        for way in ways.values():
+            way.step()
+    found = {name: way.end() for name, way in ways.items()}
+    rates = {n: [one["tokens"] / one["seconds"] for one in way.steps[1:]] for n, way in ways.items() if not way.missing}
+    right = [one["loss"] for one in ways[PLAIN].steps] if PLAIN in ways else None
+    rows = []
+    for name, way in ways.items():
+        if way.missing:
+            rows.append({"method": name, "missing": way.missing})
+            continue
+        losses, alone = [one["loss"] for one in way.steps], found[name].pop("alone", None)
+        row = {"method": name, "per_second": statistics.median(rates[name]), "rounds": rounds} | found[name]
+        row["against"] = {
+            base: spread([a / b for a, b in zip(rates[name], rates[base], strict=True)])
+            for base in against
+            if base in rates
+        }
+        row |= {"settings": way.settings, "losses": losses, "steps": way.steps}
+        if alone is not None:
+            row["off_alone"] = abs(losses[0] - alone)
+        if right and [one["tokens"] for one in way.steps] == [one["tokens"] for one in ways[PLAIN].steps]:
+            row["off_plain"] = max(abs(a - b) for a, b in zip(losses, right, strict=True))
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ all of them
+
+
+def best_of(rows: list[dict[str, Any]]) -> str:
+    """The fastest whose loss is the right one."""
+    fit = [row for row in rows if "missing" not in row and row.get("off_alone", 0.0) < EXACT]
+    return max(fit, key=lambda row: row["per_second"])["method"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="a tiny model, one round: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--serve", help="this way, a step for each line it reads")
+    parser.add_argument("--settings", type=ast.literal_eval, default={}, help="of TRL, with --serve")
+    parser.add_argument("--steps", type=int, help="with --serve")
+    args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return
+    if args.toy and args.results == RESULTS:
+        parser.error("--toy needs --results FOLDER: toy numbers are no results")
+    rounds = 1 if args.toy else args.rounds
+    command = "python tests/benchmarks/language_model.py"
+    about = "SmolLM2-135M fine-tuned on atis as JSON: TRL, a plain loop and ftlib, paired rounds"
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    name = f"language_model-{device_slug()}"
+    table = Table(name, command, about, packages=packages, folder=args.results)
+    table.stamp |= {"command": command, "threads": torch.get_num_threads()}
+    for part in PARTS if args.part is None else (args.part,):
+        measure(part, rounds, args.toy, table)
+
+
+def measure(part: str, rounds: int, toy: bool, table: Table) -> None:
+    """Search and comparison; what was measured today with these versions stays."""
+    words = f"SmolLM2-135M, {'LoRA' if part == 'lora' else 'full fine-tuning'}, {BATCH} rows a step"
+
+    def unit(key: dict[str, str], make: Any) -> list[dict]:
+        held = [row for row in table.content["rows"] if all(row.get(n) == v for n, v in (key | table.stamp).items())]
+        if not held:
+            table.replace(key, make())
+        return [row for row in table.content["rows"] if all(row.get(n) == v for n, v in key.items())]
+
+    spoken = {"work": words, "lengths": lengths(work(part, rounds + 1, toy))}
+    search = unit(
+        {"part": f"{part}, search"},
+        lambda: [spoken | row for row in compared(part, TRL_SETTINGS, [DEFAULT], max(rounds - 1, 1), toy)],
+    )
+    best = best_of(search)
+    names = {DEFAULT: {}, BEST: TRL_SETTINGS[best], **dict.fromkeys(OTHERS, {})}
+    unit({"part": part}, lambda: [spoken | row for row in compared(part, names, [DEFAULT, BEST], rounds, toy)])
+
+
+if __name__ == "__main__":
+    main()
