@@ -87,7 +87,7 @@ nbval: data  ## every notebook and every solution, outputs compared where tagged
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 --nbval-kernel-startup-timeout 180 \
 	  --durations 10 --durations-min 5 $$chosen
 
-BENCH := fine_tuning strategies multitask task_growth half_precision speed memory million_rows step_profile
+BENCH := fine_tuning strategies multitask task_growth half_precision speed memory language_model million_rows step_profile
 
 # fine_tuning, strategies and multitask measure what is missing. Not in the list, as they take long: faults,
 # long_features, pins, two_hosts. What needs a GPU is gpu-day.

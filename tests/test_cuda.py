@@ -24,7 +24,7 @@ from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
 from ftlib.engine.prediction import evaluate, predict
 from ftlib.engine.saving import load, save
-from ftlib.methods import unpadding
+from ftlib.methods import packing
 from ftlib.methods.features import extract_features
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
@@ -147,8 +147,8 @@ def test_unpadded_features_in_half_precision(tiny_model, tiny_tokenizer, monkeyp
 @pytest.mark.parametrize("unpadded", [False, True])
 @pytest.mark.parametrize("precision", HALF)
 def test_half_precision_stays_near_float32(tiny_model, monkeypatch, precision, unpadded):
-    packed, attend = [], unpadding._attend_varlen
-    monkeypatch.setattr(unpadding, "_attend_varlen", lambda *args: packed.append(1) or attend(*args))
+    packed, attend = [], packing.attend_varlen
+    monkeypatch.setattr(packing, "attend_varlen", lambda *args: packed.append(1) or attend(*args))
     rows, runs = make_rows(48, shortest=2), []
     for how in ("fp32", precision):
         model = tiny_model()

@@ -23,8 +23,8 @@ from ..tasks.task import TASKS, kind_of
 def generate(
     model: nn.Module, prompts: Iterable[Any], *, tokenizer: Any = None, max_new_tokens: int = 64, batch_size: int = 16,
     temperature: float = 0.0, top_p: float = 1.0, top_k: int | None = None, num_beams: int = 1,
-    stop: str | Sequence[str] = (), seed: int = 0, autocast: Any = None, progress: bool = False,
-) -> list[str]:  # fmt: skip
+    stop: str | Sequence[str] = (), seed: int = 0, autocast: Any = None, progress: bool = False, tokens: bool = False,
+) -> list[Any]:  # fmt: skip
     """The answers of a language model, in the order of the prompts: the new text alone, without special tokens.
 
     Args:
@@ -39,6 +39,7 @@ def generate(
             state is neither read nor changed.
         autocast: a context manager for the forward passes, torch.autocast("cpu", torch.bfloat16) say; weights are cast
             once, which takes half as much memory again.
+        tokens: the new token ids of each answer, its end token included, in place of text; without `stop`.
 
     Of the model's generation config the end tokens count, and nothing else: no sampling, lengths or penalties.
     Raises TypeError for what is no list of prompts and for a model that can't go on; ValueError for options that make
@@ -48,6 +49,7 @@ def generate(
     if isinstance(prompts, (str, bytes, Mapping)) or hasattr(prompts, "columns") or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is a {type(prompts).__name__}; pass a list of prompts, even for one: [prompt]")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    refuse((tokens and stop, f"stop={stop!r}: is of texts; leave it out with tokens=True"))
     _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
     if tokenizer is None:
         from .prediction import _tokenizer_of
@@ -59,7 +61,7 @@ def generate(
     batches = split_by_size(range(len(ids)), list(map(len, ids)), batch_size=batch_size, alike=alike)
     ends, device = end_ids(tokenizer, anatomy.unwrapped(model).generation_config), next(model.parameters()).device
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True, eos_token_id=ends or None,
+        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, eos_token_id=ends or None,
         pad_token_id=0,  # any will do: in front the mask hides it, behind an end token it is cut off
     )  # fmt: skip
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature else []
@@ -82,14 +84,15 @@ def generate(
                 **to_device(batch, device), generation_config=config, logits_processor=choose, stopping_criteria=until
             )
             for i, new in zip(places, out[:, width:].tolist(), strict=True):
-                answers[i] = _text(tokenizer, new, ends, stop)
+                end = next((k + 1 for k, token in enumerate(new) if token in ends), len(new))
+                answers[i] = new[:end] if tokens else _text(tokenizer, new, ends, stop)
     return answers
 
 
 def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: Any, num_beams: int, stop: Any) -> None:
     """Refuse a model that can't go on, and options that make no sense."""
     kind, of = kind_of(model), anatomy.kind_of(model)
-    both_ways = "gpt_neox" not in of and getattr(getattr(model, "config", None), "is_decoder", True) is False  # BERT say
+    both_ways = "gpt_neox" not in of and getattr(getattr(model, "config", None), "is_decoder", True) is False  # BERT
     if kind is None or TASKS[kind].labelled or both_ways:
         what = f"{type(anatomy.unwrapped(model)).__name__} can't go on from a text"
         raise TypeError(f"{what}; load a decoder with task={next(k for k, t in TASKS.items() if not t.labelled)!r}")

@@ -5,7 +5,8 @@
     for record in steps(model, batches, optimizer, total=100, gradient=(gradient := dpo())):
         print(record["loss"], gradient.last)
 
-    answer = partial(ftlib.generate, tokenizer=tokenizer, temperature=1.0, tokens=True)
+    options, seed = dict(tokenizer=tokenizer, temperature=1.0, tokens=True), itertools.count()  # other draws each time
+    answer = lambda model, prompts: ftlib.generate(model, prompts, seed=next(seed), **options)
     batches = (rollouts(model, random.sample(prompts, 4), reward, generate=answer, tokenizer=tokenizer) for _ in ...)
 
 A step's loss is the mean over its pairs, or answers, however they are cut into micro-batches.
@@ -35,20 +36,17 @@ _BESIDE = ("reference", "old", "advantages", "rewards")  # in a batch, but no in
 
 
 def preference_rows(data: Iterable[Mapping], tokenizer: Any, max_length: int | None = None) -> list[Pair]:
-    """Pairs of rows from `prompt`, `chosen` and `rejected`, all texts or all lists of messages.
+    """Pairs of rows from `prompt`, `chosen` and `rejected`, all texts or all lists of messages; answers are labelled.
 
-    Answers alone are labelled.  Raises ValueError or TypeError naming row and column.
+    Raises ValueError or TypeError naming row and column.
     """
-    names = ("chosen", "rejected")
-    if lacking := next(((i, n) for i, row in enumerate(data) for n in ("prompt", *names) if row.get(n) is None), None):
-        raise ValueError("row {}: no {!r}; a pair has prompt, chosen and rejected".format(*lacking))
-    return [
-        {
-            name: encode(tokenizer, {"prompt": row["prompt"], "completion": row[name]}, f"row {i}, {name}", max_length)
-            for name in names
-        }
-        for i, row in enumerate(data)
-    ]
+    pairs: list[Pair] = []
+    for i, row in enumerate(data):
+        lacking = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]
+        refuse((lacking, f"row {i}: no {lacking}; a pair has a prompt, a chosen and a rejected answer"))
+        asked = {name: {"prompt": row["prompt"], "completion": row[name]} for name in ("chosen", "rejected")}
+        pairs.append({name: encode(tokenizer, one, f"row {i}, {name}", max_length) for name, one in asked.items()})
+    return pairs
 
 
 def preference_batch(pairs: Sequence[Pair], device: Any = "cpu", pad_token_id: int = 0) -> Batch:
@@ -81,12 +79,13 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     own = adapters_of(inner)
     inside = {id(p) for adapter in own.values() for p in adapter.own().values()}
     others = [name for name, p in inner.named_parameters() if p.requires_grad and id(p) not in inside]
-    remedy = "keep the reference beforehand: reference_log_probs(model, pairs), or pass a copy of the model"
+    remedy = "keep its log-probabilities beforehand (reference_log_probs), or pass a copy of the model"
     refuse(
-        (not own and peft is None, f"the model has no adapters; {remedy}"),
-        (own and others, f"{others[:1]} trains and is no adapter's; {remedy}"),
+        (not own and peft is None, f"the model has no adapters to switch off for the reference; {remedy}"),
+        (own and others, f"{others[:1]} trains beside the adapters, so without them it is not the reference; {remedy}"),
     )
-    with peft.disable_adapter() if peft else anatomy.forwards(dict.fromkeys(own.values(), lambda m, x: m.base_layer(x))):
+    bare = anatomy.forwards(dict.fromkeys(own.values(), lambda adapter, x: adapter.base_layer(x)))
+    with peft.disable_adapter() if peft else bare:
         yield
 
 
@@ -96,39 +95,31 @@ def dpo(
 ) -> Gradient:  # fmt: skip
     """Direct preference optimization: the gradient of -log σ(beta (g_chosen - g_rejected)), mean over a step's pairs.
 
-    g is how much log-probability an answer gained against the reference: kept in the batch, a frozen model, or the
-    model itself inside a context (`without_adapters`).  Batches are those of `preference_batch`.
-    loss: "ipo" is (g_chosen - g_rejected - 1 / (2 beta))², g a token (Azar et al. 2023, arXiv:2310.12036, as in TRL).
+    g is how much log-probability an answer gained against the reference: its own kept in the batch, that of a frozen
+    model, or of this model inside a context (`without_adapters`).  Batches are those of `preference_batch`.
+    loss: "ipo" is (g_chosen - g_rejected - 1 / (2 beta))², g a token (Azar et al. 2023, arXiv:2310.12036; as in TRL).
     label_smoothing: the share of pairs taken to be the wrong way round, for "sigmoid".
-    `last` of the function holds the last step's margin beta (g_chosen - g_rejected), accuracy (the share of pairs above
-    0) and the log-probabilities of chosen and rejected answers, means over its pairs.
+    `last` of the function has the last step's means over pairs: margin, beta (g_chosen - g_rejected); accuracy, the
+    share of margins above 0; the log-probabilities chosen and rejected.
     """
-    one_of("loss", loss, ("sigmoid", "ipo"))
-    number("beta", beta, 1e-6)
+    one_of("loss", loss, ("sigmoid", "ipo")), number("beta", beta, 1e-6)
 
-    def gradient(model: nn.Module, step: Step) -> Tensor:
-        pairs, total, seen = sum(len(batch["input_ids"]) for batch in step) / 2, torch.zeros(()), torch.zeros(4)
-        for batch in step:
-            with autocast():
-                own = label_log_probs(model, _inputs(batch)).sum(1)  # (2 * pairs,)
-            theirs = _reference(model, batch, reference, autocast)
-            gained = own - (theirs if theirs.dim() == 1 else theirs.sum(1))
-            margin = torch.sub(*gained.chunk(2))  # (pairs,)
-            if loss == "ipo":
-                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1)
-                each = (torch.sub(*(gained / tokens).chunk(2)) - 1 / (2 * beta)).square()
-            else:
-                right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-                each = -(1 - label_smoothing) * right - label_smoothing * wrong
-            part = each.sum() / pairs
-            (scaler.scale(part) if scaler else part).backward()
-            total = total.to(part.device) + part.detach()
-            found = [beta * margin, (margin > 0).float(), *own.chunk(2)]
-            seen = seen.to(part.device) + torch.stack([value.detach().sum() for value in found]) / pairs
-        gradient.last = dict(zip(("margin", "accuracy", "chosen", "rejected"), seen.tolist(), strict=True))
-        return total
+    def part(model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:
+        pairs = sum(len(one["input_ids"]) for one in step) / 2
+        theirs = _reference(model, batch, reference, autocast)
+        theirs = theirs if theirs.dim() == 1 else theirs.sum(1)  # (2 * pairs,)
+        with autocast():
+            own = label_log_probs(model, _inputs(batch)).sum(1)  # (2 * pairs,)
+        margin = torch.sub(*(own - theirs).chunk(2))  # (pairs,)
+        if loss == "ipo":
+            tokens = (batch["labels"][:, 1:] != IGNORE).sum(1)
+            each = (torch.sub(*((own - theirs) / tokens).chunk(2)) - 1 / (2 * beta)).square()
+        else:
+            right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+            each = -(1 - label_smoothing) * right - label_smoothing * wrong
+        return [value.sum() / pairs for value in (each, beta * margin, margin > 0, *own.chunk(2))]
 
-    return gradient
+    return _gradient(part, ("margin", "accuracy", "chosen", "rejected"), scaler)
 
 
 def advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
@@ -146,28 +137,105 @@ def advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
 
 
 def rollouts(
-    model: nn.Module, prompts: Sequence[Any], reward: Callable[[Any, str], float], *, generate: Callable, tokenizer: Any,
-    group_size: int = 8, batch_size: int | None = None, scale: bool = True, old: bool = False, temperature: float = 1.0,
+    model: nn.Module, prompts: Sequence[Any], reward: Callable[[Any, str], float], *, generate: Callable,
+    tokenizer: Any, group_size: int = 8, batch_size: int | None = None, scale: bool = True,
 ) -> Step:  # fmt: skip
     """A step for `grpo`: `group_size` answers to each prompt with their rewards, in micro-batches of `batch_size`.
 
     prompts: texts or lists of messages.  reward: (prompt, answer) -> number.  generate: (model, prompts) -> the token
-    ids of an answer to each, its end token included where the model wrote one.  old: with the log-probabilities of the
-    answers now, for more than one optimizer step on them; temperature: that of the draws.
+    ids of an answer to each, with its end token where the model wrote one.  scale: as in `advantages`.
     """
     asked = [prompt for prompt in prompts for _ in range(group_size)]
-    answers = [list(map(int, answer)) for answer in generate(model, asked)]
+    answers = [[int(token) for token in answer] for answer in generate(model, asked)]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    rewards = torch.tensor([float(reward(prompt, text)) for prompt, text in zip(asked, texts, strict=True)])
-    rows = []
-    for i, values in enumerate(zip(asked, answers, advantages(rewards, group_size, scale).tolist(), strict=True)):
-        prompt, answer, gain = values
-        before = prompt_ids(tokenizer, prompt, f"prompt {i // group_size}")
-        rows.append({"input_ids": before + answer, "labels": [IGNORE] * len(before) + answer, "advantages": gain})
-        rows[-1]["rewards"] = float(rewards[i])
-    device = next(model.parameters()).device
-    cuts = split_by_size(range(len(rows)), [len(row["input_ids"]) for row in rows], batch_size=batch_size)
-    step = [to_device(collate([rows[i] for i in places]), device) for places in cuts]
-    for batch in step if old else ():
-        batch["old"] = _of(model, batch, temperature=temperature)
+    rewards = [float(reward(prompt, text)) for prompt, text in zip(asked, texts, strict=True)]
+    gains, rows = advantages(torch.tensor(rewards), group_size, scale).tolist(), []
+    for i, answer in enumerate(answers):
+        before = prompt_ids(tokenizer, asked[i], f"prompt {i // group_size}")
+        rows.append({"input_ids": before + answer, "labels": [IGNORE] * len(before) + answer})
+        rows[i] |= {"advantages": gains[i], "rewards": rewards[i]}
+    device, lengths = next(model.parameters()).device, [len(row["input_ids"]) for row in rows]
+    cuts = split_by_size(range(len(rows)), lengths, batch_size=batch_size)
+    return [to_device(collate([rows[i] for i in places]), device) for places in cuts]
+
+
+def keep_log_probs(model: nn.Module, step: Step, temperature: float = 1.0, autocast: Callable = nullcontext) -> Step:
+    """The step with the model's log-probabilities as `old`: before several optimizer steps on the same answers."""
+    for batch in step:
+        batch["old"] = _of(model, batch, autocast, temperature)
     return step
+
+
+def grpo(
+    *, beta: float = 0.0, epsilon: float = 0.2, loss: str = "dapo", max_new_tokens: int | None = None,
+    reference: Reference = None, temperature: float = 1.0, autocast: Callable = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Gradient:  # fmt: skip
+    """Group relative policy optimization: the gradient of -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta KL.
+
+    r: a token's probability against that in `old` (without it 1, with the gradient of its logarithm); A: its answer's
+    advantage; KL: r (exp(d) - d - 1), d the reference's log-probability less its own (the r as in TRL, after
+    DeepSeek-V3.2, arXiv:2512.02556).
+    loss: "dapo", the mean over the step's tokens (Yu et al. 2025, arXiv:2503.14476); "grpo", over its answers, of the
+    mean over an answer's tokens; "dr_grpo", the sum over tokens / (answers * max_new_tokens) (Liu et al. 2025).
+    Batches are those of `rollouts`; reference: a frozen model or `without_adapters`; temperature: that of the draws.
+    `last` of the function has the last step's mean reward, and means over tokens: KL, and the share that was clipped.
+    """
+    one_of("loss", loss, ("dapo", "grpo", "dr_grpo"))
+    refuse(
+        (loss == "dr_grpo" and not max_new_tokens, "loss='dr_grpo' divides by max_new_tokens; give it"),
+        (beta and reference is None, f"beta={beta} needs a reference: without_adapters, or a copy of the model"),
+    )
+
+    def part(model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:
+        mask, *others = [F.pad(one["labels"][:, 1:] != IGNORE, (1, 0)) for one in (batch, *step)]  # (rows, tokens)
+        rows, tokens = sum(map(len, others)), sum(one.sum() for one in others).clamp(min=1)
+        theirs = _reference(model, batch, reference, autocast, temperature) if beta else None
+        with autocast():
+            own = label_log_probs(model, _inputs(batch), temperature)  # (rows, tokens)
+        gain, ratio = batch["advantages"][:, None], (own - batch.get("old", own.detach())).exp()
+        apart = theirs - own if beta else torch.zeros_like(own)
+        kl = ratio * (apart.exp() - apart - 1)
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * gain
+        each = mask * (beta * kl - torch.minimum(ratio * gain, clipped))
+        long = mask.sum(1, keepdim=True).clamp(min=1)
+        each = each / {"dapo": tokens, "grpo": rows * long, "dr_grpo": rows * (max_new_tokens or 1)}[loss]
+        cut = (mask & (clipped < ratio * gain)).sum() / tokens
+        return [each.sum(), batch["rewards"].sum() / rows, (mask * kl).sum() / tokens, cut]
+
+    return _gradient(part, ("reward", "kl", "clipped"), scaler)
+
+
+def _gradient(part: Callable, names: Sequence[str], scaler: torch.amp.GradScaler | None) -> Gradient:
+    """Of a loss that is the sum of part(model, batch, step)[0]; `last` of it: the sums of the other values, by name."""
+
+    def gradient(model: nn.Module, step: Step) -> Tensor:
+        sums = 0.0
+        for batch in step:
+            loss, *others = part(model, batch, step)
+            (scaler.scale(loss) if scaler else loss).backward()
+            sums = sums + torch.stack([loss, *others]).detach()
+        gradient.last = dict(zip(names, sums[1:].tolist(), strict=True))
+        return sums[0]
+
+    return gradient
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name not in _BESIDE}
+
+
+def _of(model: nn.Module, batch: Batch, autocast: Callable = nullcontext, temperature: float = 1.0) -> Tensor:
+    """The log-probability of every label, (rows, tokens), without dropout and gradients."""
+    with anatomy.evaluating(model), autocast():
+        return label_log_probs(model, _inputs(batch), temperature)
+
+
+def _reference(model: nn.Module, batch: Batch, reference: Reference, autocast: Callable, *heat: float) -> Tensor:
+    if reference is None:
+        what = "the batch has no 'reference': call reference_log_probs before training, or pass one"
+        refuse(("reference" not in batch, what))
+        return batch["reference"]
+    frozen = isinstance(reference, nn.Module)
+    with nullcontext() if frozen else reference(model):
+        return _of(reference if frozen else model, batch, autocast, *heat)

@@ -4,6 +4,7 @@
   with AVX-512 it is about twice as fast as MKL, which `torch.nn.functional.linear` calls.
 - `dropout`: the same distribution as `torch.nn.functional.dropout`, from 16 random bits an element.
 - `attend`: attention over packed rows, in groups of about one length: few scores of padding, and quick with dropout.
+- `rms_norm`: in one pass, forward and back; it keeps its input alone.
 - under autocast to bfloat16 all between two products stays bfloat16, but for softmax and means, which are float32.
 - `memory_kept`: what a step frees stays with the process for the next.
 
@@ -26,6 +27,8 @@ from ..core import anatomy
 # oneDNN's linear layer, the one torch.compile calls.  A choice by processor, not by stopwatch: the same every time.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_RMS = "Exaone4 Gemma Gemma2 Gemma3 Glm Glm4 Granite Llama Ministral3 Mistral Olmo2 Olmo3 Phi3 Qwen2 Qwen3 SeedOss "
+_RMS = tuple(f"{name}RMSNorm" for name in (_RMS + "SmolLM3").split())  # Transformers' classes that `rms_norm` knows
 SHORT = 128  # tokens of a row up to which many small products are better made into few
 LONG = 256  # tokens from which a causal row is better left to PyTorch's kernel, which computes no score it would hide
 
@@ -55,6 +58,26 @@ class _Linear(torch.autograd.Function):
         d_x = _product(rows, weight.T, None, "none", [], "").view(*gradient.shape[:-1], -1) if need_x else None
         d_weight = _product(rows.T, x.flatten(0, -2).T, None, "none", [], "") if need_weight else None
         return d_x, d_weight, rows.sum(0) if need_bias else None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, eps, dtype):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, inverse)
+        return (wide * inverse).mul_(gain).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, gain, inverse = ctx.saved_tensors
+        normed = x * inverse
+        both = normed * gradient
+        d_gain = both.flatten(0, -2).sum(0).to(gain.dtype) if ctx.needs_input_grad[1] else None
+        along = (both @ gain.to(both.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        d_x = (gain * gradient.to(both.dtype)).addcmul_(normed, along, value=-1).mul_(inverse)
+        return d_x.to(x.dtype), d_gain, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -198,6 +221,19 @@ def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
     return type(module).forward(module, x).to(computed_in(x) or x.dtype)
 
 
+def rms_norm(x: Tensor, module: nn.Module) -> Tensor:
+    """The module's output, (..., width), in one pass: x / sqrt(mean(x²) + eps) * gain; as `layer_norm` in bfloat16.
+
+    The gain is the module's weight, in Gemma one more.  Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
+    """
+    if (dtype := computed_in(x)) is None:
+        return type(module).forward(module, x)
+    plain = hasattr(module, "variance_epsilon")  # the name in all but Gemma
+    gain, eps = (module.weight, module.variance_epsilon) if plain else (1.0 + module.weight.float(), module.eps)
+    with torch.autocast("cpu", enabled=False):
+        return _RMSNorm.apply(x, gain, eps, dtype)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0,
     causal: bool = False,
@@ -260,7 +296,7 @@ def memory_kept() -> Iterator[None]:
 
 @contextmanager
 def shortcuts(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's nn.Linear, nn.Dropout and nn.LayerNorm run by `linear`, `dropout` and `layer_norm`.
+    """Inside, nn.Linear, nn.Dropout, nn.LayerNorm and RMSNorm run by `linear`, `dropout`, `layer_norm` and `rms_norm`.
 
     Without gradients a BERT layer's GELU is computed inside the product before it; freed memory is kept.
     """
@@ -272,6 +308,7 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
     free = [module for module in model.modules() if anatomy.taken_by(module) is None]
     functions = {module: ours[type(module)] for module in free if type(module) in ours}
     functions |= {module: _gelu_forward for module in free if _makes_gelu(module)}
+    functions |= {m: lambda module, x: rms_norm(x, module) for m in free if type(m).__name__ in _RMS}
     with anatomy.forwards(functions), memory_kept():
         yield
 

@@ -3,24 +3,18 @@
 `unpad(model)` hooks the model: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
 an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
-Attention runs on the packed tokens (for an encoder with padding on the right): on a CPU by `speedups.attend`, on a CUDA
-GPU of capability 8.0 or more, in half precision and without attention dropout, by `torch.nn.attention.varlen`.
-Otherwise, as for soft-capped scores and a CPU's sliding windows, the heads are padded again for it.
-
 In a decoder a token sees its own example up to itself, and positions start at 0 in every example.  Asked for a cache
 (`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.
 
-To copy: this file, methods/speedups.py, core/anatomy.py, torch and transformers.
+To copy: this file, methods/packing.py, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
 
 import inspect
 from functools import partial
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..core import anatomy
-from . import speedups
+from .packing import Packing, attend_packed, capped_attention, pack, pad_input
+from .packing import unpad_input as unpad_input
 
 PREFIX = "unpadded_by_"
 NAME = PREFIX + __name__.replace(".", "_")  # another for every copy of this file in a process
@@ -42,143 +37,17 @@ _ENCODER = (
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
 # Decoders whose layers pass keywords on to the attention.
 _DECODER = (
-    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
-    "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3", "opt",
-    "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode",
+    "gpt_neox", "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3",
+    "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 _KNOWN = (*_ENCODER, *_ROTARY, *_DECODER)
 _WHY_NOT = {
     "bloom": "ALiBi biases the scores by position",
-    "falcon": "its attention takes no function from outside (Falcon 3 is a llama, and works)",
     "gemma3": "images see each other both ways; load the text model alone, of type gemma3_text",
     "mpt": "ALiBi biases the scores by position",
     "stablelm": "its layers keep from the attention where an example ends",
 }
-
-
-class Packing(NamedTuple):
-    """Where the kept tokens of a padded batch come from; made once a forward pass, with one wait for the GPU."""
-
-    indices: Tensor  # (N_tokens,) int64, positions in the flattened (batch * tokens)
-    mask: Tensor  # (batch, tokens) bool, True at real tokens
-    cu_seqlens: Tensor | None  # (batch + 1,) int32, where examples begin; None for an encoder with padding elsewhere
-    longest: int  # kept tokens of the longest row
-    lengths: list[int] | None = None  # kept tokens of every row; None where cu_seqlens is
-    spare: int = 0  # rows added to the packed tokens: oneDNN prepares a product for every new shape, so have few
-    gapless: bool = True  # no padding between a row's tokens: packed, they are as far from each other
-    causal: bool = False
-
-    @classmethod
-    def of(cls, mask: Tensor, host: Tensor | None = None, causal: bool | None = None) -> "Packing":
-        """From a bool mask (batch, tokens), True at real tokens; `host`: the same on the CPU, or a GPU is asked.
-
-        causal: None for an encoder, which keeps position 0 of every row, unattended if it is padding: stock heads read
-        it.  A decoder's row without tokens keeps it, to have one.
-        """
-        kept, seen = mask.clone(), mask if host is None else host.bool()
-        kept[:, 0] |= True if causal is None else ~mask.any(1)
-        rises = (seen[:, 1:] > seen[:, :-1]).sum(1)
-        if causal is None:
-            added, gapless = ~seen[:, 0], seen[:, 0] & (rises == 0)
-        else:
-            added, gapless = ~seen.any(1), rises + seen[:, 0] <= 1
-        *lengths, gapless = torch.cat((seen.sum(1) + added, gapless.all().long()[None])).tolist()
-        total, on_cpu = sum(lengths), mask.device.type == "cpu"
-        indices = kept.flatten().nonzero_static(size=total).flatten()
-        known = bool(gapless) or causal is not None
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if known else None
-        ends = None if ends is None else ends.to(mask.device, non_blocking=True)
-        spare = -total % 16 if on_cpu and speedups.ONEDNN and len(mask) > 1 and 256 < total < mask.numel() else 0
-        mask, lengths, longest = mask if causal is None else kept, lengths if known else None, max(lengths)
-        return cls(indices, mask, ends, longest, lengths, spare, bool(gapless), bool(causal))
-
-
-def _pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
-    """(batch, tokens, ...) to (1, N_tokens + spare, ...); the spare rows repeat the first and are never read."""
-    flat = padded.flatten(0, 1)
-    if len(flat) != len(packing.indices):
-        flat = flat[F.pad(packing.indices, (0, spare))]
-    return flat.unsqueeze(0)
-
-
-def unpad_input(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
-    """Keep the real tokens of (batch, tokens, hidden): returns (1, N_tokens, hidden) and where they came from.
-
-    mask: bool (batch, tokens), True at real tokens.  Position 0 is always kept: stock heads read it, padding or not.
-
-    >>> hidden = torch.arange(4.0).view(2, 2, 1)
-    >>> packed, packing = unpad_input(hidden, torch.tensor([[True, True], [True, False]]))
-    >>> packed.flatten().tolist(), packing.indices.tolist()
-    ([0.0, 1.0, 2.0], [0, 1, 2])
-    """
-    packing = Packing.of(mask)
-    return _pack(hidden, packing), packing
-
-
-def pad_input(packed: Tensor, packing: Packing) -> Tensor:
-    """Put (1, N_tokens, ...) back into (batch, tokens, ...); zeros where there was padding."""
-    flat, positions = packed[0, : len(packing.indices)], packing.mask.numel()
-    if len(flat) != positions:
-        flat = flat.new_zeros(positions, *flat.shape[1:]).index_copy(0, packing.indices, flat)
-    return flat.unflatten(0, packing.mask.shape)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, scaling: float | None,
-    softcap: float | None = None,
-) -> Tensor:  # fmt: skip
-    """softmax(mask(cap * tanh(scale * QKᵀ / cap))) V, (batch, heads, tokens, head_dim); seen: bool, True at keys."""
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, scale=scaling)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores.float() / softcap)
-    lowest = torch.finfo(torch.float32).min  # not -inf: a padded query has no key at all
-    scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
-    return F.dropout(scores.softmax(-1).to(value.dtype), dropout) @ value
-
-
-def _attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
-    """(1, heads, N_tokens, head_dim) to (1, N_tokens, heads, head_dim); window: how far a token sees to each side."""
-    # (batch, heads, tokens, head_dim) each
-    query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
-    position = torch.arange(packing.mask.shape[1], device=query.device)
-    back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
-    seen = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
-    if packing.causal:
-        seen = seen & (back >= 0)  # (batch, 1, tokens, tokens)
-    if window is not None:
-        seen = seen & (back.abs() <= window)
-    out = _attend(query, key, value, seen, dropout, scaling, softcap)
-    return _pack(out.transpose(1, 2), packing, packing.spare)  # (1, N_tokens, heads, head_dim)
-
-
-def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
-    if not grouped:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
-    ends, longest = packing.cu_seqlens, packing.longest
-    left = -1 if window is None else window
-    sides = (left, 0 if packing.causal else left)  # how far a token sees, -1: to the end of its example
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides, **grouped)
-    return out.unsqueeze(0)
-
-
-def _can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
-    """What `varlen_attn`, which is FlashAttention 2, asks for."""
-    if packing.cu_seqlens is None or dropout or query.shape[-1] % 8 or query.shape[-1] > 256:
-        return False
-    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attention(
@@ -186,53 +55,45 @@ def _attention(
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
     packing: Packing | None = None, softcap: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Packed, query is (1, heads, N_tokens, head_dim); key and value may have fewer heads."""
-    if isinstance(attention_mask, Packing):
-        packing = attention_mask
-    if packing is None:
-        return _attention_as_it_came(module, query, key, value, attention_mask, dropout, scaling, softcap, is_causal)
-    device = query.device.type  # rotary positions leave float32 under autocast
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = (x.to(dtype) for x in (query, key, value))
-    local = sliding_window is not None and sliding_window < packing.mask.shape[1]  # one that holds every row is none
-    window = sliding_window - 1 if local else None
-    if softcap is not None or (local and not packing.gapless):
-        return _attend_packed(query, key, value, packing, dropout, scaling, window, softcap), None
-    if window is None and speedups.computed_in(query) and packing.lengths is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale, packing.causal)
-        return out.transpose(0, 1).unsqueeze(0), None  # (1, N_tokens, heads, head_dim)
-    if _can_varlen(query, packing, dropout):
-        return _attend_varlen(query, key, value, packing, scaling, window), None
-    return _attend_packed(query, key, value, packing, dropout, scaling, window), None
-
-
-def _attention_as_it_came(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
-    scaling: float | None, softcap: float | None, is_causal: bool | None,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Not packed, (batch, heads, tokens, head_dim): Transformers' own with the mask it made, and with soft-capping."""
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    """query is (1, heads, N_tokens, head_dim), or (batch, heads, tokens, head_dim) where the model runs as it came."""
+    mask, packing = attention_mask, attention_mask if isinstance(attention_mask, Packing) else packing
+    if packing is not None:
+        return attend_packed(query, key, value, packing, dropout, scaling, sliding_window, softcap), None
+    if softcap is not None:
+        out = capped_attention(query, key, value, mask, dropout, scaling, softcap)
+        return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
     if mask is not None and mask.ndim == 2:  # of an encoder that only shares the config of an unpadded one
-        mask = mask[:, None, None].bool()
-    if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=causal)
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril() if causal and len(mask) > 1 else mask
-    return _attend(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, _attention)
+        mask = mask[:, None, None]
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=causal)
 
 
 def _mask(config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """What Transformers calls for a (batch, 1, tokens, tokens) mask; most encoders pack by the (batch, tokens) one."""
     if config.model_type in _ENCODER:
         return attention_mask
-    return sdpa_mask(attention_mask=attention_mask, **kwargs)  # the others ask only where they run as they came
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)  # of a model that runs as it came
 
 
+def _falcon(
+    attention: Any, hidden: Tensor, alibi: None = None, attention_mask: Tensor | None = None, layer_past: Any = None,
+    position_embeddings: tuple = (), **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The forward of Falcon's attention, which takes no function from outside, by ours; it knows no dropout."""
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    query, key, value = (x.transpose(1, 2) for x in attention._split_heads(attention.query_key_value(hidden)))
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, attention.layer_idx)
+    packing = getattr(attention_mask, "packing", None)
+    out, _ = _attention(attention, query, key, value, attention_mask, packing=packing)
+    return attention.dense(out.flatten(2)), None  # (batch, tokens, heads * head_dim)
+
+
+AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
@@ -262,7 +123,8 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
     if inputs is None:
         return kwargs  # the model itself says what is wrong
     shape, mask = inputs.shape[:2], kwargs.get("attention_mask")
-    if kind in _DECODER and _as_it_came(kwargs, shape):
+    causal = _sees_back_only(base.config, kwargs) if kind in _DECODER else None
+    if causal is not None and _as_it_came(kwargs, shape):
         return kwargs
     if mask is not None and getattr(mask, "shape", None) != shape:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -274,19 +136,19 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
         _encoder_of(base)._host = host
         return kwargs
     mask = (torch.ones(shape, device=inputs.device) if mask is None else mask).to(inputs.device, torch.bool)
-    packing = Packing.of(mask, host, _sees_back_only(base.config, kwargs) if kind in _DECODER else None)
+    packing = Packing.of(mask, host, causal)
     for module in _hooked(base):
         module._packing = packing
     # a mask of four dimensions is handed on as it is; empty, it fits no attention but ours
     kwargs = {**kwargs, "attention_mask": packing.mask[:1, None, None, :0], "packing": packing}
-    places = torch.arange(shape[1], device=inputs.device)[None]
-    if kind in _DECODER:
-        places = mask.cumsum(1) - 1 if kind == "opt" else places - mask.int().argmax(1, keepdim=True)
+    kwargs["attention_mask"].packing = packing  # for Falcon, whose layers pass no keywords on
     if kwargs.get("position_ids") is None:
+        begin = 0 if causal is None else mask.int().argmax(1, keepdim=True)  # of a row: a hole counts as a place
+        places = mask.cumsum(1) - 1 if kind == "opt" else torch.arange(shape[1], device=inputs.device)[None] - begin
         kwargs["position_ids"] = places.clamp(min=0)
     for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
         if kwargs.get(name) is not None:
-            kwargs[name] = _pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing, packing.spare)
+            kwargs[name] = pack(kwargs[name].expand(*shape, *kwargs[name].shape[2:]), packing, packing.spare)
     return kwargs
 
 
@@ -316,7 +178,7 @@ def _before_encoder(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if mask is not None and mask.ndim == 2:  # no mask, or a model switched back to eager attention: as it is
         packing = Packing.of(mask, vars(encoder).pop("_host", None))
         full = packing.lengths is not None and mask.device.type != "cpu" and len(packing.indices) == mask.numel()
-        hidden, mask = (hidden, None) if full else (_pack(hidden, packing, packing.spare), packing)
+        hidden, mask = (hidden, None) if full else (pack(hidden, packing, packing.spare), packing)
     return (hidden, mask, *args[2:]), kwargs
 
 
@@ -337,6 +199,17 @@ def _base_of(model: nn.Module) -> nn.Module:
     """The base model; of OPT its decoder, which the language model calls past it."""
     base = anatomy.base_of(model)
     return base.decoder if anatomy.kind_of(base) == "opt" and hasattr(base, "decoder") else base
+
+
+def _falcons(base: nn.Module) -> list[nn.Module]:
+    return [module for module in base.modules() if type(module).__name__.startswith(("FalconAtt", "FalconFlash"))]
+
+
+def _use(base: nn.Module, attention: str) -> None:
+    if _falcons(base):  # of which Transformers sets it at the start alone
+        base.config._attn_implementation = attention
+    else:
+        base.set_attn_implementation(attention)
 
 
 def _hooked(base: nn.Module) -> list[nn.Module]:
@@ -366,9 +239,11 @@ def unpad(model: nn.Module) -> nn.Module:
     encoder, *poolers = _hooked(base)
     before = base.config._attn_implementation
     encoder._before_unpad = "sdpa" if before == NAME else before
-    base.set_attn_implementation(NAME)
+    _use(base, NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
     anatomy.put_forward(base, _forward, signature=True)
+    for attention in _falcons(base):
+        anatomy.put_forward(attention, _falcon)
     if encoder is not base:
         encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
         encoder.register_forward_hook(_after_encoder)
@@ -382,8 +257,8 @@ def _obstacle(base: nn.Module) -> str | None:
     config, kind = getattr(base, "config", None), anatomy.kind_of(base)
     if (by := str(getattr(config, "_attn_implementation", ""))).startswith(PREFIX) and by != NAME:
         return f"another copy of unpad is on ({by.removeprefix(PREFIX)}); call its repad(model) first"
-    if kind not in _KNOWN:
-        why = f" ({_WHY_NOT[kind]})" if kind in _WHY_NOT else ""
+    if kind not in _KNOWN or getattr(config, "alibi", False):
+        why = f" ({_WHY_NOT.get(kind, _WHY_NOT['bloom'])})" if kind in (*_WHY_NOT, "falcon") else ""
         need = "models with Transformers' own attention, without relative positions"
         return f"unpad can't handle model type {kind!r}{why}; it handles {need}: {', '.join(sorted(_KNOWN))}"
     crossed, decoder = getattr(config, "add_cross_attention", False), getattr(config, "is_decoder", False)
@@ -397,12 +272,13 @@ def repad(model: nn.Module) -> nn.Module:
     if is_unpadded(model):
         base = _base_of(model)
         _remove_hooks(base)
-        base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
+        _use(base, vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
     return model
 
 
 def _remove_hooks(base: nn.Module) -> None:
-    anatomy.take_forward(base)
+    for module in (base, *_falcons(base)):
+        anatomy.take_forward(module)
     ours = (_before_encoder, _before_pooler, _after_encoder)
     for module in _hooked(base):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -10,7 +10,7 @@ To copy: this file, core/batches.py, tasks/classification.py and tasks/tagging.p
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -143,27 +143,46 @@ def _turns(tokenizer: Any, row: Mapping[str, Any], where: str) -> Parts:
     cuts = [0]
     for place in [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= len(given)]:
         before = render(turns[:place], add_generation_prompt=True)
-        said = render(turns[: place + 1])
-        if not text.startswith(before):
-            what = f"the template writes what stands before turn {place} in another way when it asks for the answer"
-            raise ValueError(f"{where}: {what}; end the conversation with this turn")
-        cuts += [len(before), len(said) if text.startswith(said) else len(text)]
-    cuts = [min(own, *later) if later else own for own, later in ((cut, cuts[i + 1 :]) for i, cut in enumerate(cuts))]
-    parts: Parts = []
-    for place, ids in enumerate(_joined(tokenizer, [text[a:b] for a, b in pairwise([*cuts, len(text)])], False, where)):
-        special = _special(tokenizer) if place % 2 else {}  # behind it stands what the template writes, a new line say
-        own = next((i + 1 for i, token in enumerate(ids) if token in special), len(ids)) if place % 2 else 0
-        parts += [(ids[:own], True), (ids[own:], False)]
-    return parts
+        end = _end_of_turn(tokenizer, text, len(before), turns, place, render)
+        if not text.startswith(before) or end is None:
+            what = f"the template does not write turn {place} as it asks for an answer"
+            remedy = "end the conversation with this turn, or use a template with {% generation %} marks"
+            raise ValueError(f"{where}: {what}; {remedy}")
+        cuts += [len(before), end]
+    pieces = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
+    return [(ids, place % 2 == 1) for place, ids in enumerate(_joined(tokenizer, pieces, False, where))]
+
+
+def _end_of_turn(tokenizer: Any, text: str, start: int, turns: list, place: int, render: Any) -> int | None:
+    """Where what an assistant says from `start` on ends, its end token included; None where nothing tells."""
+    _, special = _special(tokenizer)
+    if text.startswith(said := render(turns[: place + 1])):
+        content = last = len(said)
+        for found in reversed(list(special.finditer(said, start))):
+            if said[found.end() : content].strip():
+                break
+            content = found.start()
+    else:  # an earlier turn is written in another way than the last: put something else there
+        other = render([*turns[:place], turns[place] | {"content": "\ue000"}, *turns[place + 1 :]])
+        _, written, after = other.partition("\ue000")
+        content = last = max(start, len(text) - len(after))
+        if not written or not text.endswith(after):
+            return None
+    end = special.search(text, content)
+    while end and (more := special.match(text, end.end(), last)):
+        end = more
+    own = end and (end.end() <= last or turns[place].get("tool_calls") or not text[content : end.start()].strip())
+    return end.end() if own else last
 
 
 def _by_marks(tokenizer: Any, found: Any, before: list[int]) -> Parts:
-    """By the template's own marks, behind the tokens `before`; the end token behind marked ones is trained too."""
-    ids, mask, end = found["input_ids"], list(found["assistant_masks"]), _special(tokenizer)
+    """By the template's own marks, behind the tokens `before`; an end token just behind them is trained too."""
+    ids, mask, (special, _) = found["input_ids"], list(found["assistant_masks"]), _special(tokenizer)
     for i in range(1, len(ids)):
-        ends = mask[i - 1] and ids[i] in end and ids[i - 1] not in end
-        mask[i] = i >= len(before) and bool(mask[i] or ends)
-    return [([token], bool(trained)) for token, trained in zip(ids, mask, strict=True)]
+        if mask[i - 1] and not mask[i] and ids[i] in special:
+            said = next(j for j in range(i - 1, -1, -1) if not mask[j] or tokenizer.decode(ids[j]).strip())
+            mask[i] = ids[said] not in special  # or the marks hold one already, and a line break say
+    return [([token], bool(own) and i >= len(before)) for i, (token, own) in enumerate(zip(ids, mask, strict=True))]
 
 
 def _rendered(tokenizer: Any, turns: list, where: str, tokens: bool = False, **options: Any) -> Any:
@@ -201,9 +220,16 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _special(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+def _special(tokenizer: Any) -> tuple[set[int], re.Pattern]:
+    """The special tokens: their numbers, and a pattern of them."""
+    return _known(tokenizer, len(tokenizer), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _known(tokenizer: Any, size: int, end: int | None) -> tuple[set[int], re.Pattern]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # thousands in some tokenizers
+    ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    return ids, re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "(?!)")
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -219,13 +245,18 @@ def _joined(tokenizer: Any, pieces: list[str], special: bool, where: str) -> lis
     plain, full = (_ids(tokenizer, "a", own) for own in (False, special))
     front = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     behind = len(full) - len(plain) - front
-    texts = ["".join(pieces[: i + 1]) for i in range(len(pieces))]
-    *heads, whole = [own[: len(own) - behind] for own in (_ids(tokenizer, text, special) for text in texts)]
+
+    def ids(text: str) -> list[int]:
+        own = _ids(tokenizer, text, special)
+        return own[: len(own) - behind]
+
+    whole, parts = ids("".join(pieces)), [ids(pieces[0]), *(_ids(tokenizer, piece, False) for piece in pieces[1:])]
+    if (joined := [token for part in parts for token in part]) == whole:
+        return parts
+    heads = [ids("".join(pieces[:i])) for i in range(1, len(pieces))]
     if all(whole[: len(head)] == head for head in heads):
         return [whole[a:b] for a, b in pairwise([0, *map(len, heads), len(whole)])]
-    first = heads[0] if heads else whole
-    parts = [first, *(_ids(tokenizer, piece, False) for piece in pieces[1:])]
-    if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(whole):
+    if tokenizer.decode(joined) != tokenizer.decode(whole):
         what = f"the tokens of {short(pieces[0][-20:])} change with what follows, {short(pieces[1][:20])}"
         raise ValueError(f"{where}: {what}; put the space or line break between them into one of the two")
     return parts

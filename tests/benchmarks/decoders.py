@@ -5,10 +5,11 @@ first, and `gate.end(...)` after it, so that whoever holds the gate has the cloc
 """
 
 import contextlib
+import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import ftlib
 
 IGNORE = -100
 RANK = 8
+RATES = {"lora": 2e-4, "full": 2e-5}  # the second is TRL's own
 
 
 class Gate:
@@ -41,7 +43,7 @@ class Gate:
 Run = Callable[[Gate], dict[str, Any]]  # trains; what else is to be kept
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Work:
     """`steps` steps of `batch` rows in their order, AdamW at a constant rate without decay, clipping at 1."""
 
@@ -96,6 +98,22 @@ def sizes(rows: list[dict[str, list[int]]]) -> tuple[int, int]:
     return sum(len(row["input_ids"]) for row in rows), trained
 
 
+def decoder_flops(model: nn.Module, lengths: list[int], *, lora: bool) -> float:
+    """FLOPs of one step's matrix products on rows of so many tokens; multiply and add count as two.
+
+    Forward: 2 N a token, N the weights of all linear layers and of the head (which may be the embeddings), and for
+    attention 2 L² a row, layer and width of the queries: half of a full table, as a token sees those before it.
+    Backward: twice that; with LoRA the N frozen weights get no gradient, so 4 N a token, and 6 for its own weights.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    own = sum(m.weight.numel() for m in layers if m.weight.requires_grad or not lora)
+    held = sum(m.weight.numel() for m in layers) - own
+    config = model.config.get_text_config()
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    attention = 2 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
+    return float((6 * own + 4 * held) * sum(lengths) + 3 * attention)
+
+
 @torch.no_grad()
 def loss_alone(model: nn.Module, rows: list[dict[str, list[int]]]) -> float:
     """Mean loss over the trained tokens in float32, a row at a time, nothing beside it."""
@@ -131,7 +149,7 @@ def plain(work: Work, *, bf16: bool) -> Run:
             nn.utils.clip_grad_norm_(moving, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            gate.end(loss, lambda rows=rows: rows)
+            gate.end(loss.detach(), lambda rows=rows: rows)
         return {"alone": alone}
 
     return run
@@ -187,18 +205,21 @@ def trl(work: Work, **settings: Any) -> Run:
         def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
             if own_batches and not gates[0].steps:
                 found["alone"] = loss_alone(model, pieces(inputs, work.first))
-            self.seen = inputs
-            self.loss = super().training_step(model, inputs, *rest)
-            return self.loss
+            loss = super().training_step(model, inputs, *rest)
+            seen.append((loss, inputs))  # of a part of the step, where gradients are accumulated
+            return loss
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             gates[0].begin()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            gates[0].end(task.loss, lambda: pieces(task.seen, work.first))
+            loss = sum(float(loss) for loss, _ in seen)
+            gates[0].end(loss, lambda: [row for _, inputs in seen for row in pieces(inputs, work.first)])
+            seen.clear()
 
     gates: list[Gate] = []
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
     folder = tempfile.TemporaryDirectory()
     arguments = SFTConfig(
         output_dir=folder.name, max_steps=work.steps, learning_rate=work.rate,
@@ -227,14 +248,12 @@ def trl(work: Work, **settings: Any) -> Run:
 
 
 def pieces(inputs: dict[str, Any], first: list[int] | None) -> list[dict[str, list[int]]]:
-    """The rows of a batch, also where they were joined: each begins like `first`, or is the rest of one that was cut."""
+    """The rows of a batch, also where they were joined: each begins like `first`, or is what was cut off one."""
     out = []
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], real, strict=True):
         ids, labels = ids[mask].tolist(), labels[mask].tolist()
         starts = range(1, len(ids)) if first else ()
         cuts = [0, *(i for i in starts if ids[i : i + len(first)] == first), len(ids)]
-        out += [
-            {"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]  # fmt: skip
+        out += [{"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in itertools.pairwise(cuts)]
     return out

@@ -10,10 +10,12 @@
 4 memory     the peak of every remedy (memory.py)
 5 accuracy   strategies and several tasks at full size, five seeds (gpu_accuracy.py); needs its pack, goes on where it
              stopped: what an earlier call found is taken from --results or --earlier
+6 decoders   a Llama of 1.2 billion parameters, LoRA and in full, against TRL and a plain loop (llama_1b.py)
 
 Needs torch, transformers and ftlib's folder; accelerate, sentence-transformers, scikit-learn, scipy, pytest, hypothesis
-and peft for what is compared with or tested by them.  No network, no `datasets`.  Each part is a process with its own
-limit of time, so none can take the others along; what a part leaves of its time the later ones get.
+and peft for what is compared with or tested by them, trl and `datasets` for TRL's rows.  No network.  Each part is a
+process with its own limit of time, so none can take the others along; what a part leaves of its time the later ones
+get.
 """
 
 import argparse
@@ -32,7 +34,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
-SHARES = {1: 95, 2: 220, 3: 45, 4: 50, 5: 115}  # seconds of TOTAL; what a part does not need goes to the later ones
+SHARES = {
+    1: 95,
+    2: 160,
+    3: 40,
+    4: 45,
+    6: 90,
+    5: 95,
+}  # seconds of TOTAL; what a part does not need goes to the later ones
 TOTAL = 525
 TESTS = (
     "tests/test_cuda.py", "tests/engine/test_checkpoints.py", "tests/engine/test_compiling.py",
@@ -128,7 +137,15 @@ def part_5(toy: bool, results: Path, until: float) -> None:
         gpu_accuracy.all_items(table, folder=pack, workers=1, size="dry", seeds=1, until=until)
 
 
-PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 5: part_5}
+def part_6(toy: bool, results: Path, until: float) -> None:
+    import llama_1b
+    from record import GpuTable
+
+    table = GpuTable(6, "python tests/benchmarks/gpu_day.py --part 6", results)
+    llama_1b.measure(table, toy, until, compiled=bool(shutil.which("cc") or shutil.which("gcc")))
+
+
+PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 6: part_6, 5: part_5}  # 5 last: it takes all the time there is
 
 
 # ------------------------------------------------------------------------------------------------ all of it in turn

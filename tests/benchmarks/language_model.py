@@ -8,12 +8,17 @@ the same rows in the same batches (but where a setting of TRL's makes its own: p
 trained tokens, rate, AdamW and clipping.  LoRA: rank 8 on the query and value projections.
 
 Each way is a process of its own.  They take turns, a step each, so that a round is the same batch for all of them; the
-first step, with all that is prepared in it, is left out.  Seconds are of a step whole: batch, forward and backward
-pass, clipping, optimizer (TRL fetches the next batch between the steps, unmeasured).  Tokens are those of the rows,
-padding not counted.  Peak memory is of the whole process, and less what it held with the model loaded.  Exactness: how
-far the loss of a step is at most from that of the plain loop in float32 with the same batches; of ways with other
-batches, how far the first loss is from the same rows' loss one by one.
-TRL's best settings are searched first, each of TRL_SETTINGS against the others.
+first step, with all that is prepared in it, is left out.  Full fine-tuning is measured in two such groups, both with
+TRL, as all its processes do not fit into 24 GB.  Seconds are of a step whole: batch, forward and backward pass,
+clipping, optimizer (TRL fetches the next batch between the steps, unmeasured).  Tokens are those of the rows, padding
+not counted.  Peak memory is of the whole process; and less what it held with the model loaded.  Exactness: how far the
+loss of a step is at most from that of the plain loop in float32 with the same batches; of ways with other batches, how
+far the first loss is from the same rows' loss one by one.
+
+TRL's best settings are searched first, TRL_SETTINGS side by side: all of them for LoRA, the three fastest of these for
+full fine-tuning, one measured step each.  Not among them: torch_compile (it compiles anew for other shapes, longer than
+this whole measurement takes), Liger's kernels (they are Triton's, for GPUs), further processes that load data (the rows
+are tokenized already).
 """
 
 import argparse
@@ -39,10 +44,11 @@ from record import RESULTS, Table, device_slug
 
 import ftlib
 
-PARTS = {"lora": 2e-4, "full": 2e-5}  # the learning rates; the second is TRL's own
+PARTS = ("lora", "full")
 BATCH = 16
 ASKED = "Answer with one JSON object: the intent of the question, and its slots by name."
 PACKED = {"packing": True, "per_device_train_batch_size": 2}  # of max_length=1024: about the tokens of 16 rows
+FOURS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
 DEFAULT, BEST = "TRL, as it comes", "TRL, best settings found"
 PLAIN = "plain loop, float32"
@@ -55,6 +61,8 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {  # what a careful user would try on 
     "TRL, no checkpointing, by length": NO_CHECKPOINTS | {"train_sampling_strategy": "group_by_length"},
     "TRL, no checkpointing, padding_free": NO_CHECKPOINTS | {"padding_free": True, "max_length": None},
     "TRL, no checkpointing, packing": NO_CHECKPOINTS | PACKED,
+    "TRL, no checkpointing, 4 x 4 rows": NO_CHECKPOINTS | FOURS,  # pads less
+    "TRL, no checkpointing, 4 x 4 rows, eager": NO_CHECKPOINTS | FOURS | {"attn_implementation": "eager"},
 }
 OTHERS: dict[str, Any] = {
     PLAIN: functools.partial(decoders.plain, bf16=False),
@@ -97,13 +105,13 @@ def work(part: str, steps: int, toy: bool) -> decoders.Work:
     import datasets
 
     tokenizer = ftlib.load_tokenizer("smollm2")
-    pairs = texts(BATCH * steps, tokenizer)
+    pairs = texts(BATCH * (steps + 1), tokenizer)  # more than are needed: those who pack have full packs to the end
     rows = ftlib.tokenize(datasets.Dataset.from_list(pairs), tokenizer, task="causal-lm")
     rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
     first = rows[0]["input_ids"][:8]
     assert all(row["input_ids"][:8] == first for row in rows)
     load = functools.partial(tiny if toy else ftlib.load_model, "smollm2", task="causal-lm")
-    return decoders.Work(load, rows, tokenizer, steps, BATCH, PARTS[part], part, pairs, first)
+    return decoders.Work(load, rows, tokenizer, steps, BATCH, decoders.RATES[part], part, pairs, first)
 
 
 def tiny(name: str, task: str) -> Any:
@@ -116,10 +124,11 @@ def tiny(name: str, task: str) -> Any:
 
 def lengths(one: decoders.Work) -> dict[str, Any]:
     """How long the rows are, and what share of the padded batches is padding."""
-    found = sorted(len(row["input_ids"]) for row in one.rows)
+    rows = [row for batch in one.batches for row in batch]
+    found = sorted(len(row["input_ids"]) for row in rows)
     padded = sum(len(batch) * max(len(row["input_ids"]) for row in batch) for batch in one.batches)
-    tokens, trained = decoders.sizes(one.rows)
-    places = dict(zip(("min", "lower quartile", "median", "upper quartile", "max"), (0, 0.25, 0.5, 0.75, 1)))
+    tokens, trained = decoders.sizes(rows)
+    places = {"min": 0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "max": 1}
     quartiles = {name: found[round(place * (len(found) - 1))] for name, place in places.items()}
     return quartiles | {"mean": tokens / len(found), "padding": 1 - tokens / padded, "trained": trained / tokens}
 
@@ -172,7 +181,6 @@ class Process:
         self.steps: list[dict[str, Any]] = []
         self.missing = ""
         self.settings = settings
-        self.read()
 
     def read(self) -> dict[str, Any]:
         for line in self.process.stdout:
@@ -198,15 +206,17 @@ class Process:
         return found
 
 
-def compared(part: str, names: dict[str, dict[str, Any]], against: list[str], rounds: int, toy: bool) -> list[dict]:
-    """A row a way: 1 + `rounds` steps each, in turn."""
+def compared(part: str, names: dict[str, dict[str, Any]], right: list[float], rounds: int, toy: bool) -> list[dict]:
+    """A row a way: 1 + `rounds` steps each, in turn.  right: the plain loop's losses, where they are known."""
     ways = {name: Process(name, part, settings, rounds + 1, toy) for name, settings in names.items()}
+    for way in ways.values():
+        way.read()  # that it is ready
     for _ in range(rounds + 1):
         for way in ways.values():
             way.step()
     found = {name: way.end() for name, way in ways.items()}
     rates = {n: [one["tokens"] / one["seconds"] for one in way.steps[1:]] for n, way in ways.items() if not way.missing}
-    right = [one["loss"] for one in ways[PLAIN].steps] if PLAIN in ways else None
+    right = right or ([one["loss"] for one in ways[PLAIN].steps] if PLAIN in ways else [])
     rows = []
     for name, way in ways.items():
         if way.missing:
@@ -216,13 +226,13 @@ def compared(part: str, names: dict[str, dict[str, Any]], against: list[str], ro
         row = {"method": name, "per_second": statistics.median(rates[name]), "rounds": rounds} | found[name]
         row["against"] = {
             base: spread([a / b for a, b in zip(rates[name], rates[base], strict=True)])
-            for base in against
+            for base in (DEFAULT, BEST)
             if base in rates
         }
         row |= {"settings": way.settings, "losses": losses, "steps": way.steps}
         if alone is not None:
             row["off_alone"] = abs(losses[0] - alone)
-        if right and [one["tokens"] for one in way.steps] == [one["tokens"] for one in ways[PLAIN].steps]:
+        if right and not own_batches(way.settings):
             row["off_plain"] = max(abs(a - b) for a, b in zip(losses, right, strict=True))
         rows.append(row)
     return rows
@@ -231,10 +241,10 @@ def compared(part: str, names: dict[str, dict[str, Any]], against: list[str], ro
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def best_of(rows: list[dict[str, Any]]) -> str:
-    """The fastest whose loss is the right one."""
-    fit = [row for row in rows if "missing" not in row and row.get("off_alone", 0.0) < EXACT]
-    return max(fit, key=lambda row: row["per_second"])["method"]
+def fastest(rows: list[dict[str, Any]]) -> list[str]:
+    """The settings whose loss is the right one, the fastest first."""
+    right = [row for row in rows if "missing" not in row and row.get("off_alone", 0.0) < EXACT]
+    return [row["method"] for row in sorted(right, key=lambda row: -row["per_second"])]
 
 
 def main() -> None:
@@ -265,22 +275,39 @@ def main() -> None:
 
 def measure(part: str, rounds: int, toy: bool, table: Table) -> None:
     """Search and comparison; what was measured today with these versions stays."""
-    words = f"SmolLM2-135M, {'LoRA' if part == 'lora' else 'full fine-tuning'}, {BATCH} rows a step"
 
-    def unit(key: dict[str, str], make: Any) -> list[dict]:
-        held = [row for row in table.content["rows"] if all(row.get(n) == v for n, v in (key | table.stamp).items())]
-        if not held:
-            table.replace(key, make())
-        return [row for row in table.content["rows"] if all(row.get(n) == v for n, v in key.items())]
+    def unit(name: str, groups: list[dict[str, dict]], rounds: int) -> list[dict]:
+        """The rows of one comparison: those that are there, or new ones."""
+        methods = dict.fromkeys(method for group in groups for method in group)
+        if [row["method"] for row in chosen(table, part=name, **table.stamp)] != [*methods]:
+            words = f"SmolLM2-135M, {'LoRA' if part == 'lora' else 'full fine-tuning'}, {BATCH} rows a step"
+            same = {"work": words, "lengths": lengths(work(part, rounds + 1, toy))}
+            rows: dict[str, dict] = {}
+            for group in groups:
+                found = compared(part, group, rows.get(PLAIN, {}).get("losses", []), rounds, toy)
+                rows = {row["method"]: row for row in found} | rows
+            table.replace({"part": name}, [same | rows[method] for method in methods])
+        return chosen(table, part=name)
 
-    spoken = {"work": words, "lengths": lengths(work(part, rounds + 1, toy))}
-    search = unit(
-        {"part": f"{part}, search"},
-        lambda: [spoken | row for row in compared(part, TRL_SETTINGS, [DEFAULT], max(rounds - 1, 1), toy)],
-    )
-    best = best_of(search)
-    names = {DEFAULT: {}, BEST: TRL_SETTINGS[best], **dict.fromkeys(OTHERS, {})}
-    unit({"part": part}, lambda: [spoken | row for row in compared(part, names, [DEFAULT, BEST], rounds, toy)])
+    settings = TRL_SETTINGS
+    if part == "full" and (before := fastest(chosen(table, part="lora, search", **table.stamp))):
+        settings = {name: settings[name] for name in settings if name in (DEFAULT, *before[:3])}
+    if toy:
+        settings = {"TRL, no checkpointing, packing": settings["TRL, no checkpointing, packing"]}
+    found = fastest(unit(f"{part}, search", [settings], 1))
+    anchors = {DEFAULT: {}, BEST: TRL_SETTINGS[found[0]]}
+    groups = [[PLAIN, "ftlib.fit, unpad, float32"]] if toy else [[*OTHERS]]
+    if part == "full":  # all at once do not fit into 24 GB
+        groups = [[*OTHERS][:3], [*OTHERS][3:]]
+    unit(part, [anchors | {name: {} for name in group} for group in groups], rounds)
+
+
+def own_batches(settings: dict[str, Any]) -> bool:
+    return "packing" in settings or "train_sampling_strategy" in settings
+
+
+def chosen(table: Table, **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in table.content["rows"] if all(row.get(name) == value for name, value in wanted.items())]
 
 
 if __name__ == "__main__":

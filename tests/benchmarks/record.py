@@ -109,7 +109,7 @@ class SpeedTable(Table):
         self.stamp |= {"command": command, "threads": torch.get_num_threads()}
 
 
-PARTS = {1: "tests", 2: "speed", 3: "profile", 4: "memory", 5: "accuracy"}  # of the GPU day
+PARTS = {1: "tests", 2: "speed", 3: "profile", 4: "memory", 5: "accuracy", 6: "decoders"}  # of the GPU day
 
 
 class GpuTable(Table):

@@ -417,9 +417,10 @@ NO_GPU = "No GPU has been measured so far; `make gpu-day` does it, in nine minut
 
 
 def gpu_day() -> str:
-    """Parts 1, 3 and 5 of every GPU, whose speed and memory stand beside the CPUs'; or that there is none."""
+    """Parts 1, 3, 5 and 6 of every GPU, whose speed and memory stand beside the CPUs'; or that there is none."""
     found = []
-    for kind, table in (("1-tests", gpu_tests), ("3-profile", gpu_profile), ("5-accuracy", gpu_accuracy)):
+    kinds = {"1-tests": gpu_tests, "3-profile": gpu_profile, "5-accuracy": gpu_accuracy, "6-decoders": gpu_decoders}
+    for kind, table in kinds.items():
         for path in sorted(RESULTS.glob(f"gpu-day-{kind}-*.json")):
             rows = stored(path.stem)["rows"]
             found += [f"{text}\n\n{stamp(rows[0])}" for text in table(rows)] if rows else []
@@ -494,6 +495,28 @@ def gpu_accuracy(rows: list[dict]) -> list[str]:
         texts.append(f"{about}\n\n{balancing(rows)}")
     if any(row.get("part") == "transfer" for row in rows):
         texts.append(f"{TRANSFER}{transfers(rows)}")
+    return texts
+
+
+def gpu_decoders(rows: list[dict]) -> list[str]:
+    """A large decoder fine-tuned, LoRA and in full."""
+    texts = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        own = [row for row in rows if row["work"] == work]
+        measured = [row for row in own if "missing" not in row]
+        bases = dict.fromkeys(base for row in measured for base in row["against"])
+        table = [
+            {"method": row["method"], "tokens a second": round(row["per_second"])}
+            | {f"× {base}": f"{row['against'][base]:.2f}" for base in bases if base in row["against"]}
+            | {"MFU, %": f"{100 * row['mfu']['median']:.0f}" if row["mfu"] else ""}
+            | {"of products, %": f"{100 * row['utilisation']['median']:.0f}"}
+            | {"peak GPU MB": round(row["peak_gpu_mb"]) if row["peak_gpu_mb"] else ""}
+            | {"first loss": f"{row['losses'][0]:.4f}"}
+            for row in measured
+        ]
+        missing = "".join(f"\n\n*{row['method']}: {row['missing']}.*" for row in own if "missing" in row)
+        shown = f"{results_table(table)._repr_markdown_()}" if table else ""
+        texts.append(f"**{own[0]['part']}**: {work}.\n\n{shown}{missing}".strip())
     return texts
 
 
@@ -611,6 +634,53 @@ def profiles() -> str:
         shown = results_table(table, digits=0)._repr_markdown_()
         texts.append(f"**Where the time of a step goes**: {work}\n\n{shown}\n\n{stamp(rows[0])}")
     return "\n\n".join(texts)
+
+
+def language_models() -> list[str]:
+    """A decoder's fine-tuning, LoRA and in full, a table a device; and the settings of TRL's that were tried."""
+    texts = []
+    for path in sorted(RESULTS.glob("language_model-*.json")):
+        for part in ("lora", "full"):
+            rows = rows_of(path.stem, part=part)
+            if rows:
+                texts.append(language_model(rows, rows_of(path.stem, part=f"{part}, search")))
+    return texts
+
+
+TRL, TRL_BEST = "TRL, as it comes", "TRL, best settings found"
+
+
+def language_model(rows: list[dict], tried: list[dict]) -> str:
+    missing = "".join(f"\n\n*{row['method']}: {row['missing']}.*" for row in [*tried, *rows] if "missing" in row)
+    rows, tried = ([row for row in some if "missing" not in row] for some in (rows, tried))
+    held = {row["method"]: row for row in rows}
+    table = []
+    for row in rows:
+        off = row.get("off_plain", row.get("off_alone"))
+        line = {"method": row["method"], "tokens a second": round(row["per_second"])}
+        for base, short in ((TRL, "TRL"), (TRL_BEST, "TRL's best")):
+            if base in held:
+                line[f"× {short}"] = f"{row['against'][base]['median']:.2f}"
+        line |= {"peak MB": round(row["peak_mb"]), "above the model MB": round(row["above_mb"])}
+        if TRL in held:
+            line["of TRL's"] = f"{row['peak_mb'] / held[TRL]['peak_mb']:.2f}"
+        table.append(line | {"loss off by": "" if off is None else f"{off:.0e}"})
+    about = rows[0]["lengths"]
+    settings = "; ".join(
+        f"{row['method'].removeprefix('TRL, ')}: {row['per_second']:.0f}"
+        + (f" (first loss off by {row['off_alone']:.0e})" if "off_alone" in row else "")
+        for row in tried
+    )
+    best = held.get(TRL_BEST, {}).get("settings")
+    return (
+        f"**{rows[0]['work']}**, {rows[0]['device']}: questions of atis answered as JSON, rows of {about['min']} to "
+        f"{about['max']} tokens (median {about['median']}), {100 * about['trained']:.0f} % of them trained, "
+        f"{100 * about['padding']:.0f} % of the padded batches padding. × is the median over {rows[0]['rounds']} "
+        "rounds of the ratio within a round; the loss is off from the plain loop's in float32 at the step where they "
+        f"differ most.\n\n{results_table(table)._repr_markdown_()}{missing}\n\n"
+        f"*TRL's settings tried, tokens a second: {settings}. Best: {setting(best) if best else 'none'}.*\n\n"
+        f"{stamp(rows[0])}"
+    )
 
 
 FAULTS = (
@@ -740,7 +810,8 @@ def section(name: str, text: str) -> str:
 
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
-    results = "\n\n".join([strategies(), multitask(), methods(), speed(), profiles(), half_precision()])
+    parts = [strategies(), multitask(), methods(), speed(), profiles(), half_precision(), *language_models()]
+    results = "\n\n".join(parts)
     tables = [section("results", results), section("gpu-day", gpu_day()), section("memory", memory())]
     tables.append(section("faults", reliability()))
     return {"README.md": [section("headlines", headlines())], "tests/benchmarks/README.md": tables}

@@ -313,6 +313,14 @@ def test_a_draw_is_where_the_summed_probabilities_reach_the_rows_number():
         assert answers[i] == NUMBERS.decode(ids[len(prompt) :])
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 2), (1 - 2**-53, 4)])  # the first and the last that there is
+def test_what_has_no_probability_is_never_drawn(number, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *sizes, generator, dtype: torch.full(sizes, number, dtype=dtype))
+    model = constant([-9.0, -8.0, 1.0, 2.0, 1.0, -9.0])
+    answers = generate(model, [[1]], tokenizer=NUMBERS, temperature=1.0, top_k=3, max_new_tokens=5)
+    assert set(answers[0].split()) == {str(token)}
+
+
 def test_seed_and_place_alone_decide():
     model, prompts = tiny(), prompts_of((5, 3, 5, 4))
     first = answered(model, prompts, temperature=1.0, seed=1)

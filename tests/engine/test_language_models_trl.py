@@ -32,7 +32,9 @@ def letters() -> PreTrainedTokenizerFast:
 def llama() -> LlamaForCausalLM:
     """Weights large enough that a token more or less in sight changes the loss."""
     sizes = dict(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True, pad_token_id=0)
+    config = LlamaConfig(
+        **sizes, num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True, pad_token_id=0
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
@@ -61,7 +63,12 @@ def test_the_same_losses_as_trl_step_by_step(decoders, moves):
     one = work(decoders, moves)
     theirs, _ = steps(decoders, decoders.trl, one, bf16=False)
     loop, _ = steps(decoders, decoders.plain, one, bf16=False)
-    assert [step["loss"] for step in theirs] == pytest.approx([step["loss"] for step in loop], abs=1e-5)
+    parts, _ = steps(
+        decoders, decoders.trl, one, bf16=False, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    for other in (loop, parts):
+        assert [step["loss"] for step in other] == pytest.approx([step["loss"] for step in theirs], abs=1e-5)
+        assert [step["tokens"] for step in other] == [step["tokens"] for step in theirs]
     still = llama()
     first, last = (decoders.loss_alone(still, one.batches[place]) for place in (0, -1))
     assert theirs[0]["loss"] == pytest.approx(first, abs=1e-5)

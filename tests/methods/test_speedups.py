@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_dropout_in_half_precision_keeps_what_the_seed_says_in_both_types():
     assert 0.2 < (outs[0] == 0).float().mean() < 0.3
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "albert", "modernbert", "gpt2"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "albert", "modernbert", "gpt2", "llama"])
 def test_half_precision_by_shortcuts_is_no_farther_from_float32_than_stock_autocast(tiny_model, model_type):
     """Logits and gradients of real sizes of rounding: at most twice the stock error, and of the same direction."""
     kind = "sequence-classification"
@@ -225,6 +226,112 @@ def test_a_layer_norm_hands_on_what_is_computed_in():
         assert half.dtype == torch.bfloat16 and torch.equal(half, norm(x).bfloat16())
         with torch.autocast("cpu", torch.float16):  # not ours: as it is
             assert norm(x).dtype == torch.float32
+
+
+RMS_TYPES = {  # model type -> options of its tiny config that bring in the norms of heads
+    "exaone4": {}, "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "glm": {},
+    "glm4": {}, "granite": {}, "llama": {}, "ministral3": {}, "mistral": {}, "olmo2": {}, "olmo3": {}, "phi3": {},
+    "qwen2": {}, "qwen3": {"head_dim": 8}, "seed_oss": {}, "smollm3": {},
+}  # fmt: skip
+
+
+def called_with(norm, x, weight):
+    return torch.func.functional_call(norm, {"weight": weight}, x)
+
+
+@pytest.mark.parametrize("kind", RMS_TYPES)
+def test_rms_norm_is_that_of_the_stock_classes(tiny_model, kind):
+    """All by name; the tuple holds no others, and every RMSNorm of these models is taken."""
+    model = tiny_model("encoder", model_type=kind, **RMS_TYPES[kind])
+    norms = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+    assert norms and {type(m).__name__ for m in norms} <= set(speedups._RMS)
+    for norm in {type(m): m for m in norms}.values():
+        x = torch.randn(3, 40, len(norm.weight)) * 3
+        nn.init.normal_(norm.weight)
+        function = partial(called_with, norm)
+        theirs = gradients(function, x, norm.weight)
+        with speedups.shortcuts(model):
+            assert norm.forward.func.__name__ == "<lambda>"
+            mine = gradients(function, x, norm.weight)
+            half = norm(x.bfloat16())
+            with torch.autocast("cpu", torch.bfloat16):
+                handed = norm(x)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+        assert half.dtype == handed.dtype == torch.bfloat16
+        torch.testing.assert_close(handed, theirs[0].bfloat16(), atol=0, rtol=2**-7)
+        torch.testing.assert_close(half.float(), norm(x.bfloat16().float()), atol=0, rtol=2**-7)
+
+
+def test_every_rms_norm_by_name_is_tested(tiny_model):
+    made = [tiny_model("encoder", model_type=kind, **options) for kind, options in RMS_TYPES.items()]
+    assert {type(m).__name__ for model in made for m in model.modules() if "RMSNorm" in type(m).__name__} == set(
+        speedups._RMS
+    )
+
+
+def test_rms_norm_of_double_precision_is_the_stock_one(tiny_model):
+    model = tiny_model("encoder", model_type="llama").double()
+    x = torch.randn(2, 16).double()
+    expected = model.norm(x)
+    with speedups.shortcuts(model):
+        assert torch.equal(model.norm(x), expected)
+    inputs = [torch.randn(4, 6).double().requires_grad_(), torch.randn(6).double().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda x, w: speedups._RMSNorm.apply(x, w, 1e-6, torch.float64), inputs)
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [2, 2, 2], [90, 90, 4], [150, 2], [300, 20, 257, 3], [300]])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_causal_attention_and_heads_that_share_keys(lengths, shared):
+    """Each example is PyTorch's own causal attention of it; rows longer than LONG go another way."""
+    query = torch.randn(4, sum(lengths) + 3, 8)  # three tokens of no row
+    key, value = (torch.randn(4 // shared, sum(lengths) + 3, 8) for _ in range(2))
+
+    def ours(q, k, v):
+        return speedups.attend(q, k, v, lengths, scale=0.3, causal=True)
+
+    def twin(q, k, v):
+        parts = zip(*(x.split([*lengths, 3], 1) for x in (q, k, v)), strict=True)
+        options = {"is_causal": True, "scale": 0.3, "enable_gqa": True}
+        outs = [F.scaled_dot_product_attention(*(x[None] for x in part), **options)[0] for part in parts]
+        return torch.cat([*outs[:-1], outs[-1] * 0], 1)
+
+    for a, b in zip(gradients(ours, query, key, value), gradients(twin, query, key, value), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(query, key, value), twin(query, key, value), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5, 2], [150, 2]])
+def test_heads_that_share_keys_without_causality(lengths):
+    query, key, value = torch.randn(6, sum(lengths), 8), *(torch.randn(2, sum(lengths), 8) for _ in range(2))
+
+    def ours(q, k, v):
+        return speedups.attend(q, k, v, lengths, scale=0.3)
+
+    def twin(q, k, v):
+        return speedups.attend(q, k.repeat_interleave(3, 0), v.repeat_interleave(3, 0), lengths, scale=0.3)
+
+    for a, b in zip(gradients(ours, query, key, value), gradients(twin, query, key, value), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(query, key, value), twin(query, key, value), atol=1e-5, rtol=1e-5)
+
+
+def test_causal_dropout_has_the_right_mean_and_gradient_and_long_rows_keep_it():
+    q, k, v = torch.randn(2, 6, 4), torch.randn(1, 6, 4), torch.randn(1, 6, 4)
+    plain = speedups.attend(q, k, v, [4, 2], causal=True)
+    mean = torch.stack([speedups.attend(q, k, v, [4, 2], p=0.3, causal=True) for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, plain, atol=0.1, rtol=0)
+
+    def seeded(*inputs):
+        torch.manual_seed(7)  # the same mask at every call
+        return speedups.attend(*inputs, [4, 2], p=0.3, causal=True)
+
+    assert torch.autograd.gradcheck(seeded, [x.double().requires_grad_() for x in (q, k, v)])
+    long = torch.ones(1, speedups.LONG + 10, 4)
+    out = speedups.attend(long, long, long, [speedups.LONG + 10], p=0.5, causal=True)
+    assert set(out[0, 0].tolist()) <= {0.0, 2.0} and 0.9 < out[0, 100:].mean() < 1.1 and out[0, 100:].std() > 0.01
 
 
 class Small(nn.Module):

@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_config
 from torch.testing import assert_close
 
+from ftlib.methods import packing as packing_module
 from ftlib.methods import unpadding
 from ftlib.methods.unpadding import NAME, Packing, is_unpadded, pad_input, repad, unpad, unpad_input
 
@@ -228,11 +229,11 @@ def test_packed_inputs_by_position_and_by_name(tiny_model, model_type):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layers_see_real_tokens_only(tiny_model, model_type, monkeypatch):
     model = unpad(tiny_model("encoder", model_type=model_type, **OPTIONS[model_type]))
-    packings, attended, packing_of, attend = [], [], Packing.of, unpadding._attend_packed
-    monkeypatch.setattr(unpadding.speedups, "computed_in", lambda x: None)
+    packings, attended, packing_of, attend = [], [], Packing.of, packing_module.attend_padded
+    monkeypatch.setattr(packing_module.speedups, "computed_in", lambda x: None)
     monkeypatch.setattr(Packing, "of", lambda *a, **k: packings.append(packing_of(*a, **k)) or packings[-1])
     monkeypatch.setattr(
-        unpadding, "_attend_packed", lambda q, *args: attended.append((q.shape[2], args[2])) or attend(q, *args)
+        packing_module, "attend_padded", lambda q, *args: attended.append((q.shape[2], args[2])) or attend(q, *args)
     )
     with torch.no_grad():
         model(**inputs_of(model_type, "right"))
@@ -246,8 +247,8 @@ def test_attention_on_a_cpu_runs_on_packed_tokens_where_padding_is_on_the_right(
     tiny_model, model_type, masks, monkeypatch
 ):
     model = unpad(tiny_model("encoder", model_type=model_type, **OPTIONS[model_type]))
-    lengths, attend = [], unpadding.speedups.attend
-    monkeypatch.setattr(unpadding.speedups, "attend", lambda *args: lengths.append(args[3]) or attend(*args))
+    lengths, attend = [], packing_module.speedups.attend
+    monkeypatch.setattr(packing_module.speedups, "attend", lambda *args: lengths.append(args[3]) or attend(*args))
     with torch.no_grad():
         model(**inputs_of(model_type, masks))
     expected = [int(n) for n in torch.tensor(MASKS["right"]).sum(1)]
@@ -260,7 +261,7 @@ def test_tokens_are_rounded_up_for_onednn_and_what_is_added_changes_nothing(tiny
     mask = (torch.arange(50) < torch.arange(31, 51)[:, None]).long()  # 20 rows of 31 to 50 tokens, 810 in all
     inputs = {"input_ids": torch.randint(5, 60, mask.shape), "attention_mask": mask}
     for onednn, tokens in ((True, 816), (False, 810)):
-        monkeypatch.setattr(unpadding.speedups, "ONEDNN", onednn)
+        monkeypatch.setattr(packing_module.speedups, "ONEDNN", onednn)
         seen, layer = [], ours.bert.encoder.layer[0]
         hook = layer.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape))
         theirs, mine = stock(**inputs).logits, ours(**inputs).logits
@@ -531,6 +532,24 @@ def test_bert_as_a_decoder_is_refused(tiny_model, options):
         unpad(tiny_model("encoder", **options))
 
 
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_models_that_share_a_config(model_type):
+    """`unpad` writes into it: the other model, as it came, must not take that for its own."""
+    config = tiny_config(model_type, **OPTIONS[model_type])
+    first, second = (transformers.AutoModel.from_config(config).__class__(config).eval() for _ in range(2))
+    inputs = inputs_for(torch.ones(5, 5).tril().long().tolist())  # as many rows as tokens: masks could be mixed up
+    real = inputs["attention_mask"].bool()
+    expected = second(**inputs).last_hidden_state[real]
+    unpad(first)
+    assert is_unpadded(first) and not is_unpadded(second)
+    assert_close(second(**inputs).last_hidden_state[real], expected, atol=1e-5, rtol=0)
+    assert_close(unpad(second)(**inputs).last_hidden_state[real], expected, atol=1e-5, rtol=0)
+    assert is_unpadded(second)
+    repad(second)
+    assert config._attn_implementation == "sdpa"
+    assert_close(second(**inputs).last_hidden_state[real], expected, atol=1e-5, rtol=0)
+
+
 def test_what_is_no_transformers_model_is_refused():
     with pytest.raises(ValueError, match="model type 'Linear'"):
         unpad(torch.nn.Linear(2, 2))
@@ -597,9 +616,10 @@ def varlen(monkeypatch):
         windows.append(options.get("window_size"))
         return varlen_by_loop(*args, **options)
 
+    counted.__kwdefaults__ = {}  # a torch whose kernel takes as many heads of keys as of queries
     monkeypatch.setattr(module, "varlen_attn", counted)
-    monkeypatch.setattr(unpadding, "_can_varlen", lambda q, packing, p: packing.cu_seqlens is not None and not p)
-    monkeypatch.setattr(unpadding.speedups, "computed_in", lambda x: None)
+    monkeypatch.setattr(packing_module, "can_varlen", lambda q, packing, p: packing.cu_seqlens is not None and not p)
+    monkeypatch.setattr(packing_module.speedups, "computed_in", lambda x: None)
     return windows
 
 
@@ -628,7 +648,7 @@ def test_attention_dropout_keeps_off_the_packed_kernel(tiny_model, varlen):
 def test_when_the_packed_kernel_can_run():
     """Never on the CPU; what else it asks for is asked before the GPU is."""
     query, packing = torch.zeros(1, 2, 9, 8), Packing.of(torch.tensor(MASKS["right"]).bool())
-    assert not unpadding._can_varlen(query.bfloat16(), packing, 0.0)
+    assert not packing_module.can_varlen(query.bfloat16(), packing, 0.0)
 
 
 needs_gpu = pytest.mark.skipif(
@@ -643,8 +663,8 @@ needs_gpu = pytest.mark.skipif(
 def test_on_the_gpu_in_half_precision(tiny_model, model_type, dtype, monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "local_attention": 16, "max_position_embeddings": 64}
     stock, ours = (m.cuda() for m in twins(tiny_model, "token-classification", 3, model_type=model_type, **sizes))
-    calls, attend = [], unpadding._attend_varlen
-    monkeypatch.setattr(unpadding, "_attend_varlen", lambda *args: calls.append(args[-1]) or attend(*args))
+    calls, attend = [], packing_module.attend_varlen
+    monkeypatch.setattr(packing_module, "attend_varlen", lambda *args: calls.append(args[-1]) or attend(*args))
     mask = torch.arange(64) < torch.tensor([64, 17, 1, 40])[:, None]
     inputs = {name: value.cuda() for name, value in inputs_for(mask.long().tolist()).items()}
     theirs = stock(**inputs).logits[mask.cuda()]  # float32, padded
@@ -752,8 +772,8 @@ def test_inside_sentence_transformers(tiny_model, tiny_tokenizer, tmp_path, mode
 def test_copies_under_other_names_keep_out_of_each_others_way(tiny_model, tmp_path, monkeypatch):
     """The files that the first lines name, in two packages beside this one: three attentions in one process."""
     here, folder = Path(unpadding.__file__).parents[1], tmp_path / "copies"
-    files = ("methods/unpadding.py", "methods/speedups.py", "core/anatomy.py")
-    assert "To copy: this file, methods/speedups.py, core/anatomy.py, torch" in unpadding.__doc__
+    files = ("methods/unpadding.py", "methods/packing.py", "methods/speedups.py", "core/anatomy.py")
+    assert "To copy: this file, methods/packing.py, methods/speedups.py, core/anatomy.py, torch" in unpadding.__doc__
     modules = [unpadding]
     for package in ("ours", "theirs"):
         for file in files:

@@ -14,6 +14,7 @@ from conftest import tiny_config
 from test_unpadding import assert_gradients_equal, gradients
 from torch.testing import assert_close
 
+from ftlib.methods import packing as packing_module
 from ftlib.methods import speedups, unpadding
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
@@ -30,6 +31,7 @@ OPTIONS = {  # model type -> what its tiny config needs beyond the sizes all sha
     "cohere": HALF,
     "cohere2": BOTH,
     "exaone4": BOTH,
+    "falcon": {"alibi": False},
     "gemma": {**HALF, "head_dim": 8},
     "gemma2": {**BOTH, "head_dim": 8, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.5},
     "gemma3_text": {**BOTH, "head_dim": 8},
@@ -66,7 +68,7 @@ TYPES = [
     )
     for name in OPTIONS
 ]
-FEW = ["llama", "gpt2", "gemma2", "gemma3_text", "opt"]
+FEW = ["llama", "gpt2", "gemma2", "gemma3_text", "opt", "falcon"]
 MASKS = {
     "right": [[1, 1, 1, 0, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]],
     "left": [[0, 0, 0, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 0, 1]],
@@ -219,7 +221,7 @@ def test_layers_see_real_tokens_only_and_build_no_cache(kind, masks):
     output = model(**inputs_for(MASKS[masks]))
     assert [shape for shape, _ in seen] == [(1, 10, 16)] * 2
     assert not any(kwargs.get("use_cache") for _, kwargs in seen) and output.past_key_values is None
-    assert len({id(kwargs["packing"]) for _, kwargs in seen}) == 1
+    assert len({id(kwargs.get("packing")) for _, kwargs in seen}) == 1  # Falcon's layers hand none on
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("llama", 2), ("gpt2", 2), ("mistral", 0), ("gemma3_text", 1)])
@@ -273,7 +275,7 @@ def test_when_computed_by_the_packed_kernel(kind, monkeypatch):
 
     counted.__kwdefaults__ = {**counted.__kwdefaults__, **module.varlen_attn.__kwdefaults__}
     monkeypatch.setattr(module, "varlen_attn", counted)
-    monkeypatch.setattr(unpadding, "_can_varlen", lambda q, packing, p: True)
+    monkeypatch.setattr(packing_module, "can_varlen", lambda q, packing, p: True)
     monkeypatch.setattr(speedups, "computed_in", lambda x: None)
     for masks in ("right", "holes"):
         stock, ours = twins(kind)
@@ -288,6 +290,43 @@ def test_when_computed_by_the_packed_kernel(kind, monkeypatch):
     whole, local = ((-1, 0), shared), ((2, 0), shared)
     both = {"gemma2": [], "gemma3_text": [local, whole, whole], "mistral": [local] * 2}  # holes: no window by distance
     assert windows == both.get(kind, [whole] * 4)
+
+
+@encoders.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [*FEW, "mistral"])
+def test_on_the_gpu_in_half_precision(kind, dtype, monkeypatch):
+    stock, ours = (m.cuda() for m in twins(kind, max_position_embeddings=64, hidden_size=64))
+    calls, attend = [], packing_module.attend_varlen
+    monkeypatch.setattr(packing_module, "attend_varlen", lambda *args: calls.append(args[-1]) or attend(*args))
+    mask = torch.arange(64) < torch.tensor([64, 17, 1, 40])[:, None]
+    inputs = {name: value.cuda() for name, value in inputs_for(mask.long().tolist()).items()}
+    theirs = stock(**inputs).logits[mask.cuda()]  # float32, padded
+    with torch.autocast("cuda", dtype):
+        mine = ours(**inputs).logits[mask.cuda()]
+    both = {"gemma2": [], "gemma3_text": [2, None], "mistral": [2, 2]}
+    assert calls == both.get(kind, [None, None])
+    assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
+    for logits in (theirs, mine.float()):
+        logits.logsumexp((0, 1)).backward()
+    for name, gradient in gradients(stock).items():
+        assert (gradients(ours)[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3, name
+
+
+@encoders.needs_gpu
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_on_the_gpu_a_pass_waits_once(kind):
+    model = unpad(make(kind, None)).cuda().bfloat16()
+    inputs = {name: value.cuda() for name, value in inputs_for(MASKS["right"]).items()}
+    with torch.no_grad():
+        model(**inputs)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="called a synchronizing CUDA operation") as seen:
+                model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in seen) == 1
 
 
 # ------------------------------------------------------------------------------------------- as the model came
@@ -405,7 +444,9 @@ def test_autocast_is_no_farther_from_float32_than_the_stock_model(kind, shortcut
             output.loss.backward()
             gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
             found.append((output.logits.detach().float()[real], gradient))
-        ratios.append([(mine - right).norm() / (stock - right).norm() for right, stock, mine in zip(*found, strict=True)])
+        ratios.append(
+            [(mine - right).norm() / (stock - right).norm() for right, stock, mine in zip(*found, strict=True)]
+        )
     median = torch.tensor(ratios).median(0).values
     assert median.min() > 0 and median.max() < 2
 
@@ -614,6 +655,21 @@ def test_in_the_stock_trainer(tmp_path):
     assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options", [{"new_decoder_architecture": True, "num_kv_heads": 1}, {"multi_query": False}, {"parallel_attn": False}]
+)
+def test_falcons_other_forms(options):
+    stock, ours = twins("falcon", alibi=False, **options)
+    inputs = inputs_for(MASKS["right"])
+    real = inputs["attention_mask"].bool()
+    theirs, mine = (model(**inputs, labels=labels_of(inputs)) for model in (stock, ours))
+    assert_close(mine.logits[real], theirs.logits[real], atol=1e-5, rtol=1e-5)
+    for output in (theirs, mine):
+        output.loss.backward()
+    assert_gradients_equal(ours, stock)
+    assert "forward" not in vars(repad(ours).transformer.h[0].self_attention)
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -621,7 +677,7 @@ def test_in_the_stock_trainer(tmp_path):
     ("kind", "why"),
     [
         ("bloom", "ALiBi biases the scores by position"), ("mpt", "ALiBi biases the scores by position"),
-        ("falcon", "its attention takes no function from outside"), ("gptj", None),
+        ("gptj", None),
         ("stablelm", "its layers keep from the attention where an example ends"),
     ],
 )  # fmt: skip
@@ -637,7 +693,7 @@ def test_others_are_refused_by_name_and_with_the_reason(kind, why):
 
 def test_falcon_with_alibi_is_refused_too():
     model = transformers.AutoModelForCausalLM.from_config(tiny_config("falcon", alibi=True))
-    with pytest.raises(ValueError, match="can't handle model type 'falcon'"):
+    with pytest.raises(ValueError, match=r"can't handle model type 'falcon' \(ALiBi biases the scores by position\)"):
         unpad(model)
 
 
