@@ -27,8 +27,8 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "tasks": "classification language_modeling metrics relations tagging task",
     "show": "logging measuring plots setup tables",
     "inputs": "agreement assets corpora files pretrained reading rows sentence_folders tokenizing",
-    "methods": "adapters attention balancing features losses masking multitask optimizing preferences regularization "
-    "speedups through_peft token_losses tuning unpadding",
+    "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
+    "regularization speedups through_peft token_losses tuning unpadding",
     "engine": "bases checkpoints compiling distributed feeding fit generation prediction range_test recovery runfile "
     "saving settings task_gradients untrusted",
 }

@@ -25,6 +25,9 @@ SNIPPETS = {
     "assert [r['step'] for r in steps(model, [[batch]] * 3, sgd, total=2)] == [1, 2]",
     "core/sampling.py": "assert next(plan({'': 1}, SimpleNamespace(shuffle=False, batch_size=1, seed=0))) == [('', 0)]",
     "tasks/classification.py": "assert check_class(1, 2, 3, 'row 0') == 1",
+    "tasks/language_modeling.py": "tokenizer.eos_token = '[UNK]'\n"
+    "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
+    "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
     "tasks/relations.py": "m = AutoModelForRelationClassification.from_config(model.config)\n"
     "at = torch.tensor([[0, 1]]); assert m(torch.tensor([[5, 6]]), marker_positions=at).logits.shape == (1, 2)",
@@ -57,10 +60,16 @@ SNIPPETS = {
     "methods/multitask.py": "m = MultiTaskModel(model.bert, {'a': Head()})\n"
     "m(torch.tensor([[5]]), task='a'); m.export('a')",
     "methods/optimizing.py": "assert parameter_groups(model, learning_rate=1.0)",
+    "methods/packing.py": "packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))\n"
+    "assert packed.shape == (1, 1, 3) and pad_input(packed, packing).shape == (1, 2, 3)",
+    "methods/preferences.py": "assert advantages(torch.tensor([1.0, 1.0]), 2).tolist() == [0.0, 0.0] and dpo()",
     "methods/regularization.py": "add_mixout([model.classifier], 0.5)\n"
     "assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
     "methods/speedups.py": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
     "methods/through_peft.py": "assert callable(add_peft)",
+    "methods/token_losses.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"
+    "    n_layer=1, n_head=2)); ids = torch.tensor([[5, 6, 7]])\n"
+    "with in_chunks(gpt):\n    assert gpt(input_ids=ids, labels=ids).loss > 0",
     "methods/tuning.py": "assert tune(model, 'lora', rank=2).trainable; assert merge(model) is model",
     "methods/unpadding.py": "ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])\n"
     "before = model(ids, mask).logits; unpad(model)\n"
@@ -73,6 +82,9 @@ SNIPPETS = {
     "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
+    "engine/generation.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"
+    "    n_layer=1, n_head=2)); options = dict(tokenizer=tokenizer, max_new_tokens=2)\n"
+    "assert len(generate(gpt, ['a b', 'b'], **options)) == 2",
     "engine/recovery.py": "assert out_of_memory(torch.OutOfMemoryError()); RandomState(torch.device('cpu')).take()",
     "engine/saving.py": "save(model, folder / 'saved'); assert type(load(folder / 'saved')) is type(model)\n"
     "from mylib.methods.tuning import tune\n"

@@ -84,8 +84,9 @@ def generate(
                 **to_device(batch, device), generation_config=config, logits_processor=choose, stopping_criteria=until
             )
             for i, new in zip(places, out[:, width:].tolist(), strict=True):
-                end = next((k + 1 for k, token in enumerate(new) if token in ends), len(new))
-                answers[i] = new[:end] if tokens else _text(tokenizer, new, ends, stop)
+                end = next((k for k, token in enumerate(new) if token in ends), len(new))
+                text = "" if tokens else tokenizer.decode(new[:end], skip_special_tokens=True)
+                answers[i] = new[: end + 1] if tokens else _cut(text, stop)
     return answers
 
 
@@ -119,14 +120,13 @@ def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int) ->
 
 @contextmanager
 def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Iterator[None]:
-    """For a time the model is as generating needs it: eval mode, the quickest products, this generation config alone.
+    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills what is open.
 
-    Transformers fills what a config leaves open from the model's own, so that is another name for the same one.
     Autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token.
     """
     inner = anatomy.unwrapped(model)
-    before, frozen = inner.generation_config, [p for p in model.parameters() if autocast and not p.requires_grad]
-    frozen = [p for p in frozen if p.dtype == torch.float32]
+    before, weights = inner.generation_config, model.parameters() if autocast else ()
+    frozen = [weight for weight in weights if weight.dtype == torch.float32 and not weight.requires_grad]
     try:
         inner.generation_config = config
         for weight in frozen:
@@ -140,9 +140,9 @@ def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Ite
 
 
 def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform: Tensor) -> Callable:
-    """For Transformers: refuses nan and, given warpers, draws a token a row.
+    """For Transformers: refuses nan and, given warpers, draws each row's token by its numbers in [0, 1).
 
-    It is the one at which the summed probabilities exceed the row's number in [0, 1); uniform: (steps, batch, 1).
+    uniform: (steps, batch, 1).
     """
     numbers = iter(uniform)
 
@@ -154,7 +154,7 @@ def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform:
         if not warpers:
             return scores
         reached = scores.softmax(-1).cumsum(-1, dtype=uniform.dtype)  # (batch, vocabulary)
-        token = torch.searchsorted(reached, next(numbers) * reached[:, -1:], right=True)  # none of probability 0
+        token = torch.searchsorted(reached, next(numbers) * reached[:, -1:], right=True)  # the first that exceeds it
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     return choose
@@ -162,21 +162,13 @@ def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform:
 
 def _stopped(tokenizer: Any, stop: tuple[str, ...], width: int) -> Callable:
     """For Transformers: which rows' new text holds one of `stop`; its own check looks into the prompt as well."""
-    tail = max(len(one.encode()) for one in stop) + 8  # a token is a byte at least, but for some that are no text
-
-    def holds(ids: list[int]) -> bool:
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        return any(one in text for one in stop)
 
     def check(input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        rows = input_ids[:, width:].tolist()
-        return torch.tensor([holds(row[-tail:]) and holds(row) for row in rows], device=input_ids.device)
+        texts = (tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, width:].tolist())
+        return torch.tensor([_cut(text, stop) != text for text in texts], device=input_ids.device)
 
     return check
 
 
-def _text(tokenizer: Any, ids: list[int], ends: list[int], stop: tuple[str, ...]) -> str:
-    """New tokens as text, to the first end token or stop text."""
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+def _cut(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]

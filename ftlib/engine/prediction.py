@@ -116,14 +116,15 @@ def evaluate(
         raise ValueError("generate= needs tokenizer=" if tokens else "generate= is for language models")
     if tokens and tokenizer is not None:
         found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, parts[0])
-    return found if generate is None else found | _answered(model, parts[0], tokenizer, progress, generate)
+    options = {"progress": progress, "autocast": autocast, **(generate or {})}
+    return found if generate is None else found | _answered(model, parts[0], tokenizer, options)
 
 
-def _answered(model: nn.Module, rows: Rows, tokenizer: Any, progress: bool, options: dict) -> dict[str, float]:
+def _answered(model: nn.Module, rows: Rows, tokenizer: Any, options: dict) -> dict[str, float]:
     from .generation import generate
 
     prompts, wanted = zip(*map(language_modeling.last_answer, rows), strict=True)
-    answers = generate(model, prompts, tokenizer=tokenizer, progress=progress, **options)
+    answers = generate(model, prompts, tokenizer=tokenizer, **options)
     wanted = [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
     return TASKS[tasks_of(model)[""][0]].score(answers, wanted, None)
 

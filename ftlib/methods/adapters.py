@@ -73,7 +73,7 @@ class LoRA(_Adapter):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        return self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        return self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x)) * self.scale)
 
     def merged(self) -> nn.Module:
         """One linear layer that computes the same (without dropout)."""

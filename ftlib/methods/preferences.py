@@ -11,7 +11,8 @@
 
 A step's loss is the mean over its pairs, or answers, however they are cut into micro-batches.
 
-To copy: this file, methods/{adapters,token_losses}.py, tasks/language_modeling.py and what it names, core/ and torch.
+To copy: this file, methods/{adapters,token_losses}.py, tasks/{classification,language_modeling,tagging}.py, core/ and
+torch.
 Source: Rafailov et al. 2023 (DPO, arXiv:2305.18290); Shao et al. 2024 (GRPO, arXiv:2402.03300).
 """
 

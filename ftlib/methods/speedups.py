@@ -30,7 +30,7 @@ ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().starts
 _RMS = "Exaone4 Gemma Gemma2 Gemma3 Glm Glm4 Granite Llama Ministral3 Mistral Olmo2 Olmo3 Phi3 Qwen2 Qwen3 SeedOss "
 _RMS = tuple(f"{name}RMSNorm" for name in (_RMS + "SmolLM3").split())  # Transformers' classes that `rms_norm` knows
 SHORT = 128  # tokens of a row up to which many small products are better made into few
-LONG = 256  # tokens from which a causal row is better left to PyTorch's kernel, which computes no score it would hide
+LONG = 384  # tokens from which a causal row in bfloat16 is left to PyTorch's kernel, which keeps no scores
 
 
 def keep_mask(like: Tensor, p: float) -> Tensor:
@@ -249,13 +249,13 @@ def attend(
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
-    whole = causal and not p  # PyTorch's own kernel keeps no scores, and needs no mask
-    layout = _layout(tuple(lengths), query.shape[1], len(query), len(key), causal, LONG if whole else torch.inf)
+    longest = torch.inf if p or not causal else SHORT if query.dtype == torch.float32 else LONG
+    layout = _layout(tuple(lengths), query.shape[1], len(query), len(key), causal, longest)
     query, key, value = (x.transpose(0, 1) for x in (query * scale, key, value))  # (N_tokens, heads, head_dim)
     with torch.autocast("cpu", enabled=False):
         if causal or torch.is_grad_enabled() or p or layout.squares == layout.short:
             out = _Attend.apply(query, key, value, layout, p).transpose(0, 1)
-            return _with_long_rows(query, key, value, lengths, out) if whole and max(lengths) > LONG else out
+            return _with_long_rows(query, key, value, lengths, out, longest) if max(lengths) > longest else out
         q, k, v = layout.lay(query), layout.keys.lay(key), layout.keys.lay(value)
         seen, out = torch.ones(layout.short, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(q)
         for rows, keys, square in layout.groups:  # without gradients nothing asks for the scores: they are not kept
@@ -265,11 +265,11 @@ def attend(
         return layout.back(out, query.shape).transpose(0, 1)
 
 
-def _with_long_rows(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], out: Tensor) -> Tensor:
-    """Causal attention of every row longer than LONG put into `out`, (heads, N_tokens, head_dim)."""
+def _with_long_rows(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], out: Tensor, longest: int) -> Tensor:
+    """Causal attention of every row of more than `longest` tokens put into `out`, (heads, N_tokens, head_dim)."""
     sizes, options = [*lengths, len(query) - sum(lengths)], {"is_causal": True, "scale": 1.0, "enable_gqa": True}
     parts = zip(sizes, *(x.transpose(0, 1)[None].split(sizes, 2) for x in (query, key, value)), strict=True)
-    found = [F.scaled_dot_product_attention(q, k, v, **options)[0] if n > LONG else None for n, q, k, v in parts]
+    found = [F.scaled_dot_product_attention(q, k, v, **options)[0] if n > longest else None for n, q, k, v in parts]
     found = [one if one is not None else short for one, short in zip(found, out.split(sizes, 1), strict=True)]
     return torch.cat(found, 1)
 

@@ -6,13 +6,16 @@ Parts
 - prompts, rates: on validation questions, seed 0, 256 training questions: how many examples a prompt holds and which
   (the same for all questions, or the nearest to each), and LoRA's learning rate.  The best are used below.
 - few-shot: the same examples for all; nearest: from so many training questions; copy: the nearest one's answer.
-- lora: so many questions, so many steps.  Steps are the same for 16, 64 and 256 questions, so that these differ in
-  examples alone; four times as many for 256 and 1,024.  "general": bits a byte of film reviews, which no run trains on.
+- lora: so many questions, so many steps; the same for 16, 64 and 256 questions, so that these differ in examples alone.
+  longer: four times as many, one seed.  "general": bits a byte of film reviews, which no run trains on.
 
-The seed changes the choice and order of the training questions and LoRA's first weights.  Test: 60 questions.
+- tagger: MiniLM tags the words of so many questions, and the tags are read as slots; its rate is searched too.
+
+The seed changes the choice and order of the training questions and what is added to the model.  Test: 60 questions.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,14 @@ SYSTEM = {"role": "system", "content": "Answer with the slots of the question as
 SEEDS = (0, 1, 2)
 PROMPTS = (("none", 0), ("same", 4), ("same", 8), ("same", 16), ("nearest", 2), ("nearest", 4), ("nearest", 8))
 RATES = (1e-3, 3e-3, 1e-2)
-RUNS = ((16, 64), (64, 64), (256, 64), (1024, 256), (256, 256))  # training questions, steps of 4
+RUNS = ((16, 64), (64, 64), (256, 64))  # training questions, steps of 4
+LONGER = ((256, 256), (1024, 256))  # one seed
+TAGGER_RATES = (2e-4, 6e-4, 2e-3)
+TAGGER_STEPS = 256  # of 16
 NEW_TOKENS = 96
 VALIDATION, TEST, REVIEWS = 32, 60, 48  # rows
-TOY = {"SEEDS": (0,), "PROMPTS": PROMPTS[1:6:4], "RATES": RATES[1:2], "RUNS": ((4, 2),), "NEW_TOKENS": 4,
+TOY = {"SEEDS": (0,), "PROMPTS": PROMPTS[1:6:4], "RATES": RATES[1:2], "RUNS": ((4, 2),), "LONGER": ((4, 3),), "NEW_TOKENS": 4,
+       "TAGGER_RATES": TAGGER_RATES[1:2], "TAGGER_STEPS": 2,
        "VALIDATION": 2, "TEST": 2, "REVIEWS": 2}  # fmt: skip
 
 
@@ -150,6 +157,17 @@ class Work:
         found = self.answered(model, rows, [[]] * len(rows))
         return found | {"general": self.general(model), "seconds": run.seconds, "loss": run.history[-1]["loss"]}
 
+    def tagged(self, rows: list[dict], rate: float, count: int, seed: int) -> dict[str, float]:
+        known = [{"tokens": row["tokens"], "label": row["tags"]} for row in subset(self.data["train"], count, seed)]
+        options = dict(task="token-classification", num_labels=len(self.names), seed=seed)
+        model, tokenizer = ftlib.load_model("minilm", **options), ftlib.load_tokenizer("minilm")
+        config = ftlib.TrainConfig(max_steps=TAGGER_STEPS, batch_size=16, learning_rate=rate, seed=seed, progress=False)
+        run = ftlib.fit(ftlib.unpad(model), ftlib.tokenize(known, tokenizer), tokenizer=tokenizer, config=config)
+        tags = ftlib.predict(model, [row["tokens"] for row in rows], tokenizer=tokenizer)
+        found = [slots({**row, "tags": own}, self.names) for row, own in zip(rows, tags, strict=True)]
+        wanted = [slots(row, self.names) for row in rows]
+        return scores(list(map(json.dumps, found)), wanted) | {"seconds": run.seconds, "loss": run.history[-1]["loss"]}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,18 +187,26 @@ def main() -> None:
     same, nearest = (best("prompts", [t for t in tries if t["way"] in ways], work.prompted)["k"]
                      for ways in (("none", "same"), ("nearest",)))  # fmt: skip
     start = {"count": most, "steps": RUNS[-1][1] if given.toy else 64, "seed": 0}
-    rate = best("rates", [{"rate": rate, **start} for rate in RATES], work.tuned)["rate"]
+    lora_rate = best("rates", [{"rate": rate, **start} for rate in RATES], work.tuned)["rate"]
     table.row({"part": "general", "way": "untrained"}, lambda: {"general": work.general(work.plain)})
     for count, steps in RUNS:
         for seed in SEEDS:
             own = {"count": count, "seed": seed}
-            table.row({"part": "lora", "rate": rate, "steps": steps, **own},
-                      lambda own=own, steps=steps: work.tuned(work.test, rate, steps=steps, **own))  # fmt: skip
+            table.row({"part": "lora", "rate": lora_rate, "steps": steps, **own},
+                      lambda own=own, steps=steps: work.tuned(work.test, lora_rate, steps=steps, **own))  # fmt: skip
             key = {"way": "nearest", "k": nearest, **own}
             table.row({"part": "nearest", **key}, lambda key=key: work.prompted(work.test, **key))
             table.row({"part": "copy", **own}, lambda own=own: work.copied(**own))
             key = {"way": "same", "k": same, "count": same, "seed": seed}
             table.row({"part": "few-shot", **key}, lambda key=key: work.prompted(work.test, **key))
+    start = {"count": most, "seed": 0}
+    rate = best("tagger rates", [{"rate": rate, **start} for rate in TAGGER_RATES], work.tagged)["rate"]
+    for (count, _), seed in itertools.product(RUNS, SEEDS):
+        own = {"rate": rate, "count": count, "seed": seed}
+        table.row({"part": "tagger", **own}, lambda own=own: work.tagged(work.test, **own))
+    for count, steps in LONGER:
+        own = {"rate": lora_rate, "count": count, "steps": steps, "seed": SEEDS[0]}
+        table.row({"part": "longer", **own}, lambda own=own: work.tuned(work.test, **own))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ TOTAL = 525
 TESTS = (
     "tests/test_cuda.py", "tests/engine/test_checkpoints.py", "tests/engine/test_compiling.py",
     "tests/engine/test_distributed.py", "tests/methods/test_features.py", "tests/methods/test_unpadding.py",
+    "tests/methods/test_unpadding_decoders.py",
     "tests/show/test_setup.py",
 )  # fmt: skip
 NAMED = "cuda or gpu"

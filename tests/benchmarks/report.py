@@ -411,6 +411,23 @@ def memory() -> str:
     return "\n\n".join(parts)
 
 
+HEADS = ("all logits at once", "in chunks", "F.linear_cross_entropy")
+
+
+def head_memory() -> str:
+    """What head and loss of a language model hold, a line a vocabulary and precision; ratio: in chunks to at once."""
+    rows, table = rows_of("head_memory"), []
+    for words, precision, trains in dict.fromkeys((row["words"], row["precision"], row["trains"]) for row in rows):
+        same = chosen(rows, words=words, precision=precision, trains=trains)
+        found = {row["method"]: row["mb"] for row in same}
+        line = {"vocabulary": f"{words:,}", "precision": precision, "the head": "trains" if trains else "is frozen"}
+        line |= {f"{method}, MB": round(found[method]) if method in found else "" for method in HEADS}
+        table.append(line | {"ratio": found["in chunks"] / found["all logits at once"]})
+    what = f"Head and cross-entropy of {rows[0]['tokens']:,} tokens, 576 wide, forward and backward"
+    shown = results_table(table, digits=2)._repr_markdown_()
+    return f"{what}:\n\n{shown}\n\n*{source('head_memory')}*"
+
+
 # ------------------------------------------------------------------------------------------------------ the GPU day
 
 NO_GPU = "No GPU has been measured so far; `make gpu-day` does it, in nine minutes."
@@ -812,7 +829,11 @@ def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
     parts = [strategies(), multitask(), methods(), speed(), profiles(), half_precision(), *language_models()]
     results = "\n\n".join(parts)
-    tables = [section("results", results), section("gpu-day", gpu_day()), section("memory", memory())]
+    tables = [
+        section("results", results),
+        section("gpu-day", gpu_day()),
+        section("memory", f"{memory()}\n\n{head_memory()}"),
+    ]
     tables.append(section("faults", reliability()))
     return {"README.md": [section("headlines", headlines())], "tests/benchmarks/README.md": tables}
 

@@ -173,6 +173,8 @@ def test_answers_end_at_every_end_token_and_special_tokens_are_left_out():
     assert generate(model, prompts, **options) == ["bc", "<other>", "c"]  # as text: it is no special token
     model.generation_config = GenerationConfig()
     assert generate(model, [[ids["a"]]], **options) == ["bc"]  # the tokenizer's own
+    found = generate(model, [[ids["a"]], [ids["e"]]], tokens=True, tokenizer=tokenizer, max_new_tokens=4)
+    assert found == [[ids[word] for word in words] for words in (["b", "<note>", "c", "<end>"], ["<pad>"] * 4)]
 
 
 def test_a_model_without_an_end_token_answers_to_the_last():
@@ -586,6 +588,7 @@ def test_a_conversation_without_a_template():
         ({"stop": ("a", "")}, "none of them empty"),
         ({"stop": ""}, "none of them empty"),
         ({"stop": [3]}, "need texts"),
+        ({"stop": "a", "tokens": True}, "leave it out with tokens=True"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

@@ -168,14 +168,16 @@ def test_attend_with_dropout_has_the_right_mean_and_gradient():
     assert torch.autograd.gradcheck(seeded, inputs)
 
 
-@pytest.mark.parametrize("lengths", [[5], [3, 3, 7, 1], [150, 2]])
-def test_attend_in_half_precision_is_attend_of_the_same_numbers(lengths):
+@pytest.mark.parametrize(("lengths", "causal"), [
+    ([5], False), ([3, 3, 7, 1], False), ([150, 2], False), ([3, 7, 1], True), ([150, 2], True), ([400, 2], True),
+])  # fmt: skip
+def test_attend_in_half_precision_is_attend_of_the_same_numbers(lengths, causal):
     """The result, and the gradients, rounded to bfloat16 at the end: within 2 units in its last place."""
     wide = [torch.randn(2, sum(lengths), 8).bfloat16().float().requires_grad_() for _ in range(3)]
     half = [x.detach().bfloat16().requires_grad_() for x in wide]
     with torch.autocast("cpu", torch.bfloat16):
-        mine = speedups.attend(*half, lengths, scale=8**-0.5)
-    theirs = speedups.attend(*wide, lengths, scale=8**-0.5)
+        mine = speedups.attend(*half, lengths, scale=8**-0.5, causal=causal)
+    theirs = speedups.attend(*wide, lengths, scale=8**-0.5, causal=causal)
     assert mine.dtype == torch.bfloat16
     torch.testing.assert_close(mine.float(), theirs, atol=2**-6, rtol=2**-6)
     for out in (mine, theirs):
@@ -283,7 +285,7 @@ def test_rms_norm_of_double_precision_is_the_stock_one(tiny_model):
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [2, 2, 2], [90, 90, 4], [150, 2], [300, 20, 257, 3], [300]])
 @pytest.mark.parametrize("shared", [1, 2])
 def test_causal_attention_and_heads_that_share_keys(lengths, shared):
-    """Each example is PyTorch's own causal attention of it; rows longer than LONG go another way."""
+    """Each example is PyTorch's own causal attention of it; rows longer than SHORT go another way."""
     query = torch.randn(4, sum(lengths) + 3, 8)  # three tokens of no row
     key, value = (torch.randn(4 // shared, sum(lengths) + 3, 8) for _ in range(2))
 

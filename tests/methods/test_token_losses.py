@@ -1,6 +1,7 @@
 """Loss and gradients in chunks against the stock models' own, which hold all logits."""
 
 import copy
+import json
 import os
 import socket
 import subprocess
@@ -534,3 +535,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_program_that_measures_memory_runs(tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks/head_memory.py"
+    done = subprocess.run([sys.executable, program, "--toy", "--results", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *others = json.loads((tmp_path / "head_memory.json").read_text())["rows"]
+    assert others and all(row["loss"] == pytest.approx(first["loss"], rel=1e-5) for row in others)

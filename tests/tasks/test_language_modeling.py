@@ -312,6 +312,22 @@ def test_completion_alone_is_trained(kind, prompt, completion):
     assert answer[-1] == tokenizer.eos_token_id
 
 
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_prompt():
+    tokenizer = byte_level()
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = both
+    row = encode(tokenizer, {"prompt": "Hi you.", "completion": " Hello"}, "row 0")
+    assert marked(row, tokenizer) == "<s>Hi you.⟦ Hello</s>⟧"  # one end token, and none in between
+    assert prompt_ids(tokenizer, "Hi you.", "prompt 0") == tokenizer("Hi you.")["input_ids"][:-1]
+
+
+def test_a_token_that_nothing_predicts_is_not_enough_to_train_on():
+    tokenizer = byte_level(size=258)  # a byte each
+    assert encode(tokenizer, {"text": "ab"}, "row 3", max_length=2)["labels"] == tokenizer("ab")["input_ids"]
+    with pytest.raises(ValueError, match="row 3: no token would be trained"):
+        encode(tokenizer, {"text": "ab"}, "row 3", max_length=1)
+
+
 def test_a_prompt_has_the_tokens_it_has_alone_though_they_would_merge_with_what_follows():
     vocabulary = {
         token: i for i, token in enumerate(["<s>", "</s>", *"thear", "at", "eat", "th", "the", "theat", "re"])
