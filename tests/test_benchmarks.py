@@ -463,12 +463,58 @@ def test_the_fastest_settings_are_those_whose_loss_is_right(program):
     assert program("language_model").fastest(rows) == ["more", "packs", "pads"]
 
 
+def test_a_process_that_dies_is_a_row_and_the_others_go_on(program, monkeypatch, tmp_path):
+    language_model = program("language_model")
+    script = tmp_path / "way.py"
+    script.write_text(
+        "import json, os, sys\nname = sys.argv[sys.argv.index('--serve') + 1]\n"
+        "say = lambda **what: print('@' + json.dumps(what), flush=True)\nsay(ready=True)\n"
+        "if name == 'dies at once': os.kill(os.getpid(), 9)\n"
+        "for i in (1, 2):\n    sys.stdin.readline()\n"
+        "    if name == 'refuses': sys.exit('no such setting')\n"
+        "    say(seconds=2.0 / i, loss=1.0, tokens=10, trained=5)\nsay(alone=1.5, peak_mb=3.0, above_mb=1.0)\n"
+    )
+    monkeypatch.setattr(language_model, "__file__", str(script))
+    names = {"dies at once": {}, "TRL, as it comes": {}, "refuses": {"packing": True}}
+    dead, good, refused = language_model.compared("lora", names, 1, True)
+    assert dead == {"method": "dies at once", "missing": "ended with -9: killed, as where memory runs out"}
+    assert refused["missing"] == "ended with 1: no such setting"
+    assert (good["per_second"], good["off_alone"], good["peak_mb"]) == (10.0, 0.5, 3.0)
+
+
 def test_an_answer_has_the_words_of_every_slot(program):
     answer = program("language_model").answer
     tags = ["O", "B-city", "I-city", "B-day", "I-day"]
     row = {"tokens": "to new york or boston on monday".split(), "tags": [0, 1, 2, 0, 1, 0, 3], "intent": 1}
     said = json.loads(answer(row, tags, ["fare", "flight"]))
     assert said == {"intent": "flight", "slots": {"city": ["new york", "boston"], "day": "monday"}}
+
+
+def test_slots_of_an_answer_are_counted_by_pairs(program):
+    atis = program("atis_json")
+    tags = ["O", "B-city", "I-city", "B-day"]
+    row = {"tokens": "to new york or boston on monday".split(), "tags": [0, 1, 2, 0, 1, 0, 3]}
+    wanted = atis.slots(row, tags)
+    assert wanted == {"city": ["new york", "boston"], "day": "monday"}
+    said = 'Here: {"city": ["boston", "york"], "day": "monday"} and more'
+    assert atis.scores([said], [wanted]) == {"valid": 0.0, "exact": 0.0, "f1": 4 / 6}  # 2 of 3 said, 2 of 3 wanted
+    assert atis.scores([json.dumps(wanted), "none"], [wanted, {"day": "friday"}]) == {
+        "valid": 0.5, "exact": 0.5, "f1": 6 / 7,
+    }  # fmt: skip
+    assert atis.read('["a"]') is None and atis.read("{'a': 1}") is None
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/smollm2/model.safetensors").is_file(), reason="SmolLM2's weights: make data fetches them"
+)
+def test_atis_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "atis_json.py")
+    assert {row["part"] for row in rows} == {
+        "prompts", "rates", "general", "lora", "nearest", "copy", "few-shot", "tagger rates", "tagger", "longer",
+    }  # fmt: skip
+    assert all(0 <= row["f1"] <= 1 for row in rows if row["part"] != "general")
+    changed = [row["general"] for row in rows if row["part"] in ("general", "lora")]
+    assert 0.5 < changed[0] < 3 and 0 < abs(changed[1] - changed[0]) < 0.1  # bits a byte; two steps
 
 
 def test_every_remedy_trains(program):

@@ -76,7 +76,8 @@ def head_modules(model: nn.Module) -> list[str]:
     base = base_of(model)
     if base is model:
         return []
-    shared = {id(p) for p in base.parameters()}  # the output layer of a language model, say, with the words' weights
+    words = getattr(model, "get_output_embeddings", lambda: None)()  # a decoder's output layer: pretrained, tied or not
+    shared = {id(p) for part in (base, *(m for m in model.children() if m is words)) for p in part.parameters()}
     parts = [(name, child) for name, child in model.named_children() if base not in child.modules()]
     outside = [name for name, child in parts if any(id(p) not in shared for p in child.parameters())]
     pooler = getattr(base, "pooler", None)

@@ -50,7 +50,8 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
     """Choose what trains, in place; returns a report.
 
     Args:
-        strategy, with its options; all but "full" also train the head, and with it BERT's pooler.
+        strategy, with its options; all but "full" also train the head, and with it BERT's pooler (but
+            not a language model's output layer, which is pretrained).
             "full": everything.  "head-only": nothing else.  "frozen-embeddings": all Transformer layers.
             "last-layers" (layers=2): the last Transformer layers, of an encoder-decoder those of its decoder.
             "bitfit": all biases (Ben Zaken et al. 2022, arXiv:2106.10199).
@@ -96,7 +97,8 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
         moving = _apply(model, base, strategy, {k: v for k, v in options.items() if k != "seed"}, tuning)
     if moving is not None:  # None: PEFT has chosen
         inside, pooler = {id(p) for p in base.parameters()}, getattr(base, "pooler", None)
-        head = [p for p in model.parameters() if id(p) not in inside]
+        parts = [model.get_submodule(name).parameters() for name in anatomy.head_modules(model)]
+        head = [p for part in (model.parameters(recurse=False), *parts) for p in part if id(p) not in inside]
         _free(model, [*moving, *head, *([pooler] if pooler is not None and strategy != "full" else [])])
     regularization.remove_mixout(model)
     if strategy == "mixout":

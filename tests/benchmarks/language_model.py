@@ -8,21 +8,22 @@ the same rows in the same batches (but where a setting of TRL's makes its own: p
 trained tokens, rate, AdamW and clipping.  LoRA: rank 8 on the query and value projections.
 
 Each way is a process of its own.  They take turns, a step each, so that a round is the same batch for all of them; the
-first step, with all that is prepared in it, is left out.  Full fine-tuning is measured in two such groups, both with
-TRL, as all its processes do not fit into 24 GB.  Seconds are of a step whole: batch, forward and backward pass,
+first step, with all that is prepared in it, is left out.  At most four processes are there at once, as more do not fit
+into 24 GB: three groups, each with TRL as it comes.  Seconds are of a step whole: batch, forward and backward pass,
 clipping, optimizer (TRL fetches the next batch between the steps, unmeasured).  Tokens are those of the rows, padding
 not counted.  Peak memory is of the whole process; and less what it held with the model loaded.  Exactness: how far the
 loss of a step is at most from that of the plain loop in float32 with the same batches; of ways with other batches, how
 far the first loss is from the same rows' loss one by one.
 
-TRL's best settings are searched first, TRL_SETTINGS side by side: all of them for LoRA, the three fastest of these for
-full fine-tuning, one measured step each.  Not among them: torch_compile (it compiles anew for other shapes, longer than
-this whole measurement takes), Liger's kernels (they are Triton's, for GPUs), further processes that load data (the rows
-are tokenized already).
+TRL's best settings are searched first, one of TRL_SETTINGS after the other, a measured step each: all of them for
+LoRA, the three fastest of these for full fine-tuning.  Not among them: torch_compile (it compiles
+for longer than these few steps take, and anew for other shapes), Liger's kernels (they are Triton's, for GPUs), further
+processes that load data (the rows are tokenized already).
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import json
@@ -51,7 +52,9 @@ PACKED = {"packing": True, "per_device_train_batch_size": 2}  # of max_length=10
 FOURS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
 DEFAULT, BEST = "TRL, as it comes", "TRL, best settings found"
-PLAIN = "plain loop, float32"
+PLAIN, SINGLE = "plain loop, float32", "ftlib.fit, unpad, float32"
+LOOPS = (PLAIN, "plain loop, bf16")
+OURS = ("ftlib.fit, unpad", "ftlib.fit, unpad, max_tokens=512")
 TRL_SETTINGS: dict[str, dict[str, Any]] = {  # what a careful user would try on a CPU
     DEFAULT: {},  # bf16, gradient checkpointing, SDPA, fused AdamW
     "TRL, packing": PACKED,
@@ -65,11 +68,11 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {  # what a careful user would try on 
     "TRL, no checkpointing, 4 x 4 rows, eager": NO_CHECKPOINTS | FOURS | {"attn_implementation": "eager"},
 }
 OTHERS: dict[str, Any] = {
-    PLAIN: functools.partial(decoders.plain, bf16=False),
-    "plain loop, bf16": functools.partial(decoders.plain, bf16=True),
-    "ftlib.fit, unpad, float32": functools.partial(decoders.fit, precision="fp32"),
-    "ftlib.fit, unpad": decoders.fit,
-    "ftlib.fit, unpad, max_tokens=512": functools.partial(decoders.fit, max_tokens=512),
+    LOOPS[0]: functools.partial(decoders.plain, bf16=False),
+    LOOPS[1]: functools.partial(decoders.plain, bf16=True),
+    SINGLE: functools.partial(decoders.fit, precision="fp32"),
+    OURS[0]: decoders.fit,
+    OURS[1]: functools.partial(decoders.fit, max_tokens=512),
 }
 EXACT = 0.05  # a loss further from the right one than bf16 rounds it is of another sum
 
@@ -187,27 +190,31 @@ class Process:
             if line.startswith("@"):
                 return json.loads(line[1:])
         self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines() or ["it ended"]
-        self.missing = lines[-1][:300]
+        lines = self.said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        code = self.process.wait()
+        why = "killed, as where memory runs out" if code == -9 else lines[-1][:300]
+        self.missing = f"ended with {code}: {why}"
         print("\n".join(lines[-20:]), file=sys.stderr)
         return {}
 
     def step(self) -> None:
         if self.missing:
             return
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile: what it said is read now
+            print(file=self.process.stdin, flush=True)
         if record := self.read():
             self.steps.append(record)
 
     def end(self) -> dict[str, Any]:
         found = {"missing": self.missing} if self.missing else self.read()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         return found
 
 
-def compared(part: str, names: dict[str, dict[str, Any]], right: list[float], rounds: int, toy: bool) -> list[dict]:
-    """A row a way: 1 + `rounds` steps each, in turn.  right: the plain loop's losses, where they are known."""
+def compared(part: str, names: dict[str, dict[str, Any]], rounds: int, toy: bool) -> list[dict]:
+    """A row a way: 1 + `rounds` steps each, in turn."""
     ways = {name: Process(name, part, settings, rounds + 1, toy) for name, settings in names.items()}
     for way in ways.values():
         way.read()  # that it is ready
@@ -216,7 +223,6 @@ def compared(part: str, names: dict[str, dict[str, Any]], right: list[float], ro
             way.step()
     found = {name: way.end() for name, way in ways.items()}
     rates = {n: [one["tokens"] / one["seconds"] for one in way.steps[1:]] for n, way in ways.items() if not way.missing}
-    right = right or ([one["loss"] for one in ways[PLAIN].steps] if PLAIN in ways else [])
     rows = []
     for name, way in ways.items():
         if way.missing:
@@ -232,8 +238,6 @@ def compared(part: str, names: dict[str, dict[str, Any]], right: list[float], ro
         row |= {"settings": way.settings, "losses": losses, "steps": way.steps}
         if alone is not None:
             row["off_alone"] = abs(losses[0] - alone)
-        if right and not own_batches(way.settings):
-            row["off_plain"] = max(abs(a - b) for a, b in zip(losses, right, strict=True))
         rows.append(row)
     return rows
 
@@ -274,19 +278,20 @@ def main() -> None:
 
 
 def measure(part: str, rounds: int, toy: bool, table: Table) -> None:
-    """Search and comparison; what was measured today with these versions stays."""
+    """Search and comparison; what was measured today with these versions stays, by group."""
 
     def unit(name: str, groups: list[dict[str, dict]], rounds: int) -> list[dict]:
-        """The rows of one comparison: those that are there, or new ones."""
-        methods = dict.fromkeys(method for group in groups for method in group)
-        if [row["method"] for row in chosen(table, part=name, **table.stamp)] != [*methods]:
-            words = f"SmolLM2-135M, {'LoRA' if part == 'lora' else 'full fine-tuning'}, {BATCH} rows a step"
-            same = {"work": words, "lengths": lengths(work(part, rounds + 1, toy))}
-            rows: dict[str, dict] = {}
-            for group in groups:
-                found = compared(part, group, rows.get(PLAIN, {}).get("losses", []), rounds, toy)
-                rows = {row["method"]: row for row in found} | rows
-            table.replace({"part": name}, [same | rows[method] for method in methods])
+        """The rows of one comparison: those that are there, and new ones; few processes at a time fit into memory."""
+        wanted = {method: settings for group in groups for method, settings in group.items()}
+        held = [row for row in chosen(table, part=name, **table.stamp) if "missing" not in row]
+        rows = {row["method"]: row for row in held if row["settings"] == wanted.get(row["method"])}
+        words = f"SmolLM2-135M, {'LoRA' if part == 'lora' else 'full fine-tuning'}, {BATCH} rows a step"
+        same = {"work": words, "lengths": lengths(work(part, rounds + 1, toy))}
+        for group in groups:
+            if not {*group} <= {*rows}:
+                rows = {row["method"]: row for row in compared(part, group, rounds, toy)} | rows
+                compare_losses(rows)
+                table.replace({"part": name}, [same | rows[method] for method in wanted if method in rows])
         return chosen(table, part=name)
 
     settings = TRL_SETTINGS
@@ -294,12 +299,20 @@ def measure(part: str, rounds: int, toy: bool, table: Table) -> None:
         settings = {name: settings[name] for name in settings if name in (DEFAULT, *before[:3])}
     if toy:
         settings = {"TRL, no checkpointing, packing": settings["TRL, no checkpointing, packing"]}
-    found = fastest(unit(f"{part}, search", [settings], 1))
-    anchors = {DEFAULT: {}, BEST: TRL_SETTINGS[found[0]]}
-    groups = [[PLAIN, "ftlib.fit, unpad, float32"]] if toy else [[*OTHERS]]
-    if part == "full":  # all at once do not fit into 24 GB
-        groups = [[*OTHERS][:3], [*OTHERS][3:]]
-    unit(part, [anchors | {name: {} for name in group} for group in groups], rounds)
+    found = fastest(unit(f"{part}, search", [{name: own} for name, own in settings.items()], 1))
+    anchor, best = {DEFAULT: {}}, {BEST: TRL_SETTINGS[found[0]]}
+    groups = [anchor | best | {name: {} for name in OURS}, anchor | {name: {} for name in LOOPS}, anchor | {SINGLE: {}}]
+    if toy:
+        groups = [anchor | best | {PLAIN: {}, SINGLE: {}}]
+    unit(part, groups, rounds)
+
+
+def compare_losses(rows: dict[str, dict[str, Any]]) -> None:
+    """How far each way is at most from the plain loop in float32, where the batches are the same."""
+    right = rows.get(PLAIN, {}).get("losses")
+    for row in rows.values() if right else ():
+        if "losses" in row and not own_batches(row["settings"]):
+            row["off_plain"] = max(abs(a - b) for a, b in zip(row["losses"], right, strict=True))
 
 
 def own_batches(settings: dict[str, Any]) -> bool:

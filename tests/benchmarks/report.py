@@ -677,7 +677,8 @@ def language_model(rows: list[dict], tried: list[dict]) -> str:
         line = {"method": row["method"], "tokens a second": round(row["per_second"])}
         for base, short in ((TRL, "TRL"), (TRL_BEST, "TRL's best")):
             if base in held:
-                line[f"× {short}"] = f"{row['against'][base]['median']:.2f}"
+                ratio = row["against"].get(base)  # not all ways were measured beside the best settings
+                line[f"× {short}"] = f"{ratio['median']:.2f}" if ratio else ""
         line |= {"peak MB": round(row["peak_mb"]), "above the model MB": round(row["above_mb"])}
         if TRL in held:
             line["of TRL's"] = f"{row['peak_mb'] / held[TRL]['peak_mb']:.2f}"

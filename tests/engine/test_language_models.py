@@ -1,4 +1,4 @@
-"""A causal language model through every door: fit, evaluate, checkpoints, adapters, several processes, disk, run.toml."""
+"""A causal language model through every door: fit, evaluate, checkpoints, adapters, processes, disk, run.toml."""
 
 import json
 import math
@@ -48,8 +48,8 @@ def tiny(kind="llama", seed=0, **options):
         eos_token_id=TOKENIZER.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     if kind == "gpt2":
-        sizes = {"vocab_size": 264, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "embd_pdrop": 0.0,
-                 "attn_pdrop": 0.0, "resid_pdrop": 0.0, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}  # fmt: skip
+        sizes = dict(vocab_size=264, n_embd=16, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, eos_token_id=1)
+        sizes |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | options)).eval()
@@ -165,6 +165,15 @@ def test_adapters_train_save_and_load(kind, options, tmp_path):
         assert abs(stock_loss(merged, rows) - expected) < 1e-5
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_layer_is_no_new_head(tied):
+    model = tiny(tie_word_embeddings=tied)
+    ftlib.tune(model, "lora")
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    with pytest.raises(ValueError, match="'head-only' needs a task head"):
+        ftlib.tune(tiny(tie_word_embeddings=tied), "head-only")
+
+
 def test_through_peft_with_a_lora_on_the_head():
     rows, model = answers(), tiny(tie_word_embeddings=False)
     ftlib.tune(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4, task_type="CAUSAL_LM"))
@@ -255,7 +264,8 @@ distributed.stop()
 def test_two_processes_take_the_steps_of_one(tmp_path):
     (tmp_path / "two.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(tmp_path / "two.py"), str(tmp_path / "out.pt")], capture_output=True, text=True)
+    command = [*torchrun, str(tmp_path / "two.py"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert len(found) == 8
@@ -298,11 +308,11 @@ def test_what_has_no_meaning_for_a_language_model_is_said():
     for options, said in (
         (dict(loss=F.cross_entropy), "loss= takes logits"),
         (dict(config=quick(r_drop=1.0, dropout=0.1)), "r_drop"),
-        (dict(config=quick(patience=1, metric="f1"), eval_dataset=rows), "metric='f1': evaluation gives loss, perplexity"),
+        (dict(config=quick(patience=1, metric="f1"), eval_dataset=rows), "'f1': evaluation gives loss, perplexity"),
     ):
         with pytest.raises(ValueError, match=said):
             fit(model, rows, **{"config": quick()} | options)
-    with pytest.raises(ValueError, match="ftlib.generate"):
+    with pytest.raises(ValueError, match=r"ftlib\.generate"):
         ftlib.predict(model, ["a"], tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="generate= needs tokenizer="):
         evaluate(model, rows, generate={})

@@ -188,7 +188,8 @@ def tidy(output: dict) -> dict:
         output["traceback"] = [portable(line) for line in output["traceback"]]
         output["evalue"] = portable(output["evalue"])
     if "data" in output:
-        output["metadata"] = {}
+        kept = {mime: own.get("alt") for mime, own in output.get("metadata", {}).items() if isinstance(own, dict)}
+        output["metadata"] = {mime: {"alt": text} for mime, text in kept.items() if text}  # for screen readers
         output["data"] = {
             mime: body.splitlines(keepends=True) if mime.startswith("text/") else body
             for mime, body in output["data"].items()
