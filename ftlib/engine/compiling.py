@@ -20,7 +20,7 @@ from ..methods.adapters import adapters_of
 from ..methods.optimizing import tuning_of
 from ..methods.regularization import dropout_rate
 from ..methods.speedups import shortcuts
-from ..tasks.task import TASKS, tasks_of
+from ..tasks.task import TASKS, kind_of
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             elif config.shortcuts:
                 stack.enter_context(shortcuts(model))
             stack.enter_context(dropout_rate(model, config.dropout))
-            if any(not TASKS[kind].labelled for kind, _ in tasks_of(model).values()):  # a language model's own loss
+            if (kind := kind_of(model)) and not TASKS[kind].labelled:  # a language model sums its own loss
                 stack.enter_context(token_losses.in_chunks(model, config.label_smoothing))
             yield
     finally:

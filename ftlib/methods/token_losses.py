@@ -174,7 +174,7 @@ def _sum(lm, output, head, hidden, targets, places, smoothing=0.0) -> Tensor:
 
 
 def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
-    """`_forward` on the language model inside; ValueError where its own loss is not that of the next token alone."""
+    """`_forward` on the language model inside; ValueError where its loss is not that of the next token, unseen."""
     lm = anatomy.unwrapped(getattr(model, "module", model))  # in DDP, in PEFT
     peft = getattr(getattr(lm, "tuning", None), "peft", None)
     if peft is not None and peft.active_peft_config.is_prompt_learning:
@@ -186,6 +186,10 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
             own = float(lm(**inputs).loss)
             with anatomy.forwards({lm: partial(_forward, lm.forward, _sum)}):
                 ours = float(lm(**inputs).loss) / 7
+            before = [lm(input_ids=ids[:, :n]).logits[0, 0].float() for n in (4, 8)]
+        if not torch.allclose(*before, atol=1e-4 if lm.dtype == torch.float32 else 0.1, rtol=1e-2):
+            remedy = "load a decoder, or the model with is_decoder=True"
+            raise ValueError(f"{anatomy.kind_of(lm)}: a token sees those after it, the answer among them; {remedy}")
         if not abs(own - ours) < (1e-4 if lm.dtype == torch.float32 else 1e-2) * abs(own):
             what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy as next tokens {ours:.5g}"
             raise ValueError(f"{anatomy.kind_of(lm)}: {what}, so it can't be computed in chunks")

@@ -8,7 +8,7 @@ temperature 0.7, 48 tokens at most.  Parts:
 answers     four answers to each of 96 training and 32 validation questions.  A pair is the shortest and the longest of
             those that came to their end, where they are 5 words apart or more.
 search      three learning rates for each method: the loss of the validation pairs after STEPS steps, seed 0.
-            Fine-tuning does best at RATE; DPO's loss falls with the rate, as it knows nothing of what is lost: RATE too.
+            Fine-tuning does best at RATE; DPO's loss falls with the rate, knowing nothing of what is lost: RATE too.
 preference  training on 64 pairs, 8 a step, by DPO at three betas and by fine-tuning on the chosen answers; and the
             model as it is, asked as always, and asked for eight words.  Then answers to 32 test questions: their words,
             whether they share a long word with the question, their KL to the model as it was (its log-probability

@@ -543,3 +543,12 @@ def test_the_program_that_measures_memory_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, *others = json.loads((tmp_path / "head_memory.json").read_text())["rows"]
     assert others and all(row["loss"] == pytest.approx(first["loss"], rel=1e-5) for row in others)
+
+
+def test_an_encoder_in_a_language_models_place_is_refused():
+    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    both, back = (transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=on)) for on in (False, True))
+    with pytest.raises(ValueError, match="bert: a token sees those after it"):
+        in_chunks(both)
+    with in_chunks(back):
+        assert back(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss > 0
