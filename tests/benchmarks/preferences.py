@@ -289,7 +289,7 @@ def main() -> None:
                 table.row(key, partial(preferred, method, beta or 0.1, RATE, seed, rows))
     if "reward" in options.only:
         for seed in SEEDS:
-            for name, beta in (("count", 0.0), ("count", 0.1), ("once", 0.0)):
+            for name, beta in (("count", 0.0), ("count", 0.5), ("once", 0.0)):
                 key = {"part": "reward", "reward": name, "beta": beta, "rate": RATE, "seed": seed}
                 table.row(key, partial(rewarded, name, beta, seed))
 
