@@ -329,8 +329,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     refuse(
         (smoothing and loss is None and not any(record.smooths for record in records),
          f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
-        (config.r_drop and any(record.divergence is None for record in records),
-         f"r_drop={config.r_drop} compares predicted distributions of classes; not for {', '.join(kinds)}"),
+        *((config.r_drop, f"r_drop={config.r_drop} compares predicted distributions of classes; not for {kind}")
+          for kind in kinds if TASKS[kind].divergence is None),
         (loss is not None and not all(record.labelled for record in records),
          "loss= takes logits, which a language model never has all at once; give ftlib.steps a gradient function"),
         (config.patience and not held_out, "patience needs eval_dataset"),

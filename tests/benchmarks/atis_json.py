@@ -1,6 +1,6 @@
 """Results of notebook 08: SmolLM2 turns ATIS questions into JSON, by examples in the prompt or by LoRA, with seeds.
 
-    python tests/benchmarks/atis_json.py    # writes results/atis_json.json; resumes; 27 minutes of two CPU cores
+    python tests/benchmarks/atis_json.py    # writes results/atis_json.json; resumes
 
 Parts
 - prompts, rates: on validation questions, seed 0, 256 training questions: how many examples a prompt holds and which
