@@ -54,7 +54,8 @@ NO_CHECKPOINTS = {"gradient_checkpointing": False}
 DEFAULT, BEST = "TRL, as it comes", "TRL, best settings found"
 PLAIN, SINGLE = "plain loop, float32", "ftlib.fit, unpad, float32"
 LOOPS = (PLAIN, "plain loop, bf16")
-OURS = ("ftlib.fit, unpad", "ftlib.fit, unpad, max_tokens=512")
+OURS = ("ftlib.fit, unpad", "ftlib.fit, unpad, gradient_checkpointing")
+SMALL = "ftlib.fit, unpad, max_tokens=512"
 TRL_SETTINGS: dict[str, dict[str, Any]] = {  # what a careful user would try on a CPU
     DEFAULT: {},  # bf16, gradient checkpointing, SDPA, fused AdamW
     "TRL, packing": PACKED,
@@ -72,7 +73,8 @@ OTHERS: dict[str, Any] = {
     LOOPS[1]: functools.partial(decoders.plain, bf16=True),
     SINGLE: functools.partial(decoders.fit, precision="fp32"),
     OURS[0]: decoders.fit,
-    OURS[1]: functools.partial(decoders.fit, max_tokens=512),
+    OURS[1]: functools.partial(decoders.fit, gradient_checkpointing=True),
+    SMALL: functools.partial(decoders.fit, max_tokens=512),
 }
 EXACT = 0.05  # a loss further from the right one than bf16 rounds it is of another sum
 
@@ -301,7 +303,8 @@ def measure(part: str, rounds: int, toy: bool, table: Table) -> None:
         settings = {"TRL, no checkpointing, packing": settings["TRL, no checkpointing, packing"]}
     found = fastest(unit(f"{part}, search", [{name: own} for name, own in settings.items()], 1))
     anchor, best = {DEFAULT: {}}, {BEST: TRL_SETTINGS[found[0]]}
-    groups = [anchor | best | {name: {} for name in OURS}, anchor | {name: {} for name in LOOPS}, anchor | {SINGLE: {}}]
+    ours, others = ({name: {} for name in names} for names in (OURS, (SMALL, SINGLE)))
+    groups = [anchor | best | ours, anchor | {name: {} for name in LOOPS}, anchor | others]
     if toy:
         groups = [anchor | best | {PLAIN: {}, SINGLE: {}}]
     unit(part, groups, rounds)
