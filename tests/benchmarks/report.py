@@ -665,6 +665,23 @@ def language_models() -> list[str]:
 
 
 TRL, TRL_BEST = "TRL, as it comes", "TRL, best settings found"
+OURS, CHECKPOINTED = "ftlib.fit, unpad", "ftlib.fit, unpad, gradient_checkpointing"
+
+
+def decoder_headlines() -> list[tuple[str, str, str]]:
+    """Speed and memory beside TRL's SFTTrainer, on the first device that was measured."""
+    path = next(iter(sorted(RESULTS.glob("language_model-*.json"))))
+    held = {part: {row["method"]: row for row in rows_of(path.stem, part=part)} for part in ("lora", "full")}
+    against = held["lora"][OURS]["against"]
+    paired = [against[TRL], against[TRL_BEST]]
+    speed = [f"{one['median']:.2f} × ({one['min']:.2f} to {one['max']:.2f})" for one in paired]
+    memory = [f"{ways[CHECKPOINTED]['peak_mb'] / ways[TRL]['peak_mb']:.2f} ×" for ways in held.values()]
+    return [
+        ("LoRA on SmolLM2-135M, tokens a second, against TRL as it comes", speed[0], "language_model"),
+        ("the same, against TRL with the best settings found", speed[1], "language_model"),
+        ("peak memory of it, both with gradient checkpointing; and of full fine-tuning", " and ".join(memory),
+         "language_model"),
+    ]  # fmt: skip
 
 
 def language_model(rows: list[dict], tried: list[dict]) -> str:
@@ -812,6 +829,7 @@ def headlines() -> str:
         ("runs killed, stopped or damaged, that ended as if undisturbed", f"{survived:,} of {tried:,}", "faults"),
         (f"memory for the features of {long['rows']:,} short texts", f"{long['peak_gb']:.2f} GB", "long_features"),
     ]  # fmt: skip
+    table[4:4] = decoder_headlines()
     for words, part, work, rival, *_ in GOALS if devices(BERT) else ():
         if part == BERT and rival in (TRAINER, ENCODE) and (value := ratio(part, rival, work)):
             table.insert(4, (f"{words}, against {RIVALS[rival]}", value, "gpu_day"))
