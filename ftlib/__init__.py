@@ -17,20 +17,21 @@ _PUBLIC = {  # room and module -> the public names it defines
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
-    "engine.prediction": "evaluate predict", "engine.generation": "generate", "engine.saving": "save load",
+    "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
+    "engine.saving": "save load",
     "show.setup": "setup", "show.measuring": "measure",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
-    "tasks": "classification language_modeling metrics relations tagging task",
+    "tasks": "answers classification language_modeling metrics relations tagging task",
     "show": "logging measuring plots setup tables",
-    "inputs": "agreement assets corpora files pretrained reading rows sentence_folders tokenizing",
+    "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
-    "regularization speedups through_peft token_losses tuning unpadding",
-    "engine": "bases checkpoints compiling distributed feeding fit generation prediction range_test recovery runfile "
-    "saving settings task_gradients untrusted",
+    "regularization sequences speedups through_peft token_losses tuning unpadding",
+    "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
+    "recovery runfile saving settings task_gradients untrusted",
 }
 _ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}

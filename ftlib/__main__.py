@@ -110,13 +110,16 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
         parts = prepared(run, data, config.seed, note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    classes = ftlib.task.TASKS[run["task"]].labelled
+    record = ftlib.task.TASKS[run["task"]]
+    classes = record.labelled and not record.windows
     asked = [key for key in ("text", "text_pair") if key in run or (key == "text" and classes)]
     columns = {key: column_of(run, key, data) for key in asked} | ({"label": "label"} if classes else {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*labels that are text are numbered")  # said below
-        limit = run.get("max_length") or ftlib.rows.token_limit(ftlib.runfile.LENGTH, tokenizer, settings)
-        tokens = ftlib.tokenize(parts, tokenizer, max_length=limit, **columns, task=run["task"])
+        usual = ftlib.answers.LENGTH if record.windows else ftlib.runfile.LENGTH
+        limit = run.get("max_length") or ftlib.rows.token_limit(usual, tokenizer, settings)
+        options = dict(max_length=limit, task=run["task"], stride=run.get("stride"))
+        tokens = ftlib.tokenize(parts, tokenizer, **columns, **options)
     feature, label = tokens["train"].features["labels"], column_of(run, "label", data) if classes else ""
     names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)
     if names:
@@ -153,7 +156,8 @@ def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any
     if unused := [name for name in data if name not in found.values()]:
         say(f"not used: {', '.join(unused)}")
     parts = {split: data[name] for split, name in found.items() if name in data}
-    if ftlib.task.TASKS[run["task"]].labelled:
+    record = ftlib.task.TASKS[run["task"]]
+    if record.labelled and not record.windows:
         parts = ftlib.runfile.labelled(parts, column_of(run, "label", data), run["task"], say)
     if share:
         rows = parts["train"].shuffle(seed=seed, keep_in_memory=True)  # train_test_split would write beside the data

@@ -24,6 +24,7 @@ SNIPPETS = {
     "batch = {'input_ids': torch.tensor([[1, 2]]), 'labels': torch.tensor([1])}\n"
     "assert [r['step'] for r in steps(model, [[batch]] * 3, sgd, total=2)] == [1, 2]",
     "core/sampling.py": "assert next(plan({'': 1}, SimpleNamespace(shuffle=False, batch_size=1, seed=0))) == [('', 0)]",
+    "tasks/answers.py": "assert span({'text': ['b'], 'answer_start': [2]}, 'a b', 'row 0') == (2, 3)",
     "tasks/classification.py": "assert check_class(1, 2, 3, 'row 0') == 1",
     "tasks/language_modeling.py": "tokenizer.eos_token = '[UNK]'\n"
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
@@ -41,6 +42,9 @@ SNIPPETS = {
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
     "inputs/assets.py": "assert is_safe('a/b') and not is_safe('../b')",
     "inputs/corpora.py": "assert callable(load_corpus)",
+    "inputs/documents.py": "(folder / 'x.txt').write_text('A/DT cat/NN')\n"
+    "assert read_oanc(folder / 'x.txt')[0]['tags'] == ['DT', 'NN'] and set(READERS) > {'squad-v2'}",
+    "inputs/sdist.py": "assert callable(save)",
     "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
     "inputs/pretrained.py": "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"
@@ -50,6 +54,8 @@ SNIPPETS = {
     "inputs/sentence_folders.py": "assert recipe_of(str(folder)).pooling == 'mean'",
     "inputs/reading.py": "assert callable(as_dataset) and callable(load_folder)",
     "inputs/tokenizing.py": "assert encode_texts(['a b'], tokenizer)[0]['input_ids'] == [1, 2]",
+    "methods/sequences.py": "assert viterbi(torch.tensor([[[0.9, 0.8, 0.0], [0.0, 0.1, 2.0]]]), "
+    "bio_transitions(['O', 'B-x', 'I-x'])).tolist() == [[1, 2]]",
     "methods/adapters.py": "add_lora(model.bert, rank=2); assert adapters_of(model); merge_own(model)",
     "methods/attention.py": "q = torch.ones(1, 2, 3, 4)\n"
     "assert scaled_dot_product_attention(q, q, q).shape == (1, 2, 3, 4)",
@@ -74,6 +80,8 @@ SNIPPETS = {
     "methods/unpadding.py": "ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])\n"
     "before = model(ids, mask).logits; unpad(model)\n"
     "assert torch.allclose(model(ids, mask).logits, before, atol=1e-5); repad(model)",
+    "engine/answering.py": "at = torch.tensor([[0, 1], [2, 3]]).numpy()\n"
+    "assert _best(torch.ones(2, 2).numpy(), at, 'a b', 1)[:3] == (2, 0, 1)",
     "engine/bases.py": "model.save_pretrained(folder / 'm'); m = type(model).from_pretrained(folder / 'm')\n"
     "name, identity, words = put_down(m, {}, folder / 'x', folder / 'x')\n"
     "assert name == str(folder / 'm') and not words; fit_to(m, {}, identity, folder, given=False)",

@@ -3,9 +3,7 @@
     for record in steps(model, batches, optimizer, total=100):
         print(record["loss"])                     # evaluate, save, stop early: it is your loop, between two steps
 
-What a step computes is the business of `gradient`, a function (model, step) -> its loss that leaves gradients behind:
-`summed` is the plain one; several tasks, a teacher, noise for privacy are other functions of that form.
-
+What a step computes is the business of `gradient`, (model, step) -> its loss: `summed`, or another of that form.
 To copy: this file alone.
 """
 
@@ -20,7 +18,6 @@ from torch import nn
 
 IGNORE = -100  # the label that counts nowhere
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
-
 Batch = dict[str, Any]  # tensors on the model's device, "labels" among them
 Step = list[Batch]  # the micro-batches of one optimizer step
 Gradient = Callable[[nn.Module, Step], torch.Tensor]
@@ -35,13 +32,20 @@ def labelled(labels: torch.Tensor) -> int:
     return int((labels != IGNORE).sum())
 
 
+def logits_of(output: Any, batch: Batch) -> torch.Tensor:
+    """`output.logits`; of a model that marks answers, starts and ends, (batch, tokens, 2), -inf at padding."""
+    if not hasattr(output, "start_logits"):
+        return output.logits
+    both, mask = torch.stack((output.start_logits, output.end_logits), -1), batch.get("attention_mask")
+    return both if mask is None else both.masked_fill(mask[..., None] == 0, -math.inf)
+
+
 def summed(
     loss: Callable = cross_entropy, count: Callable = labelled, autocast: Callable = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Gradient:  # fmt: skip
-    """The plain gradient: the losses of all micro-batches summed, divided by the labelled items of the whole step.
+    """The plain gradient: losses summed, divided by the whole step's labelled items: 1 batch of 32 is as 4 of 8.
 
-    So 1 batch of 32 and 4 of 8 give the same gradient, however long their rows are.
     loss: (logits, labels) -> scalar, summed over items.  count: labels -> how many there are.
     """
 
@@ -51,7 +55,7 @@ def summed(
         for batch in step:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             with autocast():
-                part = loss(model(**inputs).logits, batch["labels"]) / items
+                part = loss(logits_of(model(**inputs), batch), batch["labels"]) / items
             (scaler.scale(part) if scaler else part).backward()
             total = total.to(part.device) + part.detach()
         return total
@@ -73,11 +77,10 @@ def schedule_factor(step: int, total: int, *, schedule: str = "linear", warmup: 
     if step < warmup:
         return step / warmup
     done = min((step - warmup) / max(total - warmup, 1), 1.0)  # 0 after warm-up, 1 at the end
-    shapes = {
+    return {
         "constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
         "exponential": 0.01**done, "range": 1e-5 ** (1.0 - done),
-    }  # fmt: skip
-    return shapes[schedule]
+    }[schedule]  # fmt: skip
 
 
 def steps(
@@ -89,10 +92,8 @@ def steps(
     """Steps `first` to `total` of a run; yields a record after each: step (from 1), loss, learning_rate, grad_norm.
 
     Args:
-        batches: for every step from `first` on the list of its micro-batches, on the model's device; where they end
-            before `total`, so does the run.  For one batch a step: ([batch] for batch in loader).
-        optimizer: the "lr" of its groups is the peak, which `schedule`, (step, total) -> factor, multiplies, e.g.
-            partial(schedule_factor, schedule="cosine", warmup=50); afterwards it is the peak again.
+        batches: a list of micro-batches on the model's device a step, from `first` on; where they end, so does the run.
+        optimizer: the "lr" of its groups is the peak, also afterwards; `schedule`: (step, total) -> factor.
         gradient: leaves the step's gradient in the parameters and returns its loss, a tensor; default: `summed()`.
         max_grad_norm: clip the gradient to this length; None: don't.
         scaler: a torch.amp.GradScaler, for fp16, whose overflows leave a step out; give it to `gradient` too.
@@ -121,8 +122,7 @@ def steps(
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # weights spread over processes
             value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()  # one wait
-            scale = scaler.get_scale() if scaler else 0.0  # overflow is the scaler's while it can scale down
-            good = math.isfinite(value) and (math.isfinite(length) or scale >= 1)
+            good = math.isfinite(value) and (math.isfinite(length) or (scaler and scaler.get_scale() >= 1))  # overflow
             record = {"step": number + 1, "loss": value, "grad_norm": length}
             record |= {"learning_rate": max(group["lr"] for group in groups)} | ({} if good else {"skipped": True})
             if good and max_grad_norm is not None and length > max_grad_norm:

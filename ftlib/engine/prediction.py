@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.batches import IGNORE, collate, one_of, split_by_size, to_device
+from ..core.batches import IGNORE, collate, one_of, refuse, split_by_size, to_device
+from ..core.loop import logits_of as read_logits
 from ..inputs.agreement import Padding, agree
 from ..inputs.reading import SUFFIXES, as_dataset
 from ..inputs.rows import Door, Rows, checked, is_stream, listed, rows_for, take, token_limit
@@ -23,9 +24,9 @@ from ..methods import token_losses
 from ..methods.speedups import shortcuts
 from ..tasks import language_modeling
 from ..tasks.task import TASKS, given_names, names_of, tasks_of
-from . import distributed
+from . import answering, distributed
 
-OUTPUTS = ("labels", "names", "probabilities", "logits")
+OUTPUTS = ("labels", "names", "probabilities", "logits", "entities")
 
 
 def batches_of(
@@ -62,8 +63,8 @@ def batches_of(
             if not tokens:
                 batch.pop("labels", None)
             with (autocast or nullcontext)():
-                output = model(**to_device(batch, device), **named)
-            found = output if several or task else output.loss if tokens else output.logits
+                output = model(**(batch := to_device(batch, device)), **named)
+            found = output if several or task else output.loss if tokens else read_logits(output, batch)
             yield (indices if counts else []), rows, found
 
 
@@ -73,19 +74,18 @@ def _of_tokens(model: nn.Module) -> bool:
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
-    """The logits of every row, float32, in order; for tags (tokens, classes), else (classes,).
+    """The logits of every row, float32, in order; for tags and answers (tokens, classes), else (classes,).
 
     options: those of `batches_of`.  With shared=True every process gets all of them.
     """
     if not len(rows):
         return []
     rows = rows if isinstance(rows, Rows) else checked(rows, Door.of(model, "rows", labels_needed=False))
-    a_token = TASKS[tasks_of(model)[task][0]].a_token
     out: dict[int, np.ndarray] = {}
     for indices, own, logits in batches_of(model, [rows], task=task, **options):
         values = logits.float().cpu().numpy()  # (batch, classes) or (batch, tokens, classes)
         for i, row, value in zip(indices, own, values, strict=False):
-            out[i] = value[: len(row["input_ids"])].copy() if a_token else value
+            out[i] = value[: len(row["input_ids"])].copy() if value.ndim == 2 else value
     if options.get("shared"):
         out = distributed.all_joined(out)
     return [out[i] for i in range(len(rows))]
@@ -217,6 +217,7 @@ def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
 def predict(
     model: nn.Module, data: Any, *, tokenizer: Any = None, task: str | None = None, output: str = "labels",
     batch_size: int = 64, max_length: int | None = None, progress: bool = False, shared: bool = False,
+    stride: int | None = None, max_answer: int | None = None, no_answer: float | None = None,
 ) -> Any:  # fmt: skip
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
@@ -227,11 +228,19 @@ def predict(
         task: which one, for a MultiTaskModel.
         output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
             names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
-            there both give the logits.
+            there both give the logits.  "entities", of strings and a tagger: what `ftlib.entities` gives.
         shared: processes that are all given the same share the work, and each gets all predictions.
 
     For tags the result is a list with an entry a text, each with one prediction a word (a string is split at white
     space), of a tokenized dataset one a token.  Words cut off by `max_length` get -100, the name None, or NaN.
+
+    Of a table with `question` and `context` the result is a list of {"answer": str, "start", "end": characters of the
+    context, end excluded, both None for no answer, "score", "no_answer_score"}.  Candidates are all stretches of up to
+    `max_answer` (30) tokens in all windows (`max_length` 384 tokens, `stride` 128, as in `tokenize`) whose ends are no
+    white space; each counts start's plus end's logit, no answer the least such sum of a window's token for none: see
+    tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
+    also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
+    Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -243,15 +252,34 @@ def predict(
     kind, count = tasks[task]
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
+    if output == "entities":
+        from .entities import entities  # which needs this file
+
+        options = {"progress": progress, "shared": shared, **({} if stride is None else {"stride": stride})}
+        tokenizer = tokenizer or _tokenizer_of(model)
+        options |= {"batch_size": batch_size, "max_length": max_length, "task": task}
+        return entities(model, data, tokenizer=tokenizer, **options)
     record, names = TASKS[kind], names_of(model, task)
-    data = _listed(data, record)
-    if tokenizer is None and _are_texts(data):
+    data, read = _listed(data, record), None
+    table = record.windows and {*record.forms[-1]} <= {*getattr(data, "column_names", ())}
+    given = {"stride": stride, "max_answer": max_answer, "no_answer": no_answer}
+    given = {name: value for name, value in given.items() if value is not None}
+    refuse(
+        (given and not table, f"{', '.join(given)}: only for a table of questions and contexts, to a model for these"),
+        (table and output != "labels", f"output={output!r}: to questions there are answers; leave it out"),
+    )
+    if tokenizer is None and (table or _are_texts(data)):
         tokenizer = _tokenizer_of(model)
-    rows = _rows_to_predict(model, data, kind, tokenizer, max_length)
+    if table:
+        rows, read = answering.questions(model, data, tokenizer, max_length=max_length, **given)
+    else:
+        rows = _rows_to_predict(model, data, kind, tokenizer, max_length)
     padding = agree(model, tokenizer, batch_size != 1 and len(rows) > 1) if len(rows) else None
     options = dict(batch_size=batch_size, padding=padding, progress=progress, shared=shared)
     logits = logits_of(model, rows, task=task, **options)
-    if not record.a_token:
+    if read:
+        return read(logits)
+    if not record.a_token and not record.windows:
         stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
         return _formed(stacked, output, record, names)
     for i, (values, row) in enumerate(zip(logits, rows, strict=True)):
@@ -275,7 +303,7 @@ def _listed(data: Any, record: Any) -> Any:
     data = as_dataset(data) if table else data
     names = data.column_names if table else {}  # of a DatasetDict a dict
     columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
-    if "input_ids" in names or isinstance(names, dict) or not columns:
+    if "input_ids" in names or isinstance(names, dict) or not columns or record.windows:
         return data
     pairs = columns[0] == "text" and "text_pair" in names
     return list(zip(data["text"], data["text_pair"], strict=True)) if pairs else list(data[columns[0]])
@@ -297,8 +325,9 @@ def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max
     """The checked rows of what `_listed` gives."""
     record = TASKS[kind]
     if _are_texts(data):
-        if record.columns:
+        if record.columns or record.windows:
             need = f"a dataset from tokenize(..., task=...), which reads {', '.join(record.columns)} beside the text"
+            need = f"a table with {' and '.join(record.forms[-1])}" if record.windows else need
             raise TypeError(f"data holds texts alone; pass {need}")
         if record.a_token:  # an empty string stays one, for encode_texts to refuse
             data = [text.split() or text if isinstance(text, str) else text for text in data]

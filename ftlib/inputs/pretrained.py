@@ -51,8 +51,8 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     name: a short name ("minilm"), an existing folder, or a hub id. task: a kind of task, "sequence-classification" say.
     num_labels may come from `label_names` (which fill config.id2label); regression defaults to 1; a folder saved with a
     head for this task keeps its own. New head weights are drawn from `seed`; the global random state is left alone.
-    A "causal-lm" has its vocabulary for labels, and a head that was trained. `kwargs` go to from_pretrained: dtype,
-    attn_implementation, values of the config.
+    A "causal-lm" has its vocabulary for labels, and a head that was trained; "question-answering" has start and end.
+    `kwargs` go to from_pretrained: dtype, attn_implementation, values of the config.
 
     Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
     fit, a checkpoint that lacks weights of the encoder itself, or, for "causal-lm", any, or one that looks ahead.
@@ -93,10 +93,13 @@ def _check_labels(kind, num_labels, label_names):
     """Number and names of the labels, made consistent; (None, None) when the checkpoint has to tell."""
     names = None if label_names is None else [str(label) for label in label_names]
     count = num_labels if names is None else len(names)
-    if kind and not kind.labelled:
-        refuse((count is not None, "the labels of a language model are tokens: leave out num_labels and label_names"))
+    if kind and (not kind.labelled or kind.outputs):
+        what = "a head for answers has two outputs" if kind.labelled else "the labels of a language model are tokens"
+        own = count is not None and (names or count != kind.outputs)
+        refuse((own, f"{what}: leave out num_labels and label_names"))
+        return kind.outputs, None
     if count is None:
-        return (1 if kind and kind.labelled and kind.probabilities is None else None), None
+        return (1 if kind and kind.probabilities is None else None), None
     one = whole("num_labels", count) == 1 and kind and kind.problem_type == "single_label_classification"
     repeated = [label for label, times in Counter(names).items() if times > 1]
     refuse(

@@ -79,6 +79,7 @@ class Door:
             out["labels"] = self._labels(labels, len(ids), kept, f"{where}, column 'labels'")
         elif self.labels_needed:
             hint = "; rename the column 'label' to 'labels'" if "label" in row else ""
+            hint += ", or answers to its questions" * any(TASKS[kind].windows for kind, _ in self.tasks.values())
             raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...{hint}")
         if "word_starts" in row:
             out["word_starts"] = row["word_starts"]
@@ -114,7 +115,7 @@ class Door:
             elif places:
                 number = dict(enumerate(places))  # what is ignored stays
                 label = [number.get(i, i) for i in label] if TASKS[kind].a_token else number.get(label, label)
-            clean[task] = label[kept] if TASKS[kind].a_token else label
+            clean[task] = label[kept] if TASKS[kind].a_token else TASKS[kind].trim(label, kept, at)
         return clean[""] if "" in self.tasks else clean
 
 

@@ -23,6 +23,7 @@ INPUTS = A_TOKEN | {"attention_mask", "decoder_input_ids", "input_ids", "pixel_v
 def tokenize(
     dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, text: str | None = None,
     text_pair: str | None = None, label: str | dict[str, str] | None = None, task: str | None = None,
+    stride: int | None = None,
 ) -> Any:  # fmt: skip
     """Turn a table of texts into a Dataset of token ids, for any task; a DatasetDict where there are several splits.
 
@@ -40,7 +41,10 @@ def tokenize(
         task: the kind of task, for those that read further columns: "relation-classification" reads `spans`;
             with "multi-label-classification" lists of class names become a 0 or 1 for each class; "causal-lm" reads
             `messages` (by the tokenizer's chat template; with `tools`, if there), or `prompt` and `completion`, or
-            `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py.
+            `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py;
+            "question-answering" reads `question`, `context` and, where it is there, `answers`, and makes a row of at
+            most `max_length` tokens (default 384) of every window on a context: see tasks/answers.py.
+        stride: tokens of a context that its next window has again; default 128, at most a third of max_length.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels`.
     Labels that are text are numbered, over all splits together, in the order of their names (the tag O first, whole
@@ -54,12 +58,13 @@ def tokenize(
     data = as_dataset(dataset)
     parts = data if isinstance(data, dict) else {"": data}
     record = TASKS[one_of("task", task, TASKS)] if task is not None else None
-    found, done, split = {}, {}, ""
+    further, found, done, split = {} if stride is None else {"stride": stride}, {}, {}, ""
+    refuse((further and not (record and record.windows), f"stride={stride}: only long contexts are cut into windows"))
     try:
         if record and record.rows:
             refuse((text_pair is not None or label is not None, f"{task} reads no text_pair= and no label="))
             for split, part in parts.items():
-                done[split] = _made(part, tokenizer, record, text, max_length, truncation)
+                done[split] = _made(part, tokenizer, record, text, max_length, truncation, further)
             return type(data)(done) if isinstance(data, dict) else done[""]
         for split, part in parts.items():
             found[split] = _columns(part, text, text_pair, label, record)
@@ -109,14 +114,18 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
     return _mapped(part, work, columns, features)
 
 
-def _made(part: Any, tokenizer: Any, record: Any, text: str | None, max_length: Any, truncation: bool) -> Any:
+def _made(
+    part: Any, tokenizer: Any, record: Any, text: str | None, max_length: Any, truncation: bool, further: dict
+) -> Any:
     """One split for a task whose record makes the rows itself, of the first of its forms that is there."""
-    columns = _names(part)
-    forms = [form for form in (((text,),) if text else record.forms) if {*form} <= {*columns}]
+    columns, texts = _names(part), ("text",) in record.forms
+    forms = [form for form in (((text,),) if text and texts else record.forms) if {*form} <= {*columns}]
+    named = "; name a column of texts: text=" if texts else ""
     wanted = " or ".join(" and ".join(form) for form in record.forms)
     refuse(
         (not callable(tokenizer), f"tokenizer is {short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('smollm2')"),
-        (not forms, f"the dataset has {', '.join(columns)}; it needs {wanted}; name a column of texts: text="),
+        (not forms, f"the dataset has {', '.join(columns)}; it needs {wanted}{named}"),
+        (text and not texts, f"text={text!r}: name the columns {' and '.join(record.forms[0])} instead"),
         *_unfit(part),
     )
     if max_length is not None:
@@ -125,7 +134,8 @@ def _made(part: Any, tokenizer: Any, record: Any, text: str | None, max_length: 
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         wheres = [f"row {i}" for i in indices]
-        return record.rows(tokenizer, {n: batch[name] for n, name in read.items()}, wheres, max_length, truncation)
+        own = {n: batch[name] for n, name in read.items()}
+        return record.rows(tokenizer, own, wheres, max_length, truncation, **further)
 
     return _mapped(part if is_stream(part) else part.with_format(None), work, columns)
 

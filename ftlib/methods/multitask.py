@@ -5,7 +5,7 @@ one's output.  So the trunk runs once for a batch that mixes tasks, and every he
 own code.  Where a stock model hands its encoder more than its own inputs (T5, Longformer), or stands on a part of it
 (Funnel's text classifier, T5's tagger), the trunk runs for that task's rows alone.
 
-To copy: this file, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
+To copy: this file, core/{anatomy,batches,loop}.py, tasks/, torch and transformers.
 Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;
 annealed sampling: Stickland & Murray 2019 (arXiv:1902.02671), 3.
 """
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.batches import number, one_of, whole
+from ..core.batches import number, one_of, refuse, whole
+from ..core.loop import logits_of
 from ..tasks.task import DEFAULT, KINDS, TASKS, auto_class
 
 SAMPLERS = ("temperature", "uniform", "annealed", "remaining")
@@ -39,7 +40,8 @@ class Head:
 
     def __post_init__(self) -> None:
         one_of("task", self.task, [kind for kind in KINDS if TASKS[kind].labelled])
-        whole("num_labels", self.num_labels)
+        fixed = TASKS[self.task].outputs
+        refuse((fixed not in (None, whole("num_labels", self.num_labels)), f"{self.task} has num_labels={fixed}"))
         number("weight", self.weight, 0)
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"{len(self.label_names)} label_names for num_labels={self.num_labels}")
@@ -164,7 +166,7 @@ class MultiTaskModel(nn.Module):
             if trunk.trunk[0] is self.encoder:
                 trunk.given, trunk.shared = set(map(id, own.values())), partial(share, index)
             try:
-                logits[name] = head(**own).logits
+                logits[name] = logits_of(head(**own), own)
             finally:
                 trunk.given, trunk.shared = set(), None
         return logits if task is None else logits[task]

@@ -7,6 +7,7 @@ task, inputs/files.py to read a folder).
 import copy
 import inspect
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,18 @@ def _with_prompt(model: nn.Module, wrapper: Any, prompt: int, longest: float, *a
     if inputs is not None and inputs.shape[1] + prompt > longest:
         many = f"{inputs.shape[1]} tokens and {prompt} of the prompt exceed the model's {longest} positions"
         raise ValueError(f"{many}; tokenize with max_length={longest - prompt}")
-    config = wrapper.active_peft_config
-    if config.peft_type in _CACHED or config.task_type != "TOKEN_CLS":  # no logits of the prompt
-        return wrapper(**kwargs)
+    config, run = wrapper.active_peft_config, wrapper
+    if config.task_type == "QUESTION_ANS":  # for which PEFT 0.21 drops token_type_ids, and for tags it does not
+        from peft import PeftModelForTokenClassification
+
+        run = partial(PeftModelForTokenClassification.forward, wrapper)
+    if config.peft_type in _CACHED or config.task_type not in ("TOKEN_CLS", "QUESTION_ANS"):  # no logits of the prompt
+        return run(**kwargs)
     if kwargs.get("labels") is not None:
         kwargs["labels"] = F.pad(kwargs["labels"], (prompt, 0), value=IGNORE)
-    output = wrapper(**kwargs)
-    output.logits = output.logits[:, prompt:]  # (batch, tokens, labels): those of the text
+    output = run(**kwargs)
+    for name in {"logits", "start_logits", "end_logits"} & output.keys():
+        output[name] = output[name][:, prompt:]  # (batch, tokens, labels) or (batch, tokens): those of the text
     return output
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -162,6 +162,21 @@ def entity_scores(predictions, labels) -> dict[str, float]:
     return dict(zip(("precision", "recall", "f1", "accuracy"), map(float, scores), strict=True))
 
 
+def span_scores(predictions, labels) -> dict[str, float]:
+    """Of [start, end] in tokens, (windows, 2): how many are right, and the mean of F1 = 2 · shared / (found + wanted).
+
+    >>> span_scores([[3, 4]], [[4, 4]])  # tokens 3 and 4, end included, for token 4: 2 · 1 / (2 + 1)
+    {'span_exact': 0.0, 'span_f1': 0.6666666666666666}
+    """
+    predictions, labels = _pair(*(np.reshape(side, (-1, 2)) for side in (predictions, labels)))
+    if not (keep := labels[:, 0] != IGNORE).any():
+        raise ValueError(f"all labels are {IGNORE} (ignored): nothing to score")
+    (a, b), (c, d) = predictions[keep].T, labels[keep].T
+    shared = np.clip(np.minimum(b, d) - np.maximum(a, c) + 1, 0, None)
+    f1 = 2 * shared / (b - a + d - c + 2)
+    return {"span_exact": float(((a == c) & (b == d)).mean()), "span_f1": float(f1.mean())}
+
+
 def _texts(values, what: str) -> list[str]:
     values = [] if isinstance(values, str) else list(values)
     if not values or not all(isinstance(text, str) for text in values):
@@ -172,13 +187,17 @@ def _texts(values, what: str) -> list[str]:
 def _words(predictions, references) -> list[tuple[list[str], list[str]]]:
     """Both sides' words, lower case, without ASCII punctuation and articles."""
     pairs = zip_longest(_texts(predictions, "predictions"), _texts(references, "references"))
-    no_marks, words = str.maketrans("", "", string.punctuation), []
+    words = []
     for row, pair in enumerate(pairs):
         if None in pair:
             raise ValueError(f"row {row}: a prediction without a reference, or the reverse")
-        plain = (re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(no_marks)) for text in pair)
-        words.append(tuple(text.split() for text in plain))
+        words.append(tuple(map(_plain, pair)))
     return words
+
+
+def _plain(text: str) -> list[str]:
+    no_marks = str.maketrans("", "", string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(no_marks)).split()
 
 
 def exact_match(predictions, references) -> float:
@@ -201,6 +220,31 @@ def token_f1(predictions, references) -> float:
     pairs = _words(predictions, references)  # where both are empty, 1: SQuAD 2's rule for no answer
     shared = [(Counter(found) & Counter(wanted)).total() for found, wanted in pairs]
     return float(np.mean([2 * n / (len(a) + len(b)) if a or b else 1 for n, (a, b) in zip(shared, pairs, strict=True)]))
+
+
+def squad(predictions, references) -> dict[str, float]:
+    """`exact_match` and `f1` (`token_f1`) of answers, each against the best of its references; shares, not percent.
+
+    predictions: texts, "" for no answer, or what `predict` gives.  references: a list of texts each, or SQuAD's
+    {"text": [...]}; none: there is no answer.  Where some have one and some have none, has_answer_* and no_answer_*
+    are over these alone, as in the script of SQuAD 2.0 (Rajpurkar et al. 2018, arXiv:1806.03822).
+
+    >>> squad(["the cat", ""], [["A cat!", "dog"], []])["has_answer_exact_match"]
+    1.0
+    """
+    predictions = [one["answer"] if isinstance(one, Mapping) else one for one in predictions]
+    golds = [list(one["text"] if isinstance(one, Mapping) else one) for one in references]
+    if len(golds) != len(predictions) or not golds or any(isinstance(one, str) for one in references):
+        need = "a list of right answers for each prediction, at least one"
+        raise ValueError(f"{len(predictions)} predictions, {len(golds)} references: need {need}")
+    golds = [[gold for gold in own if _plain(gold)] for own in golds]  # "The." is none
+    each = {"exact_match": exact_match, "f1": token_f1}
+    rows = np.array([[max(score([found], [gold]) for gold in own or [""]) for score in each.values()]
+                     for found, own in zip(predictions, golds, strict=True)])  # fmt: skip
+    has = np.array([bool(own) for own in golds])
+    groups = {"": has | True} | ({"has_answer_": has, "no_answer_": ~has} if 0 < has.sum() < len(has) else {})
+    means = {group: rows[own].mean(0) for group, own in groups.items()}
+    return {group + name: float(mean[i]) for group, mean in means.items() for i, name in enumerate(each)}
 
 
 def valid_json(predictions) -> float:
@@ -233,6 +277,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     - "regression": numbers (n,) or (n, 1) -> mse, pearson, spearman.
     - "token-classification": a row of ids per sentence; when `label_names` are BIO tags -> precision, recall,
       f1 of entities, accuracy of tokens; otherwise (parts of speech) the scores of tokens as classes.
+    - "question-answering": [start, end] of every window, (n, 2) -> span_exact, span_f1; of answers: `squad`.
     - "causal-lm": generated texts and references -> exact_match, f1 (`token_f1`), valid_json.
 
     Raises ValueError for another task, unequal lengths, nothing to score, nan, and ids outside `label_names`.
@@ -247,6 +292,8 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
         return words | {"valid_json": valid_json(predictions)}
     if task == "token-classification":
         return _token_scores(predictions, labels, label_names)
+    if task == "question-answering":
+        return span_scores(predictions, labels)
     if task == "regression":  # a head with one output gives (n, 1)
         sides = _array(predictions, "predictions"), _array(labels, "labels")
         sides = [side[:, 0] if side.ndim == 2 and side.shape[1] == 1 else side for side in sides]
@@ -281,5 +328,6 @@ _FITTING = {
     "multi-label-classification": (f1_micro, f1_macro, accuracy),
     "regression": (mse, pearson, spearman),
     "token-classification": (accuracy, f1_macro, precision, recall),  # if no name is a BIO tag
+    "question-answering": (),  # `span_scores`
     "causal-lm": (exact_match, token_f1, valid_json),
 }

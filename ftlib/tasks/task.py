@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, padded, stacked
-from . import classification, language_modeling, relations, tagging
+from . import answers, classification, language_modeling, relations, tagging
 from .metrics import compute_metrics, mse
 
 
@@ -25,13 +25,13 @@ def encode_plain(tokenized: Callable, first: list, second: list | None, columns:
     return tokenized(first, second), {}
 
 
-def keep_label(value: Any, text: Any, encoded: Any, i: int, where: str) -> Any:
+def keep_label(value: Any, *beside: Any) -> Any:
     return value
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of task.  Logits are of a batch, (batch, classes) or, a label a token, (batch, tokens, classes)."""
+    """A kind of task.  Logits are of a batch, (batch, classes) or, of tags and answers, (batch, tokens, classes)."""
 
     auto: Any  # builds the model: the name of one of Transformers' Auto classes, or a class of that form
     architecture: str | tuple[str, ...]  # how the names of its model classes end
@@ -42,11 +42,14 @@ class Task:
     score: Callable  # (predictions, labels, names of the labels or None) -> {metric: value}
     problem_type: str | None = None  # as in the model's config
     peft_type: str = "SEQ_CLS"  # PEFT's word for it
+    use: str = "text-classification"  # the Hub's
+    outputs: int | None = None  # of each such head
     columns: tuple[str, ...] = ()  # of a dataset, beside texts and label, that `encode` reads
     encode: Callable = encode_plain  # (tokenizer, texts, second texts, columns, wheres) -> encoding, further inputs
     align: Callable = keep_label  # (label, text, encoding, row of it, where) -> the label beside the token ids
     stack: Callable = stacked  # (labels, tokens of each row, padding side) -> tensor
     a_token: bool = False  # a label a token
+    trim: Callable = keep_label  # (label, tokens that are kept of the row, where) -> the label of these, if it moves
     multi_hot: bool = False  # several classes a text, a 0 or 1 for each
     probabilities: Callable | None = None  # of logits; None: the task predicts numbers
     named: Callable = classification.one_name  # (decisions, {number: name}) -> names
@@ -56,6 +59,7 @@ class Task:
     labelled: bool = True  # False: labels are tokens, whose loss the model's forward sums: methods/token_losses.py
     forms: tuple[tuple[str, ...], ...] = ()  # where a row is made of other columns than text and label: which
     rows: Callable | None = None  # (tokenizer, columns, wheres, max_length, truncation) -> token ids and labels
+    windows: bool = False  # `rows` takes a stride as well, and makes several of one
 
 
 def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
@@ -86,18 +90,26 @@ TASKS: dict[str, Task] = {
     "token-classification": _classes(
         auto="AutoModelForTokenClassification", architecture="ForTokenClassification", check=tagging.check_tags,
         score=partial(compute_metrics, "token-classification"), peft_type="TOKEN_CLS", align=tagging.align,
-        stack=partial(padded, fill=IGNORE), a_token=True, named=tagging.named_tags,
+        stack=partial(padded, fill=IGNORE), a_token=True, named=tagging.named_tags, use="token-classification",
     ),
     "relation-classification": _classes(
         auto=relations.AutoModelForRelationClassification, architecture="ForRelationClassification",
         columns=("spans",), encode=relations.encode,
+    ),
+    "question-answering": Task(
+        auto="AutoModelForQuestionAnswering", architecture=("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        peft_type="QUESTION_ANS", use="question-answering", outputs=2, check=answers.check_span, trim=answers.trim,
+        items=lambda labels: (labels[..., 0] != IGNORE).sum(), loss=answers.cross_entropy, decide=answers.decide,
+        stack=answers.stack, divergence=answers.divergence, probabilities=partial(torch.softmax, dim=-2),
+        named=lambda decided, names: decided.tolist(), score=partial(compute_metrics, "question-answering"),
+        forms=answers.FORMS, rows=answers.rows, windows=True,
     ),
     "causal-lm": Task(
         auto="AutoModelForCausalLM", architecture=("ForCausalLM", "LMHeadModel"), peft_type="CAUSAL_LM",
         check=language_modeling.check_tokens, items=language_modeling.items, loss=language_modeling.cross_entropy,
         decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "causal-lm"),
         stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
-        forms=language_modeling.FORMS, rows=language_modeling.rows,
+        forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation",
     ),
 }  # fmt: skip
 KINDS = tuple(TASKS)
@@ -134,7 +146,8 @@ def kind_of(model: nn.Module) -> str | None:
     if problem is None:  # as Transformers' heads decide
         one = getattr(getattr(model, "config", None), "num_labels", 0) == 1
         problem = TASKS["regression" if one else DEFAULT].problem_type
-    found = [kind for kind, task in TASKS.items() if type(model).__name__.endswith(task.architecture)]
+    name = type(model).__name__ * (type(model).__name__ not in answers.SEARCHING)
+    found = [kind for kind, task in TASKS.items() if name.endswith(task.architecture)]
     fitting = [kind for kind in found if TASKS[kind].problem_type in (None, problem)]
     return (fitting or found or [None])[0]
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -600,7 +602,7 @@ TEXTS = {  # key -> form of its value; package and version reach pip's command l
     "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
     "wheel_sha256": "[0-9a-f]{64}",
 }  # fmt: skip
-OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+"}
+OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+", "archive": "sdist"}
 
 
 def mistakes(entries: dict):
@@ -795,6 +797,74 @@ def test_real_pip_takes_a_wheel_from_a_local_folder(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock") == ["one"]
 
 
+# ------------------------------------------------------------------------------- source archives
+
+
+def write_sdist(path: Path, members: dict, links=()) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name in links:
+                info.type, info.linkname, info.size = tarfile.SYMTYPE, data.decode(), 0
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_source_archive_is_fetched_by_the_real_pip_and_its_setup_is_not_run(tmp_path, monkeypatch):
+    """`pip download` would run it, which writes a file."""
+    store, ran = tmp_path / "wheels", tmp_path / "ran"
+    store.mkdir()
+    program = f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='fake-pack', version='1.0')\n"
+    members = {
+        "fake_pack-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: fake-pack\nVersion: 1.0\n",
+        "fake_pack-1.0/setup.py": program.encode(),
+        "fake_pack-1.0/data/a.txt": b"hello",
+    }
+    archive = write_sdist(store / "fake_pack-1.0.tar.gz", members)
+    write_wheel(store / "fake_pack-1.0-py3-none-any.whl", {"x": b"not this one"})
+    (store / "fake_pack-1.1.tar.gz").write_bytes(b"nor this")
+    table = entry(archive, "fake_pack-1.0/data", {"a.txt": b"hello"}, archive="sdist")
+    (tmp_path / "sources.toml").write_text(to_toml({"one": table}))
+    monkeypatch.setattr(assets, "_manifest_path", lambda: tmp_path / "sources.toml")
+    monkeypatch.setenv("FTLIB_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(store))
+    assert (assets.fetch("one", progress=False)["one"] / "a.txt").read_bytes() == b"hello"
+    assert not ran.exists()
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock") == ["one"]
+    archive.unlink()
+    with pytest.raises(RuntimeError) as error:
+        assets.fetch("one", progress=False, force=True)
+    assert "no source archive of fake-pack==1.0 on the package index" in str(error.value)
+    assert re.search(r"python -P \S+sdist\.py -d wheels fake-pack==1\.0\n", str(error.value))
+
+
+def test_members_of_a_source_archive_are_checked_as_those_of_a_wheel_are(shop, tmp_path):
+    def published(members, files, links=()):
+        shop.wheel = write_sdist(tmp_path / "fake.tar.gz", members, links)
+        shop.publish(one=entry(shop.wheel, "pack", files, archive="sdist"))
+
+    outside = tmp_path / "secret"
+    outside.write_bytes(b"secret")
+    published({"pack/a.txt": b"hello", "pack/../evil": b"x"}, {"a.txt": b"hello"})
+    assert (assets.fetch("one")["one"] / "a.txt").read_bytes() == b"hello" and shop.left_behind() == ["one"]
+    for member, files, links, told in [
+        ("pack/b.txt", {"a.txt": b"x"}, (), r"a\.txt .*can't be unpacked"),
+        ("pack/a.txt", {"a.txt": b"another"}, (), "SHA-256"),
+        ("pack/a.txt", {"a.txt": b"secret"}, ["pack/a.txt"], r"a\.txt .*can't be unpacked"),
+        ("pack/../evil", {"../evil": b"x"}, (), "outside its folder"),
+    ]:
+        published({member: str(outside).encode() if links else b"x"}, files, links)
+        with pytest.raises(ValueError, match=told):
+            assets.fetch("one", force=True)
+    shop.wheel.write_bytes(b"not an archive")
+    shop.publish(one=entry(shop.wheel, "pack", {"a.txt": b"x"}, archive="sdist"))
+    with pytest.raises(ValueError, match=r"a\.txt .*can't be unpacked"):
+        assets.fetch("one", force=True)
+    assert (shop.cache / "one" / "a.txt").read_bytes() == b"hello" and not (tmp_path / "evil").exists()
+
+
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FTLIB_DATA", str(tmp_path / "x"))
     assert assets.cache_dir() == (tmp_path / "x").resolve()
@@ -808,6 +878,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
+    names += " bc5cdr oanc-pos squad-v2"
     assert set(names.split()) <= entries.keys()
     rows = assets.describe()
     assert [row["name"] for row in rows] == list(entries)

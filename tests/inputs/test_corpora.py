@@ -29,6 +29,7 @@ NAMES = [
     "cola",
 ]
 PAIRS = ["stsb", "mrpc", "qnli", "qqp", "mnli"]
+DOCUMENTS = ["bc5cdr", "oanc-pos", "squad-v2"]  # more in test_corpora_documents.py
 
 load = functools.cache(corpora.load_corpus)
 
@@ -38,7 +39,8 @@ def summary(name):
     """Rows dropped by reason, and words of the texts, split at white space: 5, 50, 95 %, longest."""
     splits, dropped = corpora._prepare(name, "wheel")
     rows = [row for own in splits.values() for row in own]
-    words = [len(row["text"].split()) + len(row.get("text_pair", "").split()) for row in rows]
+    texts = ("text", "text_pair", "question", "context")
+    words = [sum(len(row.get(column, "").split()) for column in texts) for row in rows]
     return {"dropped": dropped, "words": [*np.percentile(words, [5, 50, 95], method="nearest"), max(words)]}
 
 
@@ -56,7 +58,7 @@ def key(text):
 
 
 def test_names():
-    assert corpora.corpus_names() == NAMES
+    assert corpora.corpus_names() == NAMES + DOCUMENTS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +133,7 @@ def number(cell):
     return int(cell.replace(",", ""))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + DOCUMENTS)
 def test_card_counts_are_true(name):
     data, found = load(name), summary(name)
     reasons = ["copy in the same split", "copy in another split", "conflicting labels"]
