@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 IGNORE = -100  # the label PyTorch's and our losses skip
-
 Row = dict[str, Any]
 NOT_INPUTS = ("labels", "attention_mask", "word_starts")  # columns of a row that collate makes itself, or leaves out
 
@@ -166,5 +165,4 @@ def refuse(*cases: tuple[Any, str], what: str = "") -> None:
 
 def short(value: Any) -> str:
     """How a message shows a value: at most 60 signs of it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text := repr(value)) <= 60 else text[:57] + "..."

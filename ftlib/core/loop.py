@@ -3,7 +3,8 @@
     for record in steps(model, batches, optimizer, total=100):
         print(record["loss"])                     # evaluate, save, stop early: it is your loop, between two steps
 
-What a step computes is the business of `gradient`, (model, step) -> its loss: `summed`, or another of that form.
+What a step computes is the business of `gradient`, (model, step) -> its loss, which leaves gradients behind: `summed`;
+several tasks, a teacher, noise for privacy are others of that form.
 To copy: this file alone.
 """
 
@@ -92,7 +93,8 @@ def steps(
     """Steps `first` to `total` of a run; yields a record after each: step (from 1), loss, learning_rate, grad_norm.
 
     Args:
-        batches: a list of micro-batches on the model's device a step, from `first` on; where they end, so does the run.
+        batches: for every step from `first` on the list of its micro-batches, on the model's device; where they end,
+            so does the run.  For one batch a step: ([batch] for batch in loader).
         optimizer: the "lr" of its groups is the peak, also afterwards; `schedule`: (step, total) -> factor.
         gradient: leaves the step's gradient in the parameters and returns its loss, a tensor; default: `summed()`.
         max_grad_norm: clip the gradient to this length; None: don't.
