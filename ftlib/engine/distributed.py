@@ -9,6 +9,7 @@ Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023
 """
 
 import copy
+import gc
 import inspect
 import os
 import re
@@ -82,6 +83,7 @@ def stop() -> None:
     with explained():
         barrier()
     if dist.is_initialized():
+        gc.collect()  # a wrapped model that is no longer used still holds the group, whose threads abort at exit
         dist.destroy_process_group()
 
 

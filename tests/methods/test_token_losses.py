@@ -495,31 +495,37 @@ from ftlib.engine import distributed
 token_losses._rows = lambda logits: 4
 distributed.start()
 rank, given = distributed.rank(), batch(rows=4)
-for name in ("llama", "llama, tied"):
+
+
+def compare(name, how):  # a function: what holds the process group is gone before it is left
     whole, log_probs = tiny(name), sequence_log_probs(tiny(name), given).detach()
     wanted = stock(whole, given)
+    model = tiny(name)
+    spread = distributed.wrap(model) if how == "ddp" else distributed.shard(model, torch.device("cpu"))
+    own = {{key: value[rank::2] for key, value in given.items()}}
+    with in_chunks(spread):
+        loss = spread(**own).loss
+    (loss * 2).backward()  # both average over processes
+    total = distributed.all_sum(loss.detach().clone())
+    torch.testing.assert_close(total, wanted[0], rtol=1e-5, atol=1e-5)
+    found = {{name.removeprefix("module."): distributed.whole(g) for name, g in gradients(spread).items()}}
+    assert found.keys() == wanted[1].keys()
+    for key, gradient in wanted[1].items():
+        scale = gradient.abs().max().clamp(min=1)
+        torch.testing.assert_close(found[key] / scale, gradient / scale, rtol=1e-5, atol=1e-5)
+    spread.zero_grad()
+    values = sequence_log_probs(spread, own)
+    torch.testing.assert_close(values.detach(), log_probs[rank::2], rtol=1e-5, atol=1e-5)
+    (-2 * values.sum()).backward()
+    for key, gradient in gradients(spread).items():
+        gradient, theirs = distributed.whole(gradient), wanted[1][key.removeprefix("module.")]
+        scale = theirs.abs().max().clamp(min=1)
+        torch.testing.assert_close(gradient / scale, theirs / scale, rtol=1e-5, atol=1e-5)
+
+
+for name in ("llama", "llama, tied"):
     for how in ("ddp", "fsdp"):
-        model = tiny(name)
-        spread = distributed.wrap(model) if how == "ddp" else distributed.shard(model, torch.device("cpu"))
-        own = {{key: value[rank::2] for key, value in given.items()}}
-        with in_chunks(spread):
-            loss = spread(**own).loss
-        (loss * 2).backward()  # both average over processes
-        total = distributed.all_sum(loss.detach().clone())
-        torch.testing.assert_close(total, wanted[0], rtol=1e-5, atol=1e-5)
-        found = {{name.removeprefix("module."): distributed.whole(g) for name, g in gradients(spread).items()}}
-        assert found.keys() == wanted[1].keys()
-        for key, gradient in wanted[1].items():
-            scale = gradient.abs().max().clamp(min=1)
-            torch.testing.assert_close(found[key] / scale, gradient / scale, rtol=1e-5, atol=1e-5)
-        spread.zero_grad()
-        values = sequence_log_probs(spread, own)
-        torch.testing.assert_close(values.detach(), log_probs[rank::2], rtol=1e-5, atol=1e-5)
-        (-2 * values.sum()).backward()
-        for key, gradient in gradients(spread).items():
-            gradient, theirs = distributed.whole(gradient), wanted[1][key.removeprefix("module.")]
-            scale = theirs.abs().max().clamp(min=1)
-            torch.testing.assert_close(gradient / scale, theirs / scale, rtol=1e-5, atol=1e-5)
+        compare(name, how)
 distributed.stop()
 """
 
