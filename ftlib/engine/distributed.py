@@ -83,7 +83,7 @@ def stop() -> None:
     with explained():
         barrier()
     if dist.is_initialized():
-        gc.collect()  # a wrapped model that is no longer used still holds the group, whose threads abort at exit
+        gc.collect()  # what still holds the group, a wrapped model say, would end it later: its threads abort, or hang
         dist.destroy_process_group()
 
 
