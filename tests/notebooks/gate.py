@@ -88,6 +88,8 @@ def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
             "image/png"
         }:
             yield f"a figure as {', '.join(sorted(figures))}", "show figures as PNG (matplotlib's default)"
+        if "<Figure" in "".join(data.get("text/plain", "")) and not any(mime.startswith("image/") for mime in data):
+            yield "a figure without its picture", "unset MPLBACKEND and run `make refresh`"
         if data and "text/plain" not in data:
             yield (
                 f"an output without a text form ({', '.join(sorted(data))})",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,7 +117,8 @@ def execute(path: Path, label: str) -> tuple[nbformat.NotebookNode, Outcome]:
         )
         watch.start()
         try:
-            client.execute(stderr=subprocess.DEVNULL)  # the kernel's own log, not the cells' output
+            seen = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # Agg leaves no pictures
+            client.execute(stderr=subprocess.DEVNULL, env=seen)  # the kernel's own log, not the cells' output
             result = unraised(notebook) or result
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             result = describe(error, current, numbers.get(id(current), 0))

@@ -268,6 +268,7 @@ LESSON = {
         shown(3, {**FIGURE, "data": {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"}}),
         "cell 4: a figure as image/svg+xml",
     ),
+    "no picture": (shown(3, {**FIGURE, "data": {"text/plain": "<Figure>"}}), "cell 4: a figure without its picture"),
     "no text form": (
         shown(3, {**FIGURE, "data": {"image/png": "iVBOR"}}),
         "cell 4: an output without a text form",
