@@ -20,13 +20,14 @@ _PUBLIC = {  # room and module -> the public names it defines
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
     "engine.saving": "save load",
     "show.setup": "setup", "show.measuring": "measure",
+    "show.comparing": "Difference against bootstrap paired",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
     "tasks": "answers classification language_modeling metrics relations tagging task",
-    "show": "logging measuring plots setup tables",
+    "show": "comparing logging measuring plots setup tables",
     "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",

@@ -517,6 +517,68 @@ def test_atis_program_at_toy_size(tmp_path):
     assert 0.5 < changed[0] < 3 and 0 < abs(changed[1] - changed[0]) < 0.1  # bits a byte; two steps
 
 
+def test_tagging_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "tagging.py")
+    assert {row["part"] for row in rows} == {
+        "dictionary", "counts", "tagger rates", "tagger", "relation rates", "relations", "words", "pos rates", "pos",
+        "whole",
+    }  # fmt: skip
+    assert {row["way"] for row in rows if row["part"] == "tagger"} == {"first", "all", "crf"}
+    assert all(0 <= row.get("f1", row.get("accuracy")) <= 1 for row in rows)
+
+
+def test_what_the_tagging_program_looks_up(program):
+    """The longest run of words that training marked, by its most frequent type; F1 by hand."""
+    tagging = program("tagging")
+    text = "salt or rock salt"
+    words = {"tokens": text.split(), "starts": [0, 5, 8, 13]}
+    marks = [(0, 4, "Chemical"), (8, 17, "Disease")]
+    known = words | {"entities": [dict(zip(("start", "end", "label"), mark, strict=True)) for mark in marks]}
+    asked = {"tokens": "Rock salt , salt or rock".split(), "starts": [0, 5, 10, 12, 17, 20]}
+    [found] = tagging.looked_up([known], [asked])
+    assert found == {(0, 9, "Disease"), (12, 16, "Chemical")}
+    scores = tagging.by_type([found], [{(0, 9, "Disease"), (12, 16, "Disease"), (20, 24, "Chemical")}])
+    assert scores["f1"] == pytest.approx(2 / 5) and scores["Disease"] == pytest.approx(2 / 3)
+    assert scores["Chemical"] == 0
+    assert tagging.best_threshold(np.array([0.9, 0.2, 0.6, 0.1]), np.array([1, 1, 0, 0])) == 0.2  # F1 4/5, not 2/3
+
+
+def test_pairs_of_an_abstract(program):
+    """The nearest mentions, in one sentence where there is one; an identifier of several counts for each."""
+    text = "Fever after zinc. Zinc was given. Pain or fever came with zinc."
+    marks = [("Fever", 0, "Disease", "F"), ("zinc", 12, "Chemical", "Z"), ("Zinc", 18, "Chemical", "Z|Y"),
+             ("Pain", 34, "Disease", "-1"), ("fever", 42, "Disease", "F"), ("zinc", 58, "Chemical", "Z")]  # fmt: skip
+    entities = [{"start": s, "end": s + len(w), "label": kind, "identifier": own} for w, s, kind, own in marks]
+    row = {"text": text, "entities": entities, "relations": [{"chemical": "Z", "disease": "F"}]}
+    found = {tuple(pair["counts"]): pair for pair in program("tagging").pairs_of(row)}
+    zinc, other = found[3, 2, 2, 0, 1, 1], found[1, 2, 0, 1, 0, 1]  # mentions, sentences with both, distance, in title
+    assert len(found) == 2 and (zinc["label"], other["label"]) == (1, 0) and zinc["one"] and not other["one"]
+    for pair, said in ((zinc, ["zinc", "Fever"]), (other, ["Zinc", "Fever"])):
+        assert [pair["text"][a:b] for a, b in pair["spans"]] == said
+    assert other["text"] == "Fever after zinc. Zinc was given. "
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/smollm2/model.safetensors").is_file(), reason="SmolLM2's weights: make data fetches them"
+)
+def test_answers_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "answers.py")
+    assert {row["part"] for row in rows} == {"retrieval", "rates", "reader", "prompts", "chat", "longer"}
+    assert {row["way"] for row in rows if row["part"] in ("reader", "longer")} == {"answerable", "all"}
+
+
+def test_thresholds_of_the_answers_program(program):
+    answers = program("answers")
+    doubts, said, empty = np.array([3.0, -1.0, 0.0]), np.array([0.5, 1.0, 0.0]), np.array([0.0, 0.0, 1.0])
+    assert answers.by_share(doubts, said, empty) == pytest.approx(np.array([1, 2, 1, 1.5]) / 3)
+    assert answers.best_threshold(doubts, said, empty) == -0.5  # between the surest and the next
+    similar = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+    found = answers.recall(similar, np.array([2, 2]))
+    assert (found["recall_1"], found["recall_3"]) == (0.0, 1.0)
+    rows = [{"answers": {"text": ["Rome"]}}, {"answers": {"text": []}}, {"answers": {"text": ["1990", "in 1990"]}}]
+    assert answers.holding(["It was rome.", "x y", "1991"], rows) == {"holds": 0.5, "words": 2.0}
+
+
 def test_every_remedy_trains(program):
     memory = program("memory")
     losses = {name: memory.one(name, steps=2, toy=True)["loss"] for name in memory.REMEDIES}

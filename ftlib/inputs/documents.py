@@ -75,6 +75,9 @@ def read_squad(path: Path) -> list[dict]:
         for paragraph in article["paragraphs"]:
             for asked in paragraph["qas"]:
                 answers = {key: [one[key] for one in asked["answers"]] for key in ("text", "answer_start")}
+                for said, start in zip(*answers.values(), strict=True):
+                    if paragraph["context"][start : start + len(said)] != said:
+                        raise ValueError(f"{said!r} is not at character {start}")
                 row = {"question": asked["question"], "context": paragraph["context"], "answers": answers}
                 row |= {"title": article["title"], "id": asked["id"]}
                 rows.append(row | {"document": article["title"], "label": bool(answers["text"])})

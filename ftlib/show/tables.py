@@ -1,6 +1,6 @@
 """How measured numbers are shown: means with their spread, ties, tables, and the results the repository holds.
 
-To copy: this file alone.
+To copy: this file and comparing.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+from .comparing import Difference
 
 
 def stored_results(name: str) -> dict:
@@ -71,6 +73,8 @@ def format_cell(value: Any, digits: int = 3) -> str:
     """
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, Difference):
+        return f"{value:.{digits}f}"
     if isinstance(value, Integral):
         return f"{value:,}"
     if isinstance(value, Real):

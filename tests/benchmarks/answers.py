@@ -15,14 +15,12 @@ Parts
 The seed changes the order of the questions, dropout and the first weights of the head.
 """
 
-import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, Table
+from record import Table, started
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import ftlib
@@ -205,13 +203,7 @@ def search(table: Table, work: Work, way: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="a few rows and steps, to see it run")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results file")
-    given = parser.parse_args()
-    globals().update(TOY if given.toy else {})
-    about = "MiniLM and SmolLM2-135M, questions of SQuAD 2.0's development set, split by article"
-    table = Table("answers", "python tests/benchmarks/answers.py", about, folder=given.results)
+    table = started(globals(), "MiniLM and SmolLM2-135M, questions of SQuAD 2.0's development set, split by article")
     work = Work()
     for way in ("features", "tf-idf"):
         table.row({"part": "retrieval", "way": way}, lambda way=way: work.retrieval(way))

@@ -14,15 +14,13 @@ Parts
 The seed changes the choice and order of the training questions and what is added to the model.  Test: 60 questions.
 """
 
-import argparse
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, Table
+from record import started
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import ftlib
@@ -170,13 +168,7 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="a few rows and steps, to see it run")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results file")
-    given = parser.parse_args()
-    globals().update(TOY if given.toy else {})
-    about = "SmolLM2-135M, ATIS questions to JSON slots"
-    table = Table("atis_json", "python tests/benchmarks/atis_json.py", about, folder=given.results)
+    table = started(globals(), "SmolLM2-135M, ATIS questions to JSON slots")
     work, most = Work(), RUNS[-1][0]
 
     def best(part: str, settings: list[dict], measure: Any) -> dict:

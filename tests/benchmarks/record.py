@@ -1,5 +1,6 @@
 """Results files: what was measured, on what, when, with which versions and by which command."""
 
+import argparse
 import datetime
 import json
 import os
@@ -98,6 +99,20 @@ class Table:
     def _show(self, row: dict[str, Any]) -> None:
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in self.stamp}
         print(shown, flush=True)
+
+
+def started(program: dict[str, Any], about: str) -> Table:
+    """The table of a program that knows --toy, which puts its TOY in place of its own settings, and --results.
+
+    program: the `globals()` of the file tests/benchmarks/<name>.py, whose rows are in <name>.json.
+    """
+    name = Path(program["__file__"]).stem
+    parser = argparse.ArgumentParser(description=program["__doc__"].splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="a few rows and steps, to see it run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results file")
+    given = parser.parse_args()
+    program.update(program["TOY"] if given.toy else {})
+    return Table(name, f"python tests/benchmarks/{name}.py", about, folder=given.results)
 
 
 class SpeedTable(Table):

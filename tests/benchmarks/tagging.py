@@ -16,16 +16,14 @@ Parts
 The seed changes which abstracts or sentences are taken, their order, and what is new in the model.
 """
 
-import argparse
 import itertools
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, Table
+from record import started
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -49,10 +47,11 @@ RELATIONS = {  # way: (pairs in one sentence alone, class weights, epochs)
 PAIR_RATES = (2e-4, 4e-4, 8e-4)
 SENTENCES = 1500  # of oanc-pos, one epoch
 POS_RATES = (5e-4, 1e-3, 2e-3)
-DOCUMENTS = None  # of every split, for relations
+DOCUMENTS = None  # of every split, for relations: all
+POS_TEST = None  # sentences: all
 TOY = {"SEEDS": (0,), "RATES": RATES[:1], "ABSTRACTS": 4, "EPOCHS": 1, "WHOLE": 6, "WHOLE_EPOCHS": 1,
        "VALIDATION": 4, "TEST": 4, "PAIR_RATES": PAIR_RATES[:1],
-       "SENTENCES": 8, "POS_RATES": POS_RATES[:1], "DOCUMENTS": 8}  # fmt: skip
+       "SENTENCES": 8, "POS_RATES": POS_RATES[:1], "DOCUMENTS": 8, "POS_TEST": 8}  # fmt: skip
 TYPES = ("Chemical", "Disease")
 
 
@@ -266,8 +265,8 @@ class Work:
 
     def speech(self, split: str, rate: float, count: int, seed: int) -> dict[str, float]:
         names = self.pos["train"].features["tags"].feature.names
-        known, test = ([{"tokens": row["tokens"], "label": row["tags"]} for row in rows]
-                       for rows in (subset(self.pos["train"], count, seed), self.pos[split]))  # fmt: skip
+        known, test = subset(self.pos["train"], count, seed), subset(self.pos[split], POS_TEST, 0)
+        known, test = ([{"tokens": row["tokens"], "label": row["tags"]} for row in rows] for rows in (known, test))
         model = ftlib.load_model("minilm", task="token-classification", label_names=names, seed=seed)
         rows = ftlib.tokenize(known, self.tokenizer, task="token-classification")
         spent = self.fit(ftlib.unpad(model), rows, epochs=1, batch_size=16, learning_rate=rate, seed=seed)
@@ -277,13 +276,7 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="a few rows and steps, to see it run")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results file")
-    given = parser.parse_args()
-    globals().update(TOY if given.toy else {})
-    about = "MiniLM tags entities and parts of speech, and finds relations, against baselines"
-    table = Table("tagging", "python tests/benchmarks/tagging.py", about, folder=given.results)
+    table = started(globals(), "MiniLM tags entities and parts of speech, and finds relations, against baselines")
     work = Work()
 
     def rate_of(part: str, tried: tuple, score: str, measure: Any, **key: Any) -> float:

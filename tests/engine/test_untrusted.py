@@ -5,6 +5,7 @@ ValueError, TypeError or OSError, and says more than a word.
 """
 
 import faulthandler
+import gzip
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from ftlib.__main__ import main
 from ftlib.engine.fit import fit
 from ftlib.engine.saving import load, save
 from ftlib.engine.settings import TrainConfig
-from ftlib.inputs import assets
+from ftlib.inputs import assets, corpora
 from ftlib.inputs.corpora import load_corpus
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
@@ -81,7 +82,21 @@ def tree(folder):
 
 # ------------------------------------------------------------------------------------------------ wheels and corpora
 
+ABSTRACT = (
+    '<collection><document><id>1</id><passage><text>zinc and pain</text><annotation><infon key="type">Chemical</infon>'
+    '<infon key="MESH">D1</infon><location offset="0" length="4"/><text>zinc</text></annotation></passage><relation>'
+    '<infon key="Chemical">D1</infon><infon key="Disease">D2</infon></relation></document></collection>'
+)
+ASKED = {"question": "Who?", "id": "1", "answers": [{"text": "Ann", "answer_start": 0}]}
+ARTICLE = {"title": "t", "paragraphs": [{"context": "Ann met Bob.", "qas": [ASKED]}]}
+DOCUMENTS = {
+    "bc5cdr": {f"CDR_{part}Set.BioC.xml.gz": ABSTRACT.encode() for part in ("Train", "Test")},  # read through gzip
+    "oanc-pos": {"tagged-en-oanc.txt": b"Ann/NNP met/VBD Bob/NNP ./.\nNo/DT end/NN"},
+    "squad-v2": {"squad.json": json.dumps({"data": [ARTICLE] * 16}).encode()},
+}
 CORPORA = {
+    "bc5cdr": {file: gzip.compress(content, mtime=0) for file, content in DOCUMENTS["bc5cdr"].items()},
+    "squad-v2": DOCUMENTS["squad-v2"],
     "sms-spam": {"spam.csv": b"v1,v2\nham,hello there\nspam,win now\n"},
     "stsb": {f"sts-{part}.csv": b"a\tb\tc\td\t2.5\tone text\tanother\n" for part in ("train", "dev", "test")},
     "banking77": {file: b"text\tlabel\na text\tx\nb text\ty\n" for file in ("train.tsv", "dev.tsv", "test.tsv")},
@@ -102,6 +117,8 @@ EVIL = [
     ".ftlib.json",
     "x" * 300,
 ]
+PIECES = b' -1 99999999999999999999 / | < & null [] { " \xff \0 </id>'.split()
+PIECES += [b"", b" ", b"\n", b'<!DOCTYPE a [<!ENTITY b "c">]>']
 CONTENTS = st.binary(max_size=200) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
 
 
@@ -171,6 +188,22 @@ def test_any_wheel(tmp_path, monkeypatch, made):
         assert assets.verify(name) == cache / name
     else:
         assert isinstance(found, Exception)
+
+
+@many(300)
+@given(st.sampled_from(sorted(DOCUMENTS)), st.data())
+def test_any_document_file(tmp_path, monkeypatch, name, data):
+    """Whatever stands in the files of a corpus made of documents, it is read or refused by the corpus' name."""
+    for file, content in DOCUMENTS[name].items():
+        content = bytearray(content)
+        for _ in range(data.draw(st.integers(0, 2))):
+            place = data.draw(st.integers(0, len(content)))
+            content[place : place + data.draw(st.integers(0, 9))] = data.draw(st.sampled_from(PIECES))
+        (tmp_path / file).write_bytes(gzip.compress(content, mtime=0) if file.endswith(".gz") else content)
+    monkeypatch.setattr(assets, "path", lambda name: tmp_path)
+    monkeypatch.setitem(corpora._HELD_OUT, name, (0, 0))  # so that few documents are a corpus
+    found = ours(load_corpus, name)
+    assert not isinstance(found, Exception) or name in str(found) or "hold out" in str(found)
 
 
 @pytest.mark.parametrize(
