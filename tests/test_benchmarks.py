@@ -638,3 +638,17 @@ def test_growth_program_at_toy_size(program, monkeypatch, tmp_path):
     assert [row["tasks"] for row in rows] == [0, 1, *[2] * 8]
     assert rows[0]["against_stock"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert all(row["seconds_a_step"]["median"] > 0 and row["peak_mb"] > 100 for row in rows)
+
+
+def test_the_best_rate_is_inside_of_what_was_tried(program, tmp_path):
+    record, asked = program("record"), []
+
+    def measure(rate):
+        asked.append(rate)
+        return {"score": -abs(rate - 1.0)}
+
+    table = record.Table("t", "", "", folder=tmp_path)
+    given = {"part": "rates"}, (4.0, 8.0), measure, lambda row: row["score"]
+    assert table.best_rate(*given) == 1.0 and asked == [4.0, 8.0, 2.0, 1.0, 0.5]
+    assert table.best_rate(*given) == 1.0 and len(asked) == 5  # all rows are there
+    assert table.best_rate({"part": "one"}, (4.0,), *given[2:]) == 4.0

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import Table, started
+from record import started
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import ftlib
@@ -28,7 +28,7 @@ from ftlib.core.device import choose_device, choose_precision
 
 WAYS = ("answerable", "all")
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (2e-4, 4e-4, 8e-4)  # at first: by factors of two on, until the best is none of the ends
+RATES = (2e-4, 4e-4, 8e-4)  # at first
 TRIED, STEPS, LONGER = 96, 192, (768,)  # steps of 16
 VALIDATION, TEST, CHAT = 300, 600, 48  # questions; of CHAT so many with an answer and so many without
 NEAREST = (("features", 1), ("tf-idf", 1), ("tf-idf", 3))
@@ -187,27 +187,16 @@ class Work:
         return scores | holding(found, rows) | {"empty": found.count("")}
 
 
-def search(table: Table, work: Work, way: str) -> float:
-    """The rate of the least validation loss, none of the ends of what was tried."""
-    rates = list(RATES)
-    while True:
-        rows = [
-            table.row({"part": "rates", "way": way, "rate": rate, "steps": TRIED},
-                      lambda rate=rate: work.tried(way, rate, TRIED))
-            for rate in rates
-        ]  # fmt: skip
-        best = min(rows, key=lambda row: row["loss"])["rate"]
-        if len(rates) == 1 or rates[0] < best < rates[-1]:
-            return best
-        rates = [rates[0] / 2, *rates] if best == rates[0] else [*rates, rates[-1] * 2]
-
-
 def main() -> None:
     table = started(globals(), "MiniLM and SmolLM2-135M, questions of SQuAD 2.0's development set, split by article")
     work = Work()
     for way in ("features", "tf-idf"):
         table.row({"part": "retrieval", "way": way}, lambda way=way: work.retrieval(way))
-    rates = {way: search(table, work, way) for way in WAYS}
+    rates = {
+        way: table.best_rate({"part": "rates", "way": way, "steps": TRIED}, RATES,
+                             lambda rate, way=way: work.tried(way, rate, TRIED), lambda row: -row["loss"])
+        for way in WAYS
+    }  # fmt: skip
 
     def read(part: str, way: str, steps: int, seed: int) -> None:
         key = {"way": way, "rate": rates[way], "steps": steps, "seed": seed}

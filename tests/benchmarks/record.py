@@ -81,6 +81,19 @@ class Table:
         self._show(row)
         return row
 
+    def best_rate(self, key: dict[str, Any], rates: tuple, measure: Callable, value: Callable) -> float:
+        """The learning rate whose row has the largest `value(row)`, none of the ends of what was tried.
+
+        measure: of a rate.  At first `rates` are tried, then on by factors of two; a single one is taken as it is.
+        """
+        rates = list(rates)
+        while True:
+            rows = [self.row(key | {"rate": rate}, lambda rate=rate: measure(rate)) for rate in rates]
+            best = max(rows, key=value)["rate"]
+            if len(rates) == 1 or rates[0] < best < rates[-1]:
+                return best
+            rates = [rates[0] / 2, *rates] if best == rates[0] else [*rates, rates[-1] * 2]
+
     def replace(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Put `rows` in place of all rows of `key`: numbers of one comparison are measured together or not at all."""
         others = [r for r in self.content["rows"] if any(r.get(name) != value for name, value in key.items())]

@@ -280,8 +280,7 @@ def main() -> None:
     work = Work()
 
     def rate_of(part: str, tried: tuple, score: str, measure: Any, **key: Any) -> float:
-        rows = [table.row({"part": part, **key, "rate": rate}, lambda rate=rate: measure(rate)) for rate in tried]
-        return max(rows, key=lambda row: row[score])["rate"]
+        return table.best_rate({"part": part, **key}, tried, measure, lambda row: row[score])
 
     rates: dict[str, float] = {}
     for count, seed in [*itertools.product((ABSTRACTS,), SEEDS), (WHOLE, SEEDS[0])]:
