@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ftlib
@@ -70,6 +71,18 @@ def test_the_loop_of_the_guide_runs(tiny_model):
     for block in blocks:
         exec(compile(block, "ftlib/README.md", "exec"), space)
     assert space["record"]["step"] == 1 and space["record"]["loss"] > 0
+
+
+def test_the_comparison_of_the_guide_is_what_it_says():
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE.split("\n## Is it better?")[1].split("\n## ")[0], re.DOTALL)
+    space = {"ftlib": ftlib, "np": np}
+    for line in block.splitlines():
+        code, _, said = line.partition("#")
+        exec(code, space)
+        if re.match(r" [+-]", said):
+            found = space["gap"] if "gap =" in code else eval(code, space)
+            assert said.strip().startswith(str(found))
+    assert space["gap"].verdict == "tie"
 
 
 def test_run_toml_is_accepted(tmp_path):
