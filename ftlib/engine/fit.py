@@ -132,13 +132,6 @@ class Best:
         whole = {name: state[name] for name in self.trainable if name in state}
         self.weights = {n: distributed.cut(t, self.trainable[n]).to(self.trainable[n].device) for n, t in whole.items()}
 
-    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
-        return {name: p.shape for name, p in self.trainable.items()} if found else {}
-
-    def unfit(self, state: dict[str, Any]) -> str | None:
-        known = state["metrics"] is None or isinstance(state["metrics"].get(self.metric), (int, float))
-        return None if known else f"metrics has no {self.metric}"
-
 
 class Training:
     """The parts of one call of `fit`, put together, and the `for`."""

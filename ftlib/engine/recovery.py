@@ -50,19 +50,6 @@ class RandomState:
         set_random_state(found, self.device)
         self.take()
 
-    def unfit(self, state: dict[str, Any]) -> str | None:
-        """What is wrong with a state from a file, of the right size otherwise."""
-        for name in (name for name in state if name.startswith("cpu.")):
-            try:
-                torch.Generator().set_state(state[name])
-            except (RuntimeError, TypeError) as error:
-                return f"{name} is no random state ({error})"
-        return None
-
-    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The shapes a checkpoint may have: any number of processes."""
-        return {name: self.now["cpu"].shape if name.startswith("cpu.") else shape for name, shape in found.items()}
-
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
