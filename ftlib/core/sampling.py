@@ -25,7 +25,6 @@ def plan(sizes: dict[str, int], config: Any, draw: Callable[[int], list[str]] | 
 
 
 def _orders(size: int, config: Any, stream: int) -> Iterator[Any]:
-    """The rows' order in every epoch."""
     for epoch in count(stream * 10_007):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
         yield torch.randperm(size, generator=generator).numpy() if config.shuffle else range(size)

@@ -1,9 +1,5 @@
 """Several processes, one run: who am I, are we all in step, and who holds which weights.  Start them with `torchrun`.
 
-With "ddp" every process holds the whole model and they exchange gradients.  With "fsdp" (FSDP2, `fully_shard`) each
-holds a share of the weights, gradients and optimizer state, and a layer's weights are put together only while that
-layer computes: less memory, more traffic.
-
 To copy: this file and core/anatomy.py.
 Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277).
 """
@@ -98,7 +94,6 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -48,8 +48,6 @@ def fit(
         loss: (logits, labels) -> scalar, *summed* over labelled items, here and in evaluation; default: `task_loss`.
         on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
-    Weights of half precision are float32 while they train, and rounded back at the end; where most are frozen
-    bfloat16, those stay so (`Run.precision` says which).
     Modes (train or eval) and the global random state end as they were.  An interrupt (Ctrl-C) ends the run early with
     its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With "fsdp" a
     sharded copy is trained, and its weights come back.
@@ -240,7 +238,6 @@ class Training:
         run.seconds = time.perf_counter() - self.begin
 
     def steps(self, first: int) -> Any:
-        """The loop, with everything that `fit` puts into it."""
         config = self.config
         warmup = math.ceil(config.warmup_fraction * self.total) if self.total > 1 else 0  # a rate of 0 moves nothing
         return steps(
@@ -319,7 +316,10 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     kinds = sorted({kind for kind, _ in tasks.values()})
     records, smoothing = [TASKS[kind] for kind in kinds], config.label_smoothing
     names = metric_names(model, held_out) if held_out else []
+    tuning = optimizing.tuning_of(model)
     refuse(
+        (config.distributed == "fsdp" and tuning and (tuning.stages or tuning.start),  # which need the weights whole
+         f"distributed='fsdp' has no {tuning and tuning.strategy}; use distributed='ddp'"),
         (smoothing and loss is None and not any(record.smooths for record in records),
          f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
         *((config.r_drop, f"r_drop={config.r_drop} compares predicted distributions of classes; not for {kind}")
@@ -340,4 +340,3 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     ):  # fmt: skip
         if idle:
             warnings.warn(what, stacklevel=4)
-    optimizing.check(model, config.distributed)

@@ -25,7 +25,6 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -127,6 +126,5 @@ def hopeless(history: list[dict], config: Any, total: int) -> str | None:
 
 
 def warn_of(record: dict[str, Any]) -> None:
-    """Say which rows were in a step that was skipped."""
     if distributed.rank() == 0:
         warnings.warn(f"{_BAD.format(**record)}; the step is skipped", stacklevel=4)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch.utils._pytree import tree_map
 
 from ..core.batches import IGNORE, refuse
 from ..inputs.assets import did_you_mean
@@ -154,7 +155,7 @@ def labelled(parts: dict[str, Any], column: str | list[str], task: str, say: Cal
             some = f"{split}: {len(own) - len(kept)} rows without a label are left out"
             say(some if kept else f"{split} is left out: no row of it has a label")
         if kept:
-            own = [_made(own[i], make) for i in kept]
+            own = [tree_map(lambda item, make=make: None if _none(item) else make(item), own[i]) for i in kept]
             if new := sorted({*_items(own)} - seen - {None}) if make is str else []:
                 say(f"{split} has classes that train has not: {', '.join(new)}")
             lists = any(isinstance(value, list) for value in own)
@@ -174,13 +175,6 @@ def _read(part: Any, columns: list[str], column: Any) -> list:
 
 def _items(values: Iterable[Any]) -> list:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
-
-
-def _made(value: Any, make: Callable) -> Any:
-    """None stays, for `tokenize` to name its row."""
-    if isinstance(value, list):
-        return [_made(item, make) for item in value]
-    return None if _none(value) else make(value)
 
 
 def _none(value: Any, hidden: tuple = (), tags: bool = False) -> bool:

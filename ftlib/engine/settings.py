@@ -114,7 +114,6 @@ class Run:
     peak_memory_mb: float | None = None  # of tensors on the GPU, without one of the whole process; 1 MB = 2**20 bytes
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return {name: getattr(self, name) for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

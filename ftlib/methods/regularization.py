@@ -82,7 +82,6 @@ def mixing(model: nn.Module) -> dict[nn.Module, torch.Tensor]:
 
 
 def remove_mixout(model: nn.Module) -> None:
-    """Undo `add_mixout`."""
     for module in mixing(model):
         anatomy.take_forward(module)
 

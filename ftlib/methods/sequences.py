@@ -96,8 +96,8 @@ class CRF(nn.Module):
         ftlib.save(model, folder)
         safetensors.torch.save_file(crf.state_dict(), folder / "crf.safetensors")
 
-    `entities(..., transitions=crf.transitions)` decodes by it; `evaluate`, and fit's metrics but the loss, by the
-    logits alone.  Several processes (torchrun) are refused: its gradients would not be exchanged.
+    `viterbi` and `entities(..., transitions=crf.transitions)` decode by it; `evaluate`, and fit's metrics but the loss,
+    by the logits alone.  Several processes (torchrun) are refused: its gradients would not be exchanged.
     """
 
     def __init__(self, labels: int):
@@ -131,7 +131,3 @@ class CRF(nn.Module):
             score = torch.where(real[:, t, None], onward, score)
         loss = torch.logsumexp(score + end, dim=1) - path
         return torch.where(real[:, 0], loss, 0.0).sum()
-
-    def decode(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The most probable path of every row: `viterbi`."""
-        return viterbi(logits, self.transitions, mask)
