@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch.utils._pytree import tree_map
 
 from ..core.batches import IGNORE, refuse
@@ -71,7 +70,7 @@ def strategy_of(run: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
-    """The run's TrainConfig; errors come before anything is loaded and name the file."""
+    """The run's TrainConfig; errors come before anything is loaded and name the file; those of options are `tune`'s."""
     strategy, options = strategy_of(run)
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, tuple(OPTIONS))):
         if value not in choices:
@@ -83,7 +82,6 @@ def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
     settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto")} | settings
     settings["resume"] = None if settings["resume"] in ("never", "no", "") else settings["resume"]
     try:
-        _try(strategy, options)
         return TrainConfig(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -98,16 +96,6 @@ def _refuse_unknown(path: Any, given: Any, known: Any, where: str = "", what: st
             hints = [f"it belongs {place}; " for place, its in places.items() if key in its]
             hint = [*hints, did_you_mean(key, known, 0.6)][0]
             raise ValueError(f"{path}: unknown key {key!r}{where}; {hint}{what} {', '.join(known)}")
-
-
-def _try(strategy: str, options: dict[str, Any]) -> None:
-    """The options' own checks, on a model of a few weights; what depends on the layers' names, the real one says."""
-    targets, depth = options.get("targets"), options.get("layers")
-    if isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets):
-        options = options | {"targets": "all-linear"}
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), 1)
-    sizes["num_hidden_layers"] = depth if type(depth) is int and 0 < depth < 100 else 2
-    tune(transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)), strategy, **options)
 
 
 def _fields() -> dict[str, tuple[str, ...]]:
