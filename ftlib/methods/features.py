@@ -1,7 +1,5 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-A folder of sentence-transformers says in modules.json what its vectors are: those come out, or a refusal.
-
 To copy: this file, methods/speedups.py, inputs/agreement.py, inputs/files.py, inputs/rows.py,
 inputs/sentence_folders.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py, core/device.py, tasks/, torch and
 transformers (inputs/pretrained.py and what it names to load by name).
@@ -222,7 +220,6 @@ def _ahead(texts: Iterator[Any], recipe: Recipe, work: Callable) -> Iterator[tup
 
     So a database's cursor can be read, a text that does not come can be interrupted, and errors are raised where they
     are made.  Closing this iterator ends the thread, after the slice it is at, and closes a generator of texts.
-    A chunk is read and checked as a whole; then it is cut into slices, the longest texts (in characters) first.
     """
     start, pool, ready = 0, ThreadPoolExecutor(1, "ftlib-features"), deque()
     try:

@@ -1,7 +1,5 @@
 """What keeps a fine-tuned model simple, or near its pretrained self: L2-SP, mixout, R-Drop, L1, dropout rates.
 
-`l1`, `r_drop` and `dropout` are fields of `TrainConfig`; L2-SP and mixout are strategies of `tuning.tune`.
-
 To copy: this file, methods/speedups.py, core/anatomy.py and torch (tasks/task.py and what it names for `r_drop`).
 """
 
