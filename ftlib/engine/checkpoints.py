@@ -128,8 +128,8 @@ class ModelState:
 class Checkpoints:
     """The checkpoints of a run in a folder.  parts: what is kept; fingerprint: what a run must share to go on."""
 
-    def __init__(self, folder: Any, parts: dict[str, Any], fingerprint: dict[str, Any], keep_last: int, device: Any):
-        self.folder, self.parts, self.keep_last, self.device = Path(folder), parts, keep_last, device
+    def __init__(self, folder: Any, parts: dict[str, Any], fingerprint: dict[str, Any], keep_last: int):
+        self.folder, self.parts, self.keep_last = Path(folder), parts, keep_last
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, step: int, best: int | None = None) -> Path:
@@ -179,8 +179,7 @@ class Checkpoints:
                     part.load_state_dict(state[name] | own)
                 step = int(state["step"])
             break
-        found = [int(part) for part in distributed.gather(torch.tensor(step or 0), self.device)]
-        if len(set(found)) > 1:
+        if len(set(found := distributed.gather(step or 0))) > 1:
             need = "it must be one folder that all machines share"
             raise ValueError(f"the processes find checkpoints of the steps {found} in {self.folder}; {need}")
         return step

@@ -141,7 +141,6 @@ class Training:
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
             model.to(device := choose_device())
-        self.device = device
         precision, reason = choose_precision(device, config.precision)
         sizes = config.micro_batch_size, config.max_tokens
         self.result = Run(config, precision=precision, reason=reason, micro_batch_size=sizes[0], max_tokens=sizes[1])
@@ -151,7 +150,6 @@ class Training:
         _check(model, tasks, config, loss, held_out, list(parts.values()))
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
-        self.padding = padding
         self.feed = Feed(parts, tasks, self.result, padding, device, is_unpadded(model))
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
@@ -182,7 +180,7 @@ class Training:
             "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
             "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
         } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
-        return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last, self.device)
+        return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last)
 
     def _run(self) -> None:
         run, config = self.result, self.config
@@ -283,12 +281,12 @@ class Training:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.result, self.config
         rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
-        options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, batch_size=rows)
+        options = dict(padding=self.feed.pad, loss=self.loss, autocast=self.autocast, batch_size=rows)
         metrics = scores(self.model, self.held_out, shared=True, **options)
         if config.patience and math.isnan(metrics.get(config.metric, 0.0)):
             warnings.warn(f"{config.metric} is not a number at step {run.steps}: no evaluation is better", stacklevel=5)
         if config.patience:
-            metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
+            metrics[config.metric] = distributed.gather(metrics[config.metric])[0]  # so that all decide alike
         record = {"step": run.steps, "epoch": run.steps / self.epoch}
         record |= {f"eval_{name}": value for name, value in metrics.items()}
         with recovery.uninterrupted():  # the best weights and the record of them

@@ -40,7 +40,7 @@ class RandomState:
         self.now = random_state(self.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        parts = {kind: distributed.gather(state, self.device) for kind, state in self.now.items()}
+        parts = {kind: distributed.gather(state) for kind, state in self.now.items()}
         return {f"{kind}.{rank}": state for kind, states in parts.items() for rank, state in enumerate(states)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

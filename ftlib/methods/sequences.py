@@ -77,8 +77,7 @@ def viterbi(logits: Tensor, transitions: Transitions, mask: Tensor | None = None
     path = [(score + end).argmax(1)]  # (batch,) each, backwards
     for source in reversed(sources):
         path.append(source.gather(1, path[-1][:, None])[:, 0])
-    found = torch.where(real, torch.stack(path[::-1], 1), IGNORE)
-    return paths.scatter(1, places, found)
+    return paths.scatter(1, places, torch.where(real, torch.stack(path[::-1], 1), IGNORE))
 
 
 class CRF(nn.Module):
