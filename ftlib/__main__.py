@@ -54,8 +54,7 @@ def _train(path: str, run: dict[str, Any], output: Path, config: Any, shown: boo
         say(ftlib.tune(model, strategy, **options))
     except ValueError as error:
         raise ValueError(f"{path}: [tune] {error}") from None
-    every = run.get("log_every", ftlib.runfile.EVERY)
-    note = ftlib.logging.lines(every) if config.progress and not shown else None
+    note = ftlib.logging.lines(run.get("log_every", ftlib.runfile.EVERY)) if config.progress and not shown else None
     config = dataclasses.replace(config, progress=config.progress and shown)
     held_out, more = tokens.get("validation"), dict(tokenizer=tokenizer, config=config, on_record=note)
     result, test = ftlib.fit(model, tokens["train"], eval_dataset=held_out, **more), tokens.get("test")

@@ -60,13 +60,6 @@ def test_read_run(tmp_path):
         (GOOD + 'tune = "lorra"\n', "unknown tune 'lorra'; did you mean lora[?] choose one of full"),
         (GOOD + '[tune]\nstrategy = ["lora"]\n', r"unknown tune \['lora'\]; .*choose one of full"),
         (GOOD + "[tune]\nstrategy = 3\n", "unknown tune 3; choose one of full"),
-        (GOOD + '[tune]\nstrategy = "lora"\nrank = "8"\n', "rank='8': need a whole number"),
-        (GOOD + '[tune]\nstrategy = "lora"\nrank = 0\n', "rank=0: need a whole number"),
-        (GOOD + '[tune]\nstrategy = "lora"\ntargets = [3]\n', r"targets=\[3\]: pass 'all-linear' or a list of names"),
-        (GOOD + '[tune]\nstrategy = "lora"\nbase_bits = 3\n', "base_bits=3: choose one of None, 8, 4"),
-        (GOOD + '[tune]\nstrategy = "last-layers"\nlayers = "2"\n', "layers='2': choose one of"),
-        (GOOD + '[tune]\nstrategy = "mixout"\np = true\n', "p=True: need a number"),
-        (GOOD + '[tune]\nstrategy = "l2-sp"\nstrength = "strong"\n', "strength='strong': need a number"),
         (GOOD + '[train]\ntask_weighting = ["fixed"]\n', "task weighting .*: choose one of fixed"),
         (GOOD + '[train]\ntask_gradients = ["pcgrad"]\n', "task_gradients"),
         (GOOD + "[train]\nmetric = 3\n", "metric=3: need the name of a metric"),
@@ -209,6 +202,25 @@ def test_train(tiny_run, capsys, tiny_tokenizer):
     assert json.loads((tiny_run.output / "metrics.json").read_text())["test"] == pytest.approx(
         numbers["test"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('strategy = "lora"\nrank = "8"\n', "rank='8': need a whole number"),
+        ('strategy = "lora"\nrank = 0\n', "rank=0: need a whole number"),
+        ('strategy = "lora"\ntargets = [3]\n', r"targets=\[3\]: pass 'all-linear' or a list of names"),
+        ('strategy = "lora"\nbase_bits = 3\n', "base_bits=3: choose one of None, 8, 4"),
+        ('strategy = "last-layers"\nlayers = "2"\n', "layers='2': choose one of"),
+        ('strategy = "mixout"\np = true\n', "p=True: need a number"),
+        ('strategy = "l2-sp"\nstrength = "strong"\n', "strength='strong': need a number"),
+    ],
+)
+def test_a_bad_option_of_a_strategy_is_said_before_the_first_step(tiny_run, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(ftlib, "fit", None, raising=False)
+    assert tiny_run(train=f"[tune]\n{options}") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"error: .*run.toml: \[tune\] {message}", said), said
 
 
 def test_train_says_what_differs_from_the_run_before(tiny_run, capsys):

@@ -86,7 +86,6 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def normalizes(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer."""
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
 
 
@@ -131,7 +130,6 @@ def taken_by(module: nn.Module) -> Any:
 
 
 def take_forward(module: nn.Module) -> None:
-    """Let the module answer its calls itself again."""
     vars(module).pop("forward", None)
 
 

@@ -19,10 +19,9 @@ NOT_INPUTS = ("labels", "attention_mask", "word_starts")  # columns of a row tha
 
 
 def collate(
-    rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right", width: int = 0,
-    stack: dict[str, Callable] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Pad rows to the longest among them, or to `width` tokens if that is more.
+    rows: Sequence[Row], *, pad_token_id: int = 0, padding_side: str = "right", stack: dict[str, Callable] | None = None
+) -> dict[str, Any]:
+    """Pad rows to the longest among them.
 
     Returns `input_ids`, `attention_mask`: int64 (batch, tokens); `labels`: int64 (batch,) for classes, (batch, tokens)
     for tags, float32 (batch,) or (batch, k) for numbers.  For multi-task rows `labels` is {task: tensor (rows of the
@@ -37,34 +36,33 @@ def collate(
     """
     one_of("padding_side", padding_side, ("left", "right"))
     try:
-        return _collate(rows, pad_token_id, padding_side, width, stack or {})
+        return _collate(rows, pad_token_id, padding_side, stack or {})
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"rows that do not go together ({type(error).__name__}: {error})") from error
 
 
-def _collate(rows: Sequence[Row], fill: int, side: str, width: int, stack: dict[str, Callable]) -> dict[str, Any]:
-    lengths = [len(row["input_ids"]) for row in rows]
-    sizes = [*lengths, width]
+def _collate(rows: Sequence[Row], fill: int, side: str, stack: dict[str, Callable]) -> dict[str, Any]:
+    sizes = [len(row["input_ids"]) for row in rows]
     batch: dict[str, Any] = {"input_ids": padded([row["input_ids"] for row in rows], sizes, side, fill)}
     _, tokens = batch["input_ids"].shape
-    masks = [np.broadcast_to(row.get("attention_mask", 1), n) for row, n in zip(rows, lengths, strict=True)]
+    masks = [np.broadcast_to(row.get("attention_mask", 1), n) for row, n in zip(rows, sizes, strict=True)]
     batch["attention_mask"] = padded(masks, sizes, side, 0)
     mixed = isinstance(rows[0].get("labels"), dict)
     for name in {name: 0 for row in rows for name in row} if mixed else rows[0]:
         if name not in batch and name not in NOT_INPUTS:
-            having = [(row[name], n) for row, n in zip(rows, lengths, strict=True) if name in row or not mixed]
+            having = [(row[name], n) for row, n in zip(rows, sizes, strict=True) if name in row or not mixed]
             a_token = all(np.ndim(v) and len(v) == n for v, n in having)
             none = np.zeros_like(having[0][0])  # for rows of another task, which don't have it
-            values = [row.get(name, none[[0] * n] if a_token else none) for row, n in zip(rows, lengths, strict=True)]
+            values = [row.get(name, none[[0] * n] if a_token else none) for row, n in zip(rows, sizes, strict=True)]
             kind = np.float32 if np.result_type(*map(np.asarray, values)).kind == "f" else np.int64
             batch[name] = padded(values, sizes, side, 0, kind) if a_token else torch.from_numpy(np.array(values, kind))
             if side == "left" and name.endswith("_positions"):  # of tokens, which padding moves
-                batch[name] += torch.tensor([tokens - n for n in lengths])[:, None]
+                batch[name] += torch.tensor([tokens - n for n in sizes])[:, None]
     if mixed:
         batch["labels"], batch["rows"] = {}, {}
         for task in sorted({task for row in rows for task in row["labels"]}):
             own = [i for i, row in enumerate(rows) if task in row["labels"]]
-            values, long = [rows[i]["labels"][task] for i in own], [*(lengths[i] for i in own), tokens]
+            values, long = [rows[i]["labels"][task] for i in own], [*(sizes[i] for i in own), tokens]
             batch["labels"][task] = stack.get(task, stacked)(values, long, side)
             batch["rows"][task] = torch.tensor(own)
     elif rows[0].get("labels") is not None:

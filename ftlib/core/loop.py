@@ -1,8 +1,5 @@
 """The training loop: `steps`, a generator that takes one optimizer step and yields what happened.
 
-    for record in steps(model, batches, optimizer, total=100):
-        print(record["loss"])                     # evaluate, save, stop early: it is your loop, between two steps
-
 What a step computes is the business of `gradient`, (model, step) -> its loss, which leaves gradients behind: `summed`;
 several tasks, a teacher, noise for privacy are others of that form.
 To copy: this file alone.

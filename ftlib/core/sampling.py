@@ -25,7 +25,6 @@ def plan(sizes: dict[str, int], config: Any, draw: Callable[[int], list[str]] | 
 
 
 def _orders(size: int, config: Any, stream: int) -> Iterator[Any]:
-    """The rows' order in every epoch."""
     for epoch in count(stream * 10_007):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
         yield torch.randperm(size, generator=generator).numpy() if config.shuffle else range(size)
@@ -34,26 +33,20 @@ def _orders(size: int, config: Any, stream: int) -> Iterator[Any]:
 def stream_plan(rows: Iterable[Any], config: Any) -> Iterator[list[Place]]:
     """The rows of every step from a stream, [("", row)]; again from its start where it ends, if it has a new start."""
     generator = torch.Generator().manual_seed(config.seed % 2**63)
-    drawn = _buffered(_repeated(rows), config.shuffle_buffer if config.shuffle else 1, generator)
+    drawn = _buffered(rows, config.shuffle_buffer if config.shuffle else 1, generator)
     while step := [("", row) for row in islice(drawn, config.batch_size)]:
         yield step
 
 
-def _repeated(rows: Iterable[Any]) -> Iterator[Any]:
-    came = True
-    while came:
-        source, came = iter(rows), False
-        for row in source:
-            yield row
-            came = source is not rows  # a generator has no new start
-
-
-def _buffered(rows: Iterator[Any], size: int, generator: torch.Generator) -> Iterator[Any]:
+def _buffered(rows: Iterable[Any], size: int, generator: torch.Generator) -> Iterator[Any]:
     """Every row drawn at random from `size` of them that are held."""
-    held: list[Any] = []
-    for row in rows:
-        held.append(row)
-        if len(held) >= size:
-            yield held.pop(int(torch.randint(len(held), (), generator=generator)) if size > 1 else 0)
+    held, again = [], True
+    while again:
+        source, again = iter(rows), False
+        for row in source:
+            held.append(row)
+            again = source is not rows  # a generator has no new start
+            if len(held) >= size:
+                yield held.pop(int(torch.randint(len(held), (), generator=generator)) if size > 1 else 0)
     while held:
         yield held.pop(int(torch.randint(len(held), (), generator=generator)))

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..inputs.files import MARK, aside, read_json, read_tensors, tensors_of
+from ..inputs.files import MARK, aside, read_json, read_tensors, said, tensors_of
 from . import distributed
 
 
@@ -91,9 +91,6 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
                 new and path.parent.rmdir()
 
 
-_SLOTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
-
-
 class OptimizerState:
     """An optimizer's state by the names of the parameters, for any number of processes, however weights are spread."""
 
@@ -107,12 +104,6 @@ class OptimizerState:
     def state_dict(self) -> dict[str, torch.Tensor]:
         states = {name: self.optimizer.state.get(p, {}) for name, p in self.moved.items()}
         return {f"{n}.{k}": torch.as_tensor(v) for n, own in states.items() for k, v in own.items() if v is not None}
-
-    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Every slot of every parameter that has one."""
-        slots, begun = _SLOTS[type(self.optimizer)], {name.rpartition(".")[0] for name in found}
-        shapes = {name: p.shape for name, p in self.moved.items() if name in begun}
-        return {f"{name}.{key}": () if key == "step" else shape for name, shape in shapes.items() for key in slots}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         places, slots = {name: i for i, name in enumerate(self.moved)}, {}
@@ -137,8 +128,8 @@ class ModelState:
 class Checkpoints:
     """The checkpoints of a run in a folder.  parts: what is kept; fingerprint: what a run must share to go on."""
 
-    def __init__(self, folder: Any, parts: dict[str, Any], fingerprint: dict[str, Any], keep_last: int, device: Any):
-        self.folder, self.parts, self.keep_last, self.device = Path(folder), parts, keep_last, device
+    def __init__(self, folder: Any, parts: dict[str, Any], fingerprint: dict[str, Any], keep_last: int):
+        self.folder, self.parts, self.keep_last = Path(folder), parts, keep_last
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, step: int, best: int | None = None) -> Path:
@@ -175,62 +166,23 @@ class Checkpoints:
         Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
         """
         step = None
-        own = {name: part.state_dict() for name, part in self.parts.items()}  # all processes take part in it
         for folder in reversed(_folders(self.folder)):
-            if not (problem := damage(folder)):
-                state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
-                problem = self._unfit(folder, state, tensors, own)
-            if not problem:
+            if problem := damage(folder):
+                warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
+                continue
+            state, tensors = read_json(folder / "state.json"), read_tensors(folder / "state.safetensors")
+            if state.get("fingerprint") != self.fingerprint:
+                _refuse_another_run(state.get("fingerprint"), self.fingerprint, folder)
+            with said(f"{folder}: whole, but not as fit writes it; delete it, or choose another checkpoint_dir"):
                 for name, part in self.parts.items():
-                    part.load_state_dict(state[name] | _under(name, tensors))
-                step = state["step"]
-                break
-            warnings.warn(f"skipped checkpoint {folder.name}: {problem}", stacklevel=4)
-        found = [int(part) for part in distributed.gather(torch.tensor(step or 0), self.device)]
-        if len(set(found)) > 1:
+                    own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                    part.load_state_dict(state[name] | own)
+                step = int(state["step"])
+            break
+        if len(set(found := distributed.gather(step or 0))) > 1:
             need = "it must be one folder that all machines share"
             raise ValueError(f"the processes find checkpoints of the steps {found} in {self.folder}; {need}")
         return step
-
-    def _unfit(self, folder: Path, state: dict, tensors: dict[str, torch.Tensor], states: dict) -> str | None:
-        """What in whole files keeps them from being loaded, so that nothing is ever half-loaded; None: nothing does."""
-        if isinstance(state.get("fingerprint"), dict) and state["fingerprint"] != self.fingerprint:
-            _refuse_another_run(state["fingerprint"], self.fingerprint, folder)
-        if state.get("step") != _step(folder):
-            return f"state.json: step is {state.get('step')}"
-        for name in ("fingerprint", *self.parts):
-            if not isinstance(state.get(name), dict):
-                return f"state.json: {name} is {str(state.get(name, 'missing'))[:40]}"
-        for name, part in self.parts.items():
-            found, own = _under(name, tensors), states[name]
-            if hasattr(part, "wanted"):
-                own = {k: v for k, v in own.items() if not isinstance(v, torch.Tensor)} | part.wanted(found)
-            own, here = _forms(own), state[name] | _forms(found)
-            for key in sorted(own.keys() | found.keys()):
-                if key not in own:
-                    return f"state.safetensors: {name}.{key} is no part of this run"
-                if key not in here or not _alike(own[key], here[key]):
-                    return f"state: {name}.{key} is {str(here.get(key, 'missing'))[:40]}, not {str(own[key])[:40]}"
-            if said := getattr(part, "unfit", lambda state: None)(state[name] | found):
-                return f"state: {name}.{said}"
-        more = [name for name in tensors if name.partition(".")[0] not in self.parts]
-        return f"state.safetensors: {more[0]} is no part of this run" if more else None
-
-
-def _under(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-
-
-def _forms(values: dict[str, Any]) -> dict[str, Any]:
-    """Shapes in place of tensors."""
-    return {k: tuple(getattr(v, "shape", v)) if isinstance(v, (torch.Tensor, tuple)) else v for k, v in values.items()}
-
-
-def _alike(own: Any, found: Any) -> bool:
-    """Whether a value from a file can stand for ours: a shape for the same, numbers and None for each other."""
-    if isinstance(own, tuple):
-        return own == found
-    return own is None or type(found) is type(own) or all(isinstance(v, int | float | None) for v in (own, found))
 
 
 def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
@@ -256,13 +208,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _refuse_another_run(theirs: dict, ours: dict, folder: Path) -> None:
-    before, now = ({f"config.{k}": v for k, v in one.get("config", {}).items()} | one for one in (theirs, ours))
+def _refuse_another_run(theirs: Any, ours: dict, folder: Path) -> None:
+    both = (one if isinstance(one, dict) else {} for one in (theirs, ours))
+    before, now = ({f"config.{k}": v for k, v in one.get("config", {}).items()} | one for one in both)
     changed = {k: f"was {before.get(k)!r} and is {v!r}" for k, v in now.items() if before.get(k) != v and k != "config"}
     changed |= dict.fromkeys(changed.keys() & {"data", "model"}, "differs")  # hashes: nothing to see in them
-    said = ", ".join(f"{key} {how}" for key, how in changed.items()) or "its settings differ"
+    what = ", ".join(f"{key} {how}" for key, how in changed.items()) or "its settings differ"
     remedy = "use the same settings, model and data, or another checkpoint_dir"
-    raise ValueError(f"{folder} is from another run: {said}; {remedy}")
+    raise ValueError(f"{folder} is from another run: {what}; {remedy}")
 
 
 def _print(path: Path) -> dict[str, Any]:

@@ -103,8 +103,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         raise ValueError("gradient_checkpointing=True drops the prefix of prefix tuning; leave it off")
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not layers:
-        kind = anatomy.kind_of(model)
-        raise ValueError(f"gradient_checkpointing=True: {kind} models have no gradient checkpointing")
+        raise ValueError(f"gradient_checkpointing=True: {anatomy.kind_of(model)} models have no gradient checkpointing")
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -1,9 +1,5 @@
 """Several processes, one run: who am I, are we all in step, and who holds which weights.  Start them with `torchrun`.
 
-With "ddp" every process holds the whole model and they exchange gradients.  With "fsdp" (FSDP2, `fully_shard`) each
-holds a share of the weights, gradients and optimizer state, and a layer's weights are put together only while that
-layer computes: less memory, more traffic.
-
 To copy: this file and core/anatomy.py.
 Source: Li et al. 2020 (PyTorch Distributed, arXiv:2006.15704); Zhao et al. 2023 (PyTorch FSDP, arXiv:2304.11277).
 """
@@ -98,7 +94,6 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -121,27 +116,17 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather(tensor: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
-    """Every process's tensor (one shape and dtype), on the CPU, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [tensor.cpu()]
-    parts = [torch.empty_like(tensor, device=device) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.to(device))
-    return [part.cpu() for part in parts]
+def gather(value: Any) -> list[Any]:
+    """Every process's value, a Python object or a tensor on the CPU, in the order of their ranks."""
+    found: list[Any] = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, value)
+    return found
 
 
 def all_joined(parts: dict) -> dict:
-    """The entries of every process's dict together, on every process; Python objects, among processes of one run."""
-    if not dist.is_initialized():
-        return parts
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, parts)
-    return {key: value for one in found for key, value in one.items()}
-
-
-def from_first(value: float, device: torch.device) -> float:
-    """Process 0's number, so that all decide alike."""
-    return float(gather(torch.tensor(value, dtype=torch.float64), device)[0])
+    """The entries of every process's dict together, on every process."""
+    return {key: value for one in gather(parts) for key, value in one.items()}
 
 
 def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:

@@ -45,11 +45,9 @@ class Step(list):
         super().__init__()
         self.feed, self.number, self.places = feed, number, places
         self.rows = take(feed.parts, places)
-        self.items, self.shares = {}, {}
+        self.items, self.shares, labels = {}, {}, [row["labels"] for row in self.rows]
         for task, (kind, _) in feed.tasks.items():
-            own = [
-                row["labels"][task] if task else row["labels"] for row in self.rows if not task or task in row["labels"]
-            ]
+            own = [label[task] for label in labels if task in label] if task else labels
             self.items[task] = sum(int(TASKS[kind].items(np.asarray(label))) for label in own)
             self.shares[task] = len(own) / len(self.rows) if self.items[task] else 0.0
         self.cut()

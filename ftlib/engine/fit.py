@@ -48,8 +48,6 @@ def fit(
         loss: (logits, labels) -> scalar, *summed* over labelled items, here and in evaluation; default: `task_loss`.
         on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
-    Weights of half precision are float32 while they train, and rounded back at the end; where most are frozen
-    bfloat16, those stay so (`Run.precision` says which).
     Modes (train or eval) and the global random state end as they were.  An interrupt (Ctrl-C) ends the run early with
     its history; under torchrun it is raised.  A model on the CPU moves to the GPU if there is one.  With "fsdp" a
     sharded copy is trained, and its weights come back.
@@ -132,13 +130,6 @@ class Best:
         whole = {name: state[name] for name in self.trainable if name in state}
         self.weights = {n: distributed.cut(t, self.trainable[n]).to(self.trainable[n].device) for n, t in whole.items()}
 
-    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
-        return {name: p.shape for name, p in self.trainable.items()} if found else {}
-
-    def unfit(self, state: dict[str, Any]) -> str | None:
-        known = state["metrics"] is None or isinstance(state["metrics"].get(self.metric), (int, float))
-        return None if known else f"metrics has no {self.metric}"
-
 
 class Training:
     """The parts of one call of `fit`, put together, and the `for`."""
@@ -150,7 +141,6 @@ class Training:
         device = next(model.parameters()).device
         if device.type == "cpu" and choose_device().type == "cuda":
             model.to(device := choose_device())
-        self.device = device
         precision, reason = choose_precision(device, config.precision)
         sizes = config.micro_batch_size, config.max_tokens
         self.result = Run(config, precision=precision, reason=reason, micro_batch_size=sizes[0], max_tokens=sizes[1])
@@ -160,7 +150,6 @@ class Training:
         _check(model, tasks, config, loss, held_out, list(parts.values()))
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
-        self.padding = padding
         self.feed = Feed(parts, tasks, self.result, padding, device, is_unpadded(model))
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
@@ -191,7 +180,7 @@ class Training:
             "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
             "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
         } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
-        return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last, self.device)
+        return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last)
 
     def _run(self) -> None:
         run, config = self.result, self.config
@@ -247,7 +236,6 @@ class Training:
         run.seconds = time.perf_counter() - self.begin
 
     def steps(self, first: int) -> Any:
-        """The loop, with everything that `fit` puts into it."""
         config = self.config
         warmup = math.ceil(config.warmup_fraction * self.total) if self.total > 1 else 0  # a rate of 0 moves nothing
         return steps(
@@ -293,12 +281,12 @@ class Training:
         """Record the metrics of the evaluation rows; True when patience has run out."""
         run, config = self.result, self.config
         rows = min(64, 4 * (run.micro_batch_size or 16))  # without gradients four times as many fit
-        options = dict(padding=self.padding, loss=self.loss, autocast=self.autocast, batch_size=rows)
+        options = dict(padding=self.feed.pad, loss=self.loss, autocast=self.autocast, batch_size=rows)
         metrics = scores(self.model, self.held_out, shared=True, **options)
         if config.patience and math.isnan(metrics.get(config.metric, 0.0)):
             warnings.warn(f"{config.metric} is not a number at step {run.steps}: no evaluation is better", stacklevel=5)
         if config.patience:
-            metrics[config.metric] = distributed.from_first(metrics[config.metric], self.device)
+            metrics[config.metric] = distributed.gather(metrics[config.metric])[0]  # so that all decide alike
         record = {"step": run.steps, "epoch": run.steps / self.epoch}
         record |= {f"eval_{name}": value for name, value in metrics.items()}
         with recovery.uninterrupted():  # the best weights and the record of them
@@ -326,7 +314,10 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     kinds = sorted({kind for kind, _ in tasks.values()})
     records, smoothing = [TASKS[kind] for kind in kinds], config.label_smoothing
     names = metric_names(model, held_out) if held_out else []
+    tuning = optimizing.tuning_of(model)
     refuse(
+        (config.distributed == "fsdp" and tuning and (tuning.stages or tuning.start),  # which need the weights whole
+         f"distributed='fsdp' has no {tuning and tuning.strategy}; use distributed='ddp'"),
         (smoothing and loss is None and not any(record.smooths for record in records),
          f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
         *((config.r_drop, f"r_drop={config.r_drop} compares predicted distributions of classes; not for {kind}")
@@ -347,4 +338,3 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     ):  # fmt: skip
         if idle:
             warnings.warn(what, stacklevel=4)
-    optimizing.check(model, config.distributed)

@@ -25,7 +25,6 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -41,7 +40,7 @@ class RandomState:
         self.now = random_state(self.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        parts = {kind: distributed.gather(state, self.device) for kind, state in self.now.items()}
+        parts = {kind: distributed.gather(state) for kind, state in self.now.items()}
         return {f"{kind}.{rank}": state for kind, states in parts.items() for rank, state in enumerate(states)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -49,19 +48,6 @@ class RandomState:
         found = {kind: state.get(f"{kind}.{own}", now) for kind, now in random_state(self.device).items()}
         set_random_state(found, self.device)
         self.take()
-
-    def unfit(self, state: dict[str, Any]) -> str | None:
-        """What is wrong with a state from a file, of the right size otherwise."""
-        for name in (name for name in state if name.startswith("cpu.")):
-            try:
-                torch.Generator().set_state(state[name])
-            except (RuntimeError, TypeError) as error:
-                return f"{name} is no random state ({error})"
-        return None
-
-    def wanted(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The shapes a checkpoint may have: any number of processes."""
-        return {name: self.now["cpu"].shape if name.startswith("cpu.") else shape for name, shape in found.items()}
 
 
 @contextmanager
@@ -140,6 +126,5 @@ def hopeless(history: list[dict], config: Any, total: int) -> str | None:
 
 
 def warn_of(record: dict[str, Any]) -> None:
-    """Say which rows were in a step that was skipped."""
     if distributed.rank() == 0:
         warnings.warn(f"{_BAD.format(**record)}; the step is skipped", stacklevel=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import transformers
+from torch.utils._pytree import tree_map
 
 from ..core.batches import IGNORE, refuse
 from ..inputs.assets import did_you_mean
@@ -70,7 +70,7 @@ def strategy_of(run: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
-    """The run's TrainConfig; errors come before anything is loaded and name the file."""
+    """The run's TrainConfig; errors come before anything is loaded and name the file; those of options are `tune`'s."""
     strategy, options = strategy_of(run)
     for key, value, choices in (("task", run["task"], KINDS), ("tune", strategy, tuple(OPTIONS))):
         if value not in choices:
@@ -82,7 +82,6 @@ def checked(path: str | Path, run: dict[str, Any], output: Path) -> Any:
     settings = {"checkpoint_dir": str(output / "checkpoints"), "resume": run.get("resume", "auto")} | settings
     settings["resume"] = None if settings["resume"] in ("never", "no", "") else settings["resume"]
     try:
-        _try(strategy, options)
         return TrainConfig(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -97,16 +96,6 @@ def _refuse_unknown(path: Any, given: Any, known: Any, where: str = "", what: st
             hints = [f"it belongs {place}; " for place, its in places.items() if key in its]
             hint = [*hints, did_you_mean(key, known, 0.6)][0]
             raise ValueError(f"{path}: unknown key {key!r}{where}; {hint}{what} {', '.join(known)}")
-
-
-def _try(strategy: str, options: dict[str, Any]) -> None:
-    """The options' own checks, on a model of a few weights; what depends on the layers' names, the real one says."""
-    targets, depth = options.get("targets"), options.get("layers")
-    if isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets):
-        options = options | {"targets": "all-linear"}
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), 1)
-    sizes["num_hidden_layers"] = depth if type(depth) is int and 0 < depth < 100 else 2
-    tune(transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)), strategy, **options)
 
 
 def _fields() -> dict[str, tuple[str, ...]]:
@@ -154,7 +143,7 @@ def labelled(parts: dict[str, Any], column: str | list[str], task: str, say: Cal
             some = f"{split}: {len(own) - len(kept)} rows without a label are left out"
             say(some if kept else f"{split} is left out: no row of it has a label")
         if kept:
-            own = [_made(own[i], make) for i in kept]
+            own = [tree_map(lambda item, make=make: None if _none(item) else make(item), own[i]) for i in kept]
             if new := sorted({*_items(own)} - seen - {None}) if make is str else []:
                 say(f"{split} has classes that train has not: {', '.join(new)}")
             lists = any(isinstance(value, list) for value in own)
@@ -174,13 +163,6 @@ def _read(part: Any, columns: list[str], column: Any) -> list:
 
 def _items(values: Iterable[Any]) -> list:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
-
-
-def _made(value: Any, make: Callable) -> Any:
-    """None stays, for `tokenize` to name its row."""
-    if isinstance(value, list):
-        return [_made(item, make) for item in value]
-    return None if _none(value) else make(value)
 
 
 def _none(value: Any, hidden: tuple = (), tags: bool = False) -> bool:

@@ -114,22 +114,10 @@ class Run:
     peak_memory_mb: float | None = None  # of tensors on the GPU, without one of the whole process; 1 MB = 2**20 bytes
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return {name: getattr(self, name) for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({name: state[name] for name in _KEPT})
-
-    def unfit(self, state: dict[str, Any]) -> str | None:
-        """What is wrong with a state from a file, of the right types otherwise."""
-        history = state["history"]
-        if not history or not all(isinstance(record, dict) for record in history):
-            return "history is no list of records"
-        taken = [record.get("step") for record in history if "loss" in record]
-        if taken != [*range(1, len(taken) + 1)] or state["steps"] != len(taken):
-            return f"steps is {state['steps']}, and the history has others"
-        small = [name for name in ("micro_batch_size", "max_tokens") if state[name] is not None and state[name] < 1]
-        return f"{small[0]} is {state[small[0]]}" if small else None
 
     def plot(self, **options: Any) -> Any:
         """Draw loss and evaluation metrics against steps; returns the matplotlib Axes."""

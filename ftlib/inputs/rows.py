@@ -210,8 +210,6 @@ def transforms(dataset: Any) -> bool:
 
 def checked(dataset: Any, door: Door) -> Rows:
     """The rows of a Dataset, or of any collection of dicts; TypeError or ValueError for what is none."""
-    if hasattr(dataset, "to_dict") and "input_ids" in getattr(dataset, "columns", ()):  # a DataFrame of rows
-        dataset = dataset.to_dict("records")
     columns, got = getattr(dataset, "column_names", None), type(dataset).__name__
     dataset = listed(dataset)
     rows = isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, dict))

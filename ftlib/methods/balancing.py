@@ -222,7 +222,6 @@ class TaskWeights:
             self._adam(share * (fall - share @ fall) + weighting.decay * state["value"])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -1,7 +1,5 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-A folder of sentence-transformers says in modules.json what its vectors are: those come out, or a refusal.
-
 To copy: this file, methods/speedups.py, inputs/agreement.py, inputs/files.py, inputs/rows.py,
 inputs/sentence_folders.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py, core/device.py, tasks/, torch and
 transformers (inputs/pretrained.py and what it names to load by name).
@@ -71,7 +69,7 @@ def extract_features(
     model: nn.Module | str | os.PathLike, texts: Iterable[Any], *, tokenizer: Any = None, pooling: str | None = None,
     layer: int | Sequence[int] = -1, batch_size: int | None = None, max_tokens: int | None = None,
     max_length: int | None = None, truncation: bool = True, normalize: bool | None = None, precision: str | None = None,
-    out: str | os.PathLike | np.ndarray | None = None, progress: bool = False,
+    out: str | os.PathLike | None = None, progress: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Vectors of texts: float32 (texts, hidden), in the order given; (texts, layers, hidden) for a list of layers.
 
@@ -93,8 +91,7 @@ def extract_features(
         normalize: divide each vector by its length, so that a dot product is a cosine.  Default: as the folder says.
         precision: compute with a copy of the weights in "fp32", "bf16" or "fp16", or what `choose_precision` says
             for "auto".  bf16 on a CPU is products alone: a cosine of 0.9999 to fp32.  Default: the weights as they are.
-        out: where the vectors go if not into new memory: a float32 array of the right shape, or the path of a new
-            .npy file, which is written aside, renamed when complete, and returned memory-mapped, read-only.
+        out: the path of a new .npy file, written aside, renamed when complete, and returned memory-mapped, read-only.
 
     Dropout is off here; the model's train or eval mode is as before afterwards.
     Raises ValueError or TypeError naming the row for empty texts, None, and vectors that are not finite (fp16
@@ -117,7 +114,8 @@ def extract_features(
     width = dense(torch.zeros(1, wide, device=device)).shape[-1]
     size = len(texts) if hasattr(texts, "__len__") else None
     shape = (width,) if layers == [layer] else (len(layers), width)
-    _check_out(out, size, shape)
+    if out is not None:
+        _check_out(out, size or 0, shape)
     work = partial(
         _batches, tokenizer=tokenizer, padding=agree(base, tokenizer), known=vocabulary(base), batch_size=batch_size,
         max_tokens=max_tokens or (4_096 if device.type == "cpu" else 32_768), truncation=truncation,
@@ -138,8 +136,12 @@ def extract_features(
             autocast = computing(device, chosen) if mixed else nullcontext
     with anatomy.evaluating(base), shortcuts(base), autocast(), closing(_ahead(iterator, recipe, work)) as batches:
         chunks = _vectors(base, batches, layers, shape, pooling or recipe.pooling, dense, unit, size, progress)
-        to_file = isinstance(out, (str, os.PathLike))
-        return _written(chunks, os.fspath(out), shape) if to_file else _filled(chunks, out, shape)
+        if out is not None:
+            return _written(chunks, os.fspath(out), shape)
+        memory = bytearray()  # which grows
+        for chunk in chunks:
+            memory += chunk.data
+        return np.frombuffer(memory, np.float32).reshape(-1, *shape)
 
 
 def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module, Any, Recipe]:
@@ -176,18 +178,10 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     return base, load_tokenizer(known) if tokenizer is None else tokenizer, recipe
 
 
-def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
-    """Refuse, before any work, an `out` that can't take float32 (size, *shape); size None: not known yet."""
-    if out is None:
-        return
-    if isinstance(out, np.ndarray):
-        rows = len(out) if size is None and out.ndim else size
-        if out.dtype != np.float32 or out.shape != (rows, *shape) or not out.flags.writeable:
-            got = f"{out.dtype} {out.shape}{'' if out.flags.writeable else ', read-only'}"
-            raise ValueError(f"out is {got}; need a writeable float32 array of shape {(rows, *shape)}")
-        return
+def _check_out(out: Any, size: int, shape: tuple[int, ...]) -> None:
+    """Refuse, before any work, an `out` that can't take float32 (size, *shape); size: 0 where it is not known yet."""
     if not isinstance(out, (str, os.PathLike)):
-        raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file, or a float32 array")
+        raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file")
     path = os.fspath(out)
     folder, aside, error = os.path.dirname(os.path.abspath(path)), f"{path}.part", None
     if os.path.lexists(path):
@@ -196,7 +190,7 @@ def _check_out(out: Any, size: int | None, shape: tuple[int, ...]) -> None:
         error = errno.EEXIST, "a run writes this file, or was killed and left it; delete it", aside
     elif not os.path.isdir(folder):
         error = errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder
-    elif (need := 4 * int(np.prod(shape)) * (size or 0)) > (free := shutil.disk_usage(folder).free):
+    elif (need := 4 * int(np.prod(shape)) * size) > (free := shutil.disk_usage(folder).free):
         error = errno.ENOSPC, f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", path
     if error:
         raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
@@ -226,7 +220,6 @@ def _ahead(texts: Iterator[Any], recipe: Recipe, work: Callable) -> Iterator[tup
 
     So a database's cursor can be read, a text that does not come can be interrupted, and errors are raised where they
     are made.  Closing this iterator ends the thread, after the slice it is at, and closes a generator of texts.
-    A chunk is read and checked as a whole; then it is cut into slices, the longest texts (in characters) first.
     """
     start, pool, ready = 0, ThreadPoolExecutor(1, "ftlib-features"), deque()
     try:
@@ -281,22 +274,6 @@ def _vectors(
                     raise ValueError(f"row {start + int(finite.argmin())}: the vector {text}")
                 yield found
                 start, done = start + rows, 0
-
-
-def _filled(chunks: Iterator[np.ndarray], out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The chunks one after the other in `out`, or in new memory that grows."""
-    stop, memory = 0, bytearray()
-    for chunk in chunks:
-        start, stop = stop, stop + len(chunk)
-        if out is None:
-            memory += chunk.data
-        elif stop <= len(out):
-            out[start:stop] = chunk
-        else:
-            raise ValueError(f"out has {len(out)} rows, but there are more texts; it holds the first {start}")
-    if out is not None and stop < len(out):
-        raise ValueError(f"only {stop} texts came for {len(out)} rows")
-    return np.frombuffer(memory, np.float32).reshape(-1, *shape) if out is None else out
 
 
 def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,11 +19,15 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     >>> padding_mask(torch.tensor([[1, 1, 0]])).shape
     torch.Size([1, 1, 1, 3])
     """
-    _check("attention_mask", attention_mask, "keys", also_bool=True)
+    if attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; whole numbers or bool (batch, keys) are needed")
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask is {attention_mask.dtype}; whole numbers or bool are needed, 1 a real token")
     readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU it would wait
     if readable and len(bad := ((attention_mask != 0) & (attention_mask != 1)).nonzero()):
         place, value = bad[0].tolist(), int(attention_mask[tuple(bad[0])])
-        raise ValueError(f"attention_mask{place} is {value}; only 0 and 1 are masks (for numbers: document_mask)")
+        raise ValueError(f"attention_mask{place} is {value}; only 0 and 1 are masks")
     return attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, keys)
 
 
@@ -34,21 +38,6 @@ def causal_mask(length: int, *, device=None) -> Tensor:
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()  # (queries, keys)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Several documents packed in one row: a token looks only at tokens of its own document (block-diagonal).
-
-    document_ids: int (batch, tokens), the number of the document each token belongs to; a negative number marks
-    padding, which looks at nothing and is looked at by nothing. Returns bool (batch, 1, tokens, tokens).
-    Source: the packing of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
-
-    >>> document_mask(torch.tensor([[0, 0, 1, -1]]))[0, 0].int().tolist()
-    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    """
-    _check("document_ids", document_ids, "tokens")
-    same = document_ids[:, :, None] == document_ids[:, None, :]  # (batch, tokens, tokens)
-    return (same & (document_ids >= 0)[:, :, None])[:, None]  # (batch, 1, tokens, tokens)
 
 
 def combine_masks(*masks: Tensor | None) -> Tensor | None:
@@ -69,11 +58,3 @@ def combine_masks(*masks: Tensor | None) -> Tensor | None:
             shapes = f"shape {tuple(mask.shape)}, which does not broadcast with {tuple(combined.shape)} before it"
             raise ValueError(f"mask {number} has {shapes}; (batch, heads, queries, keys), 1 where shared") from None
     return combined
-
-
-def _check(name: str, tensor: Tensor, columns: str, also_bool: bool = False) -> None:
-    allowed = "whole numbers or bool" if also_bool else "whole numbers"
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {allowed} (batch, {columns}) are needed")
-    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not also_bool):
-        raise TypeError(f"{name} is {tensor.dtype}; {allowed} are needed: cast with .long() if the values are whole")

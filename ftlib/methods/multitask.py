@@ -95,6 +95,7 @@ class MultiTaskModel(nn.Module):
                     raise ValueError(f"task name {name!r}: {need}")
                 self.heads[name] = self._built(name, spec)
                 self._takes[name] = set(inspect.signature(self.heads[name].forward).parameters)
+        self.input_names = set().union(*self._takes.values())
         if len(trunks := {head.base_model.trunk[0] for head in self.heads.values()}) == 1:
             (self.encoder,) = trunks  # what no task reads is left out
 
@@ -137,11 +138,6 @@ class MultiTaskModel(nn.Module):
     def tasks(self) -> dict[str, tuple[str, int]]:
         """{task name: (kind, number of labels)}."""
         return {name: (spec.task, spec.num_labels) for name, spec in self.specs.items()}
-
-    @property
-    def input_names(self) -> set[str]:
-        """What encoder and heads take."""
-        return set().union(*self._takes.values())
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,

@@ -1,8 +1,5 @@
 """How fast the chosen parameters move: optimizer groups, and what a strategy asks of every step.
 
-`tuning.tune` writes a `Tuning` beside the model's modules; the functions here read it, for `ftlib.fit` and, through
-`trainer_options`, for the stock `Trainer`.
-
 To copy: this file, methods/regularization.py, methods/speedups.py, core/anatomy.py and torch.
 """
 
@@ -20,7 +17,7 @@ from . import regularization
 
 @dataclass
 class Tuning:
-    """What was chosen, and what the training loop has to do about it; `model.tuning`."""
+    """What `tune` chose, and what the training loop has to do about it; `model.tuning`."""
 
     strategy: str
     options: dict[str, Any]
@@ -110,13 +107,6 @@ def begin_step(model: nn.Module, step: int, total: int) -> None:
     for place, stage in enumerate(tuning.stages):
         for name in stage:
             model.get_parameter(name).requires_grad_(place < free)
-
-
-def check(model: nn.Module, how: str) -> None:
-    """ValueError for a strategy that needs the weights whole where they are spread."""
-    tuning = tuning_of(model)
-    if how == "fsdp" and tuning is not None and (tuning.stages or tuning.start):
-        raise ValueError(f"distributed='fsdp' has no {tuning.strategy}; use distributed='ddp'")
 
 
 def described(model: nn.Module) -> str:

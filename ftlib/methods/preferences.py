@@ -1,13 +1,10 @@
 """Preferences and rewards for language models, as gradient functions of the loop (`core.loop.steps`): DPO and GRPO.
 
-    pairs = reference_log_probs(model, preference_rows(data, tokenizer))
-    batches = ([preference_batch(random.sample(pairs, 8))] for _ in range(100))
-    for record in steps(model, batches, optimizer, total=100, gradient=(gradient := dpo())):
-        print(record["loss"], gradient.last)
-
     options, seed = dict(tokenizer=tokenizer, temperature=1.0, tokens=True), itertools.count()  # other draws each time
     answer = lambda model, prompts: ftlib.generate(model, prompts, seed=next(seed), **options)
     batches = (rollouts(model, random.sample(prompts, 4), reward, generate=answer, tokenizer=tokenizer) for _ in ...)
+    for record in steps(model, batches, optimizer, total=100, gradient=(gradient := grpo())):
+        print(record["loss"], gradient.last)
 
 A step's loss is the mean over its pairs, or answers, however they are cut into micro-batches.
 

@@ -1,7 +1,5 @@
 """What keeps a fine-tuned model simple, or near its pretrained self: L2-SP, mixout, R-Drop, L1, dropout rates.
 
-`l1`, `r_drop` and `dropout` are fields of `TrainConfig`; L2-SP and mixout are strategies of `tuning.tune`.
-
 To copy: this file, methods/speedups.py, core/anatomy.py and torch (tasks/task.py and what it names for `r_drop`).
 """
 
@@ -82,7 +80,6 @@ def mixing(model: nn.Module) -> dict[nn.Module, torch.Tensor]:
 
 
 def remove_mixout(model: nn.Module) -> None:
-    """Undo `add_mixout`."""
     for module in mixing(model):
         anatomy.take_forward(module)
 

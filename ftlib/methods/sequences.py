@@ -77,8 +77,7 @@ def viterbi(logits: Tensor, transitions: Transitions, mask: Tensor | None = None
     path = [(score + end).argmax(1)]  # (batch,) each, backwards
     for source in reversed(sources):
         path.append(source.gather(1, path[-1][:, None])[:, 0])
-    found = torch.where(real, torch.stack(path[::-1], 1), IGNORE)
-    return paths.scatter(1, places, found)
+    return paths.scatter(1, places, torch.where(real, torch.stack(path[::-1], 1), IGNORE))
 
 
 class CRF(nn.Module):
@@ -96,8 +95,8 @@ class CRF(nn.Module):
         ftlib.save(model, folder)
         safetensors.torch.save_file(crf.state_dict(), folder / "crf.safetensors")
 
-    `entities(..., transitions=crf.transitions)` decodes by it; `evaluate`, and fit's metrics but the loss, by the
-    logits alone.  Several processes (torchrun) are refused: its gradients would not be exchanged.
+    `viterbi` and `entities(..., transitions=crf.transitions)` decode by it; `evaluate`, and fit's metrics but the loss,
+    by the logits alone.  Several processes (torchrun) are refused: its gradients would not be exchanged.
     """
 
     def __init__(self, labels: int):
@@ -131,7 +130,3 @@ class CRF(nn.Module):
             score = torch.where(real[:, t, None], onward, score)
         loss = torch.logsumexp(score + end, dim=1) - path
         return torch.where(real[:, 0], loss, 0.0).sum()
-
-    def decode(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The most probable path of every row: `viterbi`."""
-        return viterbi(logits, self.transitions, mask)

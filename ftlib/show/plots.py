@@ -130,16 +130,13 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     """True classes in rows, predicted in columns; shares of each row, or counts when `normalize` is False.
 
     labels, predictions: class ids (n,). A class that never occurs in `labels` leaves a grey row. Above 12 classes cells
-    carry no numbers, axes show ids, and with `ax` None a second panel lists the commonest errors by name. Returns the
-    Axes of the matrix. Raises ValueError for ids outside `names`.
+    carry no numbers, and axes show ids. Raises ValueError for ids outside `names`.
     """
     from matplotlib.colors import PowerNorm
 
     counts = _counts(labels, predictions, names)
     total, small = counts.sum(axis=1, keepdims=True), len(names) <= MAX_CELLS
-    if ax is None and not small:
-        ax = _with_error_bars(counts, names)
-    side = max(3.4, 1.6 + 0.55 * len(names))  # inches
+    side = min(max(3.4, 1.6 + 0.55 * len(names)), 7.5)  # inches
     shown = np.where(total > 0, counts / np.maximum(total, 1) if normalize else counts, np.nan)
     top, unit = (1, "share of the true class") if normalize else (counts.max(), "examples")
     look = dict(norm=PowerNorm(1 if small else 0.5, 0, top), cmap="Blues")
@@ -153,24 +150,6 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     ax.set_xticks(range(len(names)), names, **dict(rotation=45, ha="right") if wide else {})
     ax.set_yticks(range(len(names)), names)
     return _describe(ax, f"{title}\ncells: {unit}", "predicted class", "true class")
-
-
-def _with_error_bars(counts: np.ndarray, names: Sequence[str]):
-    """The left Axes of a new figure whose right panel shows the eight commonest errors as bars."""
-    import matplotlib.pyplot as plt
-
-    ax, bars = plt.subplots(1, 2, layout="constrained", figsize=(9.0, 4.4), dpi=90, width_ratios=(1, 0.45))[1]
-    wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
-    most = np.argsort(-wrong, axis=None, kind="stable")[: min(8, np.count_nonzero(wrong))]
-    pairs = [[textwrap.shorten(str(names[i]), 32, placeholder="…") for i in divmod(k, len(names))] for k in most]
-    bars.barh(range(len(pairs)), wrong.ravel()[most], color=PALETTE[0])
-    bars.set_yticks(range(len(pairs)), ["\n→ ".join(pair) for pair in pairs], fontsize=8)
-    bars.invert_yaxis()
-    bars.locator_params(axis="x", integer=True, nbins=5)
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.set_xlabel("examples")
-    bars.set_title("commonest errors, true → predicted", fontsize=11, loc="right")
-    return ax
 
 
 def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None, title: str | None = None):

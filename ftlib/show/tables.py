@@ -152,6 +152,5 @@ def show_tokens(row: Mapping[str, Any], tokenizer: Any, marks: tuple[str, str] =
     """
     labels = [-100, *row["labels"], -100]
     edges = [i for i, (a, b) in enumerate(pairwise(labels)) if (a == -100) != (b == -100)]
-    cuts = pairwise([0, *edges, len(row["labels"])])
-    parts = [tokenizer.decode(row["input_ids"][a:b]) for a, b in cuts]
+    parts = [tokenizer.decode(row["input_ids"][a:b]) for a, b in pairwise([0, *edges, len(row["labels"])])]
     return "".join(f"{marks[0]}{part}{marks[1]}" if i % 2 else part for i, part in enumerate(parts))

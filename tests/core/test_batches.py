@@ -209,19 +209,12 @@ def test_rows_may_be_arrays():
     assert batch["labels"].tolist() == [[1, -100], [2, -100]]
 
 
-def test_a_width_to_fill_up_to():
-    rows = [{"input_ids": [5, 6], "labels": [1, 2]}]
-    batch = collate(rows, width=4)
-    assert batch["input_ids"].tolist() == [[5, 6, 0, 0]] and batch["labels"].tolist() == [[1, 2, -100, -100]]
-    assert collate(rows, width=1)["input_ids"].shape == (1, 2)
-
-
 def test_a_way_to_stack_of_ones_own():
     rows = [{"input_ids": [5, 6], "labels": [1, 2]}, {"input_ids": [7, 8], "labels": [3, 4]}]
     seen = []
     given_ = {"": lambda labels, sizes, side: seen.append((list(labels), list(sizes), side)) or torch.tensor([9, 9])}
     assert collate(rows, stack=given_)["labels"].tolist() == [9, 9]
-    assert seen == [([[1, 2], [3, 4]], [2, 2, 0], "right")]
+    assert seen == [([[1, 2], [3, 4]], [2, 2], "right")]
     mixed = [{**row, "labels": {"a": row["labels"]}} for row in rows]
     assert collate(mixed, stack={"a": lambda labels, sizes, side: torch.tensor(labels)})["labels"]["a"].shape == (2, 2)
 

@@ -9,7 +9,6 @@ import torch
 from test_fit import before_steps, make_rows, quick, same, steps, weights
 from torch.testing import assert_close
 
-from ftlib.core.batches import collate
 from ftlib.engine import distributed, feeding
 from ftlib.engine.feeding import Feed, Step
 from ftlib.engine.fit import fit
@@ -196,15 +195,6 @@ def test_every_process_gets_its_rows_once(tiny_model, monkeypatch):
     assert sorted(seen) == sorted(row["input_ids"] for row in rows)
     alone = next(iter(feed_of(model, rows[:1], batch_size=7)))
     assert alone.weights == [0.0]  # rank 2 has no rows of its own: it takes part, and counts nothing
-
-
-def test_collate_to_a_width():
-    rows = make_rows(3, "token-classification", longest=5)
-    longest = max(len(row["input_ids"]) for row in rows)
-    narrow, wide, short = collate(rows), collate(rows, width=8), collate(rows, width=1)
-    for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        assert wide[key].shape == (3, 8) and (wide[key][:, longest:] == fill).all()
-        assert torch.equal(wide[key][:, :longest], narrow[key]) and torch.equal(short[key], narrow[key])
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong

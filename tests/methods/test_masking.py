@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlib.methods.attention import scaled_dot_product_attention
-from ftlib.methods.masking import causal_mask, combine_masks, document_mask, padding_mask
+from ftlib.methods.masking import causal_mask, combine_masks, padding_mask
 
 T, F = True, False
 
@@ -21,7 +20,7 @@ def test_padding_mask_by_hand():
 def test_padding_mask_refuses_what_it_would_misread():
     with pytest.raises(TypeError, match=r"attention_mask is torch.float32; whole numbers or bool"):
         padding_mask(torch.tensor([[0.0, -1e9]]))  # additive: 0 means "may attend"
-    with pytest.raises(ValueError, match=r"attention_mask\[1, 0\] is 2; only 0 and 1 .*document_mask"):
+    with pytest.raises(ValueError, match=r"attention_mask\[1, 0\] is 2; only 0 and 1 are masks"):
         padding_mask(torch.tensor([[1, 1], [2, 0]]))
     with pytest.raises(ValueError, match=r"shape \(3,\); .*\(batch, keys\)"):
         padding_mask(torch.ones(3, dtype=torch.long))
@@ -32,18 +31,6 @@ def test_causal_mask_by_hand():
     assert causal_mask(0).shape == (0, 0)
     with pytest.raises(RuntimeError, match="negative dimension -1"):  # torch's own
         causal_mask(-1)
-
-
-def test_document_mask_by_hand():
-    mask = document_mask(torch.tensor([[0, 0, 1, -1], [7, 3, 7, -5]]))
-    assert mask.dtype == torch.bool and mask.shape == (2, 1, 4, 4)
-    assert mask[0, 0].tolist() == [[T, T, F, F], [T, T, F, F], [F, F, T, F], [F, F, F, F]]
-    # equal numbers are one document even when another lies between; -5 does not see itself
-    assert mask[1, 0].tolist() == [[T, F, T, F], [F, T, F, F], [T, F, T, F], [F, F, F, F]]
-    with pytest.raises(ValueError, match=r"document_ids has shape \(4,\)"):
-        document_mask(torch.zeros(4, dtype=torch.long))
-    with pytest.raises(TypeError, match=r"document_ids is torch\.bool"):
-        document_mask(torch.tensor([[True]]))
 
 
 def test_combine_masks_by_hand():
@@ -61,23 +48,9 @@ def test_combine_masks_by_hand():
         combine_masks(padding, causal_mask(4))
 
 
-@settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_packed_documents_attend_as_if_each_stood_alone(lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = torch.randn(
-        3, 1, 2, sum(lengths), 4, generator=generator
-    )  # (batch, heads, tokens, head_dim)
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]  # (batch, tokens)
-    packed = scaled_dot_product_attention(query, key, value, document_mask(ids))
-    split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    alone = torch.cat([scaled_dot_product_attention(*parts) for parts in zip(*split, strict=True)], dim=2)
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    function=st.sampled_from([padding_mask, document_mask, combine_masks]),
+    function=st.sampled_from([padding_mask, combine_masks]),
     shape=st.lists(st.integers(0, 3), max_size=4),
     dtype=st.sampled_from(
         [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32, torch.complex64]
@@ -98,4 +71,3 @@ def test_values_are_not_read_off_the_cpu():
     """On the meta device, which has no values, any read raises: so on a GPU these functions never wait."""
     ids = torch.empty(2, 3, dtype=torch.long, device="meta")
     assert combine_masks(padding_mask(ids), causal_mask(3, device="meta")).shape == (2, 1, 3, 3)
-    assert document_mask(ids).shape == (2, 1, 3, 3)

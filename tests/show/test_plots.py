@@ -141,26 +141,12 @@ def test_numbers_in_cells_can_be_read():
     assert [text.get_color() for text in ax.texts] == ["white", "black", "black", "white"]
 
 
-def test_large_confusion_matrix_lists_the_commonest_errors():
-    names = [f"class {i}" for i in range(77)]
-    labels = np.repeat(np.arange(77), 4)
-    predictions = labels.copy()
-    predictions[:3], predictions[8:10] = 5, 6
-    ax = confusion_matrix(labels, predictions, names)
-    bars = ax.figure.axes[1]
-    assert len(ax.texts) == 0 and len(ax.get_xticks()) < 15
-    assert [bar.get_width() for bar in bars.patches] == [3, 2]
-    assert [label.get_text() for label in bars.get_yticklabels()] == [
-        "class 0\n→ class 5",
-        "class 2\n→ class 6",
-    ]
-
-
-def test_large_confusion_matrix_in_a_given_axes_and_without_errors():
-    ids, names = np.arange(20), [str(i) for i in range(20)]
+def test_large_confusion_matrix_shows_ids_without_numbers():
+    ids, names = np.arange(20), [f"class {i}" for i in range(20)]
     figure, ax = plt.subplots(layout="constrained")
     assert confusion_matrix(ids, ids, names, ax=ax) is ax
     assert len(figure.axes) == 2  # the matrix and its colour bar
+    assert len(ax.texts) == 0 and "class" not in ax.get_xticklabels()[1].get_text()
     assert confusion_matrix(ids, ids, names).get_title() == "20 examples, 100.0% right"
 
 
