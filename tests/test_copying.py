@@ -35,6 +35,7 @@ SNIPPETS = {
     "tasks/tagging.py": "assert check_tags([0, -100], 2, 2, 'row 0') == [0, -100]",
     "tasks/task.py": "assert kind_of(model) == KINDS[0]\n"
     "assert task_loss('regression')(torch.ones(1, 1), torch.zeros(1)) == 1",
+    "show/comparing.py": "assert paired([1.0], 0.5).verdict == 'tie'",
     "show/logging.py": "assert callable(tensorboard) and callable(trackio)",
     "show/measuring.py": "with measure() as cost: pass\nassert cost.seconds >= 0",
     "show/plots.py": "assert callable(learning_curves)",

@@ -1,6 +1,6 @@
 """How measured numbers are shown: means with their spread, ties, tables, and the results the repository holds.
 
-To copy: this file and comparing.py.
+To copy: this file and show/comparing.py.
 """
 
 from __future__ import annotations
