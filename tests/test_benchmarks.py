@@ -306,7 +306,9 @@ def test_the_gpu_day_at_toy_size(day):
     assert not [row for row in accuracy if "missing" in row]
     found = {(row["table"], row.get("part")) for row in accuracy}
     tables = {
-        (f"strategies-{corpus}", part) for corpus in ("banking77", "rotten-tomatoes") for part in ("search", "accuracy")
+        (f"strategies-{corpus}", part)
+        for corpus in ("banking77", "rotten-tomatoes")
+        for part in ("rates", "twice", "accuracy")
     }
     assert found == tables | {(part, part) for part in ("methods-atis", "methods-four", "transfer")}
     [pair] = [row for row in accuracy if row.get("tasks") == "sentiment+similarity"]
