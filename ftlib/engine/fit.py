@@ -110,7 +110,7 @@ class Best:
     def score(self, metrics: dict[str, float]) -> float:
         """Larger is better; a metric that is not a number is the worst."""
         value = metrics[self.metric]
-        sign = -1.0 if self.metric.split("/")[-1] in ("loss", "mse") else 1.0
+        sign = -1.0 if self.metric.split("/")[-1] in ("loss", "mse", "perplexity") else 1.0
         return -math.inf if math.isnan(value) else sign * value
 
     @property

@@ -1051,3 +1051,11 @@ def test_a_task_is_looked_for_in_its_own_rows_first(tiny_model, monkeypatch):
     monkeypatch.setattr(Rows, "__iter__", lambda self: [read.append(self.door.under), real(self)][1])
     assert list(labelled(model, parts)) == ["a", "b"] == read
     assert list(labelled(model, parts[:1])) == ["a"]
+
+
+def test_the_best_perplexity_is_the_lowest():
+    from ftlib.engine.fit import Best
+
+    best = Best({}, "perplexity", 1)
+    assert best.score({"perplexity": 3.0}) > best.score({"perplexity": 4.0}) > best.score({"perplexity": float("nan")})
+    assert Best({}, "accuracy", 1).score({"accuracy": 0.9}) > Best({}, "accuracy", 1).score({"accuracy": 0.8})
