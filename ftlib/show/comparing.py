@@ -1,4 +1,4 @@
-"""When is one method better than another? The one rule by which tables, figures and sentences of the series say so.
+"""When is one method better than another? One rule for tables, figures and sentences.
 
 Methods share their seeds, and are compared seed by seed. A difference has a 95 % interval: Student's t over seeds, or a
 bootstrap over test rows where one model of each is compared. Where the interval holds 0, or the difference is below
@@ -44,9 +44,9 @@ class Difference(NamedTuple):
     __str__ = __repr__
 
 
-def _judged(value: float, low: float, high: float, p: float, least: float, alpha: float = ALPHA) -> Difference:
-    told = p < alpha and abs(value) >= least and value != 0
-    return Difference(value, low, high, p, "tie" if not told else "more" if value > 0 else "less")
+def _judged(value: float, low: float, high: float, p: float, least: float) -> Difference:
+    tie = low <= 0 <= high or abs(value) < least
+    return Difference(value, low, high, p, "tie" if tie else "more" if value > 0 else "less")
 
 
 def paired(first: Sequence[float], second: Sequence[float] | float = 0.0, *, least: float = 0.0) -> Difference:
@@ -82,18 +82,20 @@ def bootstrap(
 
     rows: arrays of one length, an entry a test row; every draw takes as many with replacement, the same ones of each,
     so that both models are measured on the same rows.  It tells what other test rows would give, not other seeds.
-    Raises ValueError for arrays of different lengths.
+    Raises ValueError for arrays of different lengths or without rows, and where `measure` gives nan.
 
     >>> right = np.array([1, 1, 0, 1] * 50), np.array([1, 0, 0, 1] * 50)
     >>> bootstrap(lambda a, b: a.mean() - b.mean(), *right).verdict
     'more'
     """
     arrays = [np.asarray(own) for own in rows]
-    if len({len(own) for own in arrays}) != 1:
+    if len({len(own) for own in arrays}) != 1 or not len(arrays[0]):
         raise ValueError(f"bootstrap needs arrays of one length, got {[len(own) for own in arrays]}")
     generator, count = np.random.default_rng(seed), len(arrays[0])
     drawn = [generator.integers(0, count, count) for _ in range(draws)]
     values = np.array([measure(*(own[places] for own in arrays)) for places in drawn])
+    if not np.isfinite(values).all():
+        raise ValueError(f"bootstrap: measure gives {values[~np.isfinite(values)][0]} for some of the draws")
     low, high = np.quantile(values, (ALPHA / 2, 1 - ALPHA / 2))
     p = 2 * (1 + min((values <= 0).sum(), (values >= 0).sum())) / (1 + draws)
     return _judged(float(measure(*arrays)), float(low), float(high), min(1.0, float(p)), least)
@@ -105,9 +107,9 @@ def against(runs: Mapping[Any, Sequence[float]], base: Any, *, least: float = 0.
     With m comparisons one in 20 tables has a false alarm, not m in 20; the intervals are those of one comparison.
     """
     found = {name: paired(own, runs[base], least=least) for name, own in runs.items() if name != base}
-    alpha = ALPHA
+    told = True
     for rank, name in enumerate(sorted(found, key=lambda name: found[name].p)):
-        step = ALPHA / (len(found) - rank)
-        alpha = step if found[name].p < step and alpha else 0.0  # behind the first tie all are ties
-        found[name] = _judged(*found[name][:4], least, alpha)
+        told = told and found[name].p < ALPHA / (len(found) - rank)
+        if not told:  # nor are those behind it, whose p is larger
+            found[name] = found[name]._replace(verdict="tie")
     return found

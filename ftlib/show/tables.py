@@ -50,7 +50,8 @@ def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, 
     """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
 
     A tie is where the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the difference
-    between one run of each. It is not a significance test. With a single value on a side there is no spread: a tie.
+    between one run of each. It is not a significance test; that is `paired`. With a single value on a side there is no
+    spread: a tie.
 
     >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
     (True, False)

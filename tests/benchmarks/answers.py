@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import started
+from record import started, subset
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import ftlib
@@ -41,10 +41,6 @@ PROMPTS = {
 }  # fmt: skip
 TOY = {"SEEDS": (0,), "RATES": (4e-4,), "TRIED": 1, "STEPS": 2, "LONGER": (3,), "VALIDATION": 6, "TEST": 8, "CHAT": 2,
        "NEW_TOKENS": 2}  # fmt: skip
-
-
-def subset(rows: Any, count: int, seed: int = 0) -> Any:
-    return rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 def answerable(rows: Any) -> Any:

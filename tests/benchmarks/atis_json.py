@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import started
+from record import started, subset
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import ftlib
@@ -39,10 +39,6 @@ VALIDATION, TEST, REVIEWS = 32, 60, 48  # rows
 TOY = {"SEEDS": (0,), "PROMPTS": PROMPTS[1:6:4], "RATES": RATES[1:2], "RUNS": ((4, 2),), "LONGER": ((4, 3),),
        "NEW_TOKENS": 4, "TAGGER_RATES": TAGGER_RATES[1:2], "TAGGER_STEPS": 2,
        "VALIDATION": 2, "TEST": 2, "REVIEWS": 2}  # fmt: skip
-
-
-def subset(rows: Any, count: int, seed: int) -> list[dict]:
-    return list(rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
 def slots(row: dict, names: list[str]) -> dict[str, Any]:
@@ -131,12 +127,12 @@ class Work:
         return scores(answers, [slots(row, self.names) for row in rows])
 
     def prompted(self, rows: list[dict], way: str, k: int, count: int, seed: int) -> dict[str, float]:
-        known = subset(self.data["train"], count, seed)
+        known = list(subset(self.data["train"], count, seed))
         shots = self.nearest(known, rows, k) if way == "nearest" else [known[:k]] * len(rows)
         return self.answered(self.plain, rows, shots)
 
     def copied(self, count: int, seed: int) -> dict[str, float]:
-        near = self.nearest(subset(self.data["train"], count, seed), self.test, 1)
+        near = self.nearest(list(subset(self.data["train"], count, seed)), self.test, 1)
         wanted = [slots(row, self.names) for row in self.test]
         return scores([json.dumps(slots(one, self.names)) for [one] in near], wanted)
 

@@ -93,7 +93,7 @@ def part_1(toy: bool, results: Path, until: float) -> None:
 
     os.chdir(ROOT)
     table = GpuTable(1, "python tests/benchmarks/gpu_day.py --part 1", results)
-    several = ["-n", "4"] if importlib.util.find_spec("xdist") and not toy else []
+    several = ["-n", "8"] if importlib.util.find_spec("xdist") and not toy else []
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short", *several, "-k", NAMED]
     pytest.main([*TESTS, *options], plugins=[Recorder(table)])
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, Table
+from record import RESULTS, Table, subset
 
 import ftlib
 
@@ -48,12 +48,6 @@ SIZES = {  # training rows of each task, the first so many of banking77's intent
     "toy": {"atis": 8, "sentiment": 8, "similarity": 8, "pairs": 8, "intents": 8, "passes": 3, "test": 8},
 }  # fmt: skip
 Head = ftlib.Head
-
-
-def subset(dataset, count: int, seed: int):
-    """So many rows of a Dataset or a list."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
-    return dataset.select(order) if hasattr(dataset, "select") else [dataset[place] for place in order]
 
 
 def train(heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, **options: Any):

@@ -17,6 +17,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "accelerate", "sentence-transformers", "onnxruntime")
 
 
+def subset(rows: Any, count: int | None, seed: int = 0) -> Any:
+    """So many rows of a Dataset or a list, chosen by the seed; None: all, in its order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
+    return rows.select(order) if hasattr(rows, "select") else [rows[place] for place in order]
+
+
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # from the widest-spread to the one that tells most
 
 

@@ -9,9 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-import scipy.stats
-
-from ftlib import mean_std, results_table
+from ftlib import mean_std, paired, results_table
 from ftlib.show.tables import format_cell
 
 ROOT = Path(__file__).parents[2]
@@ -600,12 +598,10 @@ def half_precision() -> str:
         (f"training loss, last 20 of {steps} steps", "last"), ("test loss", "test_loss"), ("test accuracy", "accuracy"),
     ):  # fmt: skip
         values = {name: [by[seed, name][key] for seed in seeds] for name in ("fp32", "bf16")}
-        apart = [b - a for a, b in zip(values["fp32"], values["bf16"], strict=True)]
-        width = scipy.stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(apart) / len(seeds) ** 0.5
+        gap = paired(values["bf16"], values["fp32"])
         line = {name: f"{statistics.fmean(own):.4f} ± {statistics.stdev(own):.4f}" for name, own in values.items()}
-        middle = statistics.fmean(apart)
-        verdict = "tie" if abs(middle) <= width else "higher" if middle > 0 else "lower"
-        table.append({"what": words, **line, "difference": f"{middle:+.4f} ± {width:.4f}", "bf16 is": verdict})
+        verdict = {"more": "higher", "less": "lower"}.get(gap.verdict, gap.verdict)
+        table.append({"what": words, **line, "difference": f"{gap:.4f}", "bf16 is": verdict})
     return (
         f"**Half precision**: MiniLM trained on 1,280 film reviews in float32 and in bf16, {len(seeds)} seeds each: "
         "mean ± standard deviation over seeds, and the paired difference with its 95 % interval, a tie where "

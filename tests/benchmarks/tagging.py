@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import started
+from record import started, subset
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -53,10 +53,6 @@ TOY = {"SEEDS": (0,), "RATES": RATES[:1], "ABSTRACTS": 4, "EPOCHS": 1, "WHOLE": 
        "VALIDATION": 4, "TEST": 4, "PAIR_RATES": PAIR_RATES[:1],
        "SENTENCES": 8, "POS_RATES": POS_RATES[:1], "DOCUMENTS": 8, "POS_TEST": 8}  # fmt: skip
 TYPES = ("Chemical", "Disease")
-
-
-def subset(rows: Any, count: int | None, seed: int) -> Any:
-    return rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 def f1(found: list[set], wanted: list[set]) -> dict[str, float]:
