@@ -8,8 +8,8 @@
 2 speed      BERT-base's size in bf16 against the Trainer and `encode` (bert_base.py)
 3 profile    a step too small for its GPU: where the time goes, and who waits (launches.py)
 4 memory     the peak of every remedy (memory.py)
-5 accuracy   strategies and several tasks at full size, five seeds (gpu_accuracy.py); needs its pack, goes on where it
-             stopped: what an earlier call found is taken from --results or --earlier
+5 accuracy   several tasks, every way with its own rate and five seeds, into multitask.json (gpu_accuracy.py); needs
+             its pack, goes on where it stopped: what an earlier call found is taken from --results or --earlier
 6 decoders   a Llama of 1.2 billion parameters, LoRA and in full, against TRL and a plain loop (llama_1b.py)
 
 Needs torch, transformers and ftlib's folder; accelerate, sentence-transformers, scikit-learn, scipy, pytest, hypothesis
@@ -92,6 +92,7 @@ def part_1(toy: bool, results: Path, until: float) -> None:
     from record import GpuTable
 
     os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "2"  # of each of the processes below: as many threads as cores in all
     table = GpuTable(1, "python tests/benchmarks/gpu_day.py --part 1", results)
     several = ["-n", "8"] if importlib.util.find_spec("xdist") and not toy else []
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short", *several, "-k", NAMED]
@@ -127,15 +128,8 @@ def part_4(toy: bool, results: Path, until: float) -> None:
 
 def part_5(toy: bool, results: Path, until: float) -> None:
     import gpu_accuracy
-    from record import GpuTable
 
-    table = GpuTable(5, "python tests/benchmarks/gpu_day.py --part 5", results)
-    if not toy:
-        gpu_accuracy.all_items(table, until=until)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        pack = gpu_accuracy.toy_pack(Path(folder))
-        gpu_accuracy.all_items(table, folder=pack, workers=1, size="dry", seeds=1, until=until)
+    gpu_accuracy.all_items(toy, results, until=until)
 
 
 def part_6(toy: bool, results: Path, until: float) -> None:
@@ -180,9 +174,9 @@ def whole(args: argparse.Namespace) -> int:
     """The chosen parts one after the other; how many did not come to their end."""
     begin, rows = time.monotonic(), []
     if args.earlier != args.results and not args.toy:
-        for path in args.earlier.glob("gpu-day-5-*.json"):  # its rows need not be made again
-            if not (args.results / path.name).exists():
-                shutil.copy(path, args.results)
+        path = args.earlier / "multitask.json"  # its rows need not be made again
+        if path.exists() and not (args.results / path.name).exists():
+            shutil.copy(path, args.results)
     for place, part in enumerate(args.part):
         left = args.seconds - (time.monotonic() - begin)
         limit = left * SHARES[part] / sum(SHARES[later] for later in args.part[place:])

@@ -1,36 +1,35 @@
-"""Results of notebook 05: multi-task against single-task models, and what each balancing method changes, with seeds.
+"""Results of notebooks 05 and 05b: several tasks on one encoder against one each, balancing methods, transfer.
 
-    python tests/benchmarks/multitask.py                    # everything into results/multitask.json; resumes
-    python tests/benchmarks/multitask.py --part transfer    # or atis, unlike, methods-atis, methods-four
+    python tests/benchmarks/multitask.py    # writes results/multitask.json; resumes; two trainings at a time
 
-Parts
-- atis: intent and slots of the same sentences, one encoder or two; the joint model makes as many steps as each single
-  model, half of what the two make together.
-- unlike: sentiment (rotten-tomatoes), paraphrase pairs (mrpc) and bank intents (banking77), one encoder for all or one
-  each; the joint model makes as many steps as the three single models together.
-- methods-atis, methods-four: every weighting and balancing method on atis, and on four unlike tasks: the three of above
-  and sentence similarity, a regression (stsb, labels from 0 to 1).  Same steps, rates and rows for all methods, tasks
-  drawn alike.
-- transfer: each of the four tasks alone, and every two of them together with the steps of both, so that a task makes
-  as many passes over its rows with a partner as alone; "gain" is score together minus score alone, same seed.
-The last three parts have a size: small, about an hour for three seeds on two CPU cores, and full, for a GPU: part 5 of
-the GPU day (gpu_day.py), which has a file of its own.
+Every way to train has its own learning rate, searched with a seed of its own by the mean validation score of its
+tasks until the best is inside; then five seeds, tested on the corpora's own test splits.  Parts:
+- atis: intent and slots of all training sentences, one encoder each or one for both, and for both every method of
+  balancing, at the rate of fixed weights; as many updates for all.
+- transfer: four tasks of 1,200 rows.  Alone; every two together, for twice the updates, so that a task makes as many
+  passes over its rows with a partner as alone; and two controls, alone for as many updates as a pair: on half batches
+  (what a task gets in a pair) and on whole ones (as many rows as the pair).
+- four: all four together, tasks drawn alike, every method of balancing, at the rate of fixed weights.
+- unlike: three tasks of different sizes, alone, and together for the updates of all three, at two temperatures.
+Similarity is standardized: its labels have mean 0 and standard deviation 1 in the training split.
+Without a pack of its own (part 5 of the GPU day, gpu_day.py) the corpora come from data/cache.
 """
 
-import argparse
+import functools
 import itertools
-from functools import partial
-from pathlib import Path
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import torch
-from record import RESULTS, Table, subset
+import transformers
+from record import Job, side_by_side, started, subset
 
 import ftlib
 
-MODEL = "minilm"  # or a folder with its weights
-PARTS = ("atis", "unlike", "methods-atis", "methods-four", "transfer")
-RATE = {"atis": 6e-4, "unlike": 5e-4, "four": 1.5e-4}
+ABOUT = "MiniLM, several tasks on one encoder"
+MODEL: str | None = "minilm"  # or a folder with its weights; None: a tiny random one
+SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
+RATES = (1e-4, 2.5e-4, 6e-4)
 METHODS: dict[str, dict[str, Any]] = {  # of TrainConfig
     "fixed": {},
     **{how: {"task_weighting": how} for how in ("uncertainty", "gradnorm", "dwa", "random", "famo")},
@@ -39,221 +38,152 @@ METHODS: dict[str, dict[str, Any]] = {  # of TrainConfig
 }
 CORPORA = {"sentiment": "rotten-tomatoes", "similarity": "stsb", "pairs": "mrpc", "intents": "banking77"}
 SCORE = {"similarity": "pearson", "slots": "f1"}  # accuracy for the others
-SIZES = {  # training rows of each task, the first so many of banking77's intents, passes over the rows, test rows
-    "small": {"atis": 1000, "sentiment": 400, "similarity": 300, "pairs": 300, "intents": 200, "kinds": 10, "passes": 4,
-              "test": 300},
-    "full": {"atis": 4000, "sentiment": 4000, "similarity": 4000, "pairs": 3000, "intents": 8000, "kinds": 77,
-             "passes": 3, "test": 10**6},
-    "dry": {"atis": 32, "sentiment": 32, "similarity": 32, "pairs": 32, "intents": 32, "passes": 1, "test": 8},
-    "toy": {"atis": 8, "sentiment": 8, "similarity": 8, "pairs": 8, "intents": 8, "passes": 3, "test": 8},
-}  # fmt: skip
-Head = ftlib.Head
+PARTS = ("transfer", "atis", "unlike", "four")
+ATIS = ("intent", "slots")
+ROWS, UNLIKE = 1200, {"sentiment": 600, "pairs": 300, "intents": 1200}  # training rows; of atis all
+STEPS, ATIS_STEPS = 300, 1200  # updates: of a task alone, of every model on atis
+TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+TEST: int | None = None  # rows of the other splits; None: all
+TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "UNLIKE": {"sentiment": 8, "pairs": 4, "intents": 16}, "STEPS": 2,
+       "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
 
 
-def train(heads: dict, datasets: dict, tests: dict, steps: int, rate: float, seed: int, **options: Any):
-    encoder = options.pop("encoder", None) or ftlib.load_model(MODEL)
-    model = ftlib.unpad(ftlib.MultiTaskModel(encoder, heads, seed=seed))
-    config = ftlib.TrainConfig(max_steps=steps, learning_rate=rate, seed=seed, progress=False, **options)
-    run = ftlib.fit(model, datasets, config=config)
-    return {**ftlib.evaluate(model, tests), "seconds": run.seconds, "steps": run.steps}
+class Way(NamedTuple):
+    """One way to train: the tasks of one encoder, rows of each (None: all), updates, and settings of TrainConfig."""
+
+    rows: dict[str, int | None]
+    steps: int
+    options: Any = types.MappingProxyType({})
+    rate_of: str | None = None  # the way whose rate it takes; None: its own
 
 
-def picked(rows, tasks) -> list[dict]:
-    """Rows with the labels of these tasks only."""
-    return [{**row, "labels": {task: row["labels"][task] for task in tasks}} for row in rows]
+def ways(part: str) -> dict[str, Way]:
+    """{name: way} of a part, each behind the one whose rate it takes."""
+    if part == "atis":
+        both = {task: None for task in ATIS}
+        alone = {task: Way({task: None}, ATIS_STEPS) for task in ATIS}
+        return alone | {name: Way(both, ATIS_STEPS, how, _rate_of(name)) for name, how in METHODS.items()}
+    if part == "four":
+        even, rows = {"task_sampler": "uniform"}, dict.fromkeys(CORPORA, ROWS)
+        return {name: Way(rows, 4 * STEPS, how | even, _rate_of(name)) for name, how in METHODS.items()}
+    if part == "unlike":
+        steps = {task: max(1, STEPS * size // ROWS) for task, size in UNLIKE.items()}
+        found = {task: Way({task: size}, steps[task]) for task, size in UNLIKE.items()}
+        return found | {
+            f"together, T = {t:g}": Way(UNLIKE, sum(steps.values()), {"temperature": t}) for t in (1.0, 5.0)
+        }
+    found = {}
+    for task in CORPORA:
+        found[task] = Way({task: ROWS}, STEPS)
+        found[f"{task}, half batches"] = Way({task: ROWS}, 2 * STEPS, {"batch_size": 16})
+        found[f"{task}, twice as long"] = Way({task: ROWS}, 2 * STEPS)
+    for pair in itertools.combinations(CORPORA, 2):
+        found["+".join(pair)] = Way(dict.fromkeys(pair, ROWS), 2 * STEPS, {"task_sampler": "remaining"})
+    return found
+
+
+def _rate_of(method: str) -> str | None:
+    return None if method == "fixed" else "fixed"
 
 
 # ---------------------------------------------------------------------------------------------------- the data
 
 
-def atis():
-    """Heads, and rows of train and test with both labels."""
-    data = ftlib.load_corpus("atis")
-    intents, tags = data["train"].features["intent"].names, data["train"].features["tags"].feature.names
-    heads = {
-        "intent": Head("sequence-classification", len(intents), tuple(intents)),
-        "slots": Head("token-classification", len(tags), tuple(tags)),
-    }
+@functools.cache
+def heads_and_rows(corpus: str) -> tuple[dict[str, ftlib.Head], dict[str, Any]]:
+    """({task: its head}, {split: rows with `input_ids` and {task: label}}) of "atis" or a task of CORPORA."""
     tokenizer = ftlib.load_tokenizer("minilm")
-    return heads, ftlib.tokenize(data, tokenizer, text="tokens", label={"intent": "intent", "slots": "tags"})
+    data = ftlib.load_corpus(CORPORA.get(corpus, corpus))
+    if corpus == "atis":
+        intents, tags = data["train"].features["intent"].names, data["train"].features["tags"].feature.names
+        heads = {
+            "intent": ftlib.Head("sequence-classification", len(intents), tuple(intents)),
+            "slots": ftlib.Head("token-classification", len(tags), tuple(tags)),
+        }
+        return heads, ftlib.tokenize(data, tokenizer, text="tokens", label={"intent": "intent", "slots": "tags"})
+    count = getattr(data["train"].features["label"], "num_classes", None)
+    tokens = ftlib.tokenize(data, tokenizer, max_length=96)
+    if not count:
+        labels = torch.tensor(tokens["train"].with_format(None)["labels"][:], dtype=torch.float64)
+        mean, std = labels.mean().item(), labels.std().item()
+        tokens = {
+            split: rows.map(lambda row: {"labels": (row["labels"] - mean) / std}) for split, rows in tokens.items()
+        }
+    head = ftlib.Head("sequence-classification", count) if count else ftlib.Head("regression", 1)
+    return {corpus: head}, tokens
 
 
-def classes(names, kinds: int = 77):
-    """Heads and tokenized corpora of these tasks; of the intents only the first `kinds`."""
-    tokenizer = ftlib.load_tokenizer("minilm")
-    heads, tokens = {}, {}
-    for task in names:
-        data = ftlib.load_corpus(CORPORA[task])
-        label = data["train"].features["label"]
-        count = getattr(label, "num_classes", None)
-        if task == "intents" and kinds < count:
-            data, count = data.filter(lambda row: row["label"] < kinds), kinds
-        heads[task] = Head("sequence-classification", count) if count else Head("regression", 1)
-        tokens[task] = ftlib.tokenize(data, tokenizer, max_length=96)
-        if task == "similarity":  # 0 to 5 made 0 to 1: with squares of up to 25 it drowns the other tasks
-            tokens[task] = {split: rows.map(_to_one) for split, rows in tokens[task].items()}
-    return heads, tokens
+def datasets(way: Way, split: str, seed: int) -> dict[str, list[dict]]:
+    """{corpus: rows of a split with the labels of the way's tasks}; training rows are drawn by the seed."""
+    found: dict[str, list[dict]] = {}
+    for task, count in way.rows.items():
+        corpus = "atis" if task in ATIS else task
+        if corpus not in found:
+            rows = heads_and_rows(corpus)[1][split]
+            drawn = subset(rows, count, seed) if split == "train" else subset(rows, TEST, 0)
+            found[corpus] = [{"input_ids": row["input_ids"], "labels": _labels(row, task, way)} for row in drawn]
+    return found
 
 
-def _to_one(row: dict) -> dict:
-    return {"labels": row["labels"] / 5}
+def _labels(row: dict, task: str, way: Way) -> dict[str, Any]:
+    return {name: row["labels"][name] for name in way.rows} if task in ATIS else {task: row["labels"]}
 
 
-def toy(names):
-    """The same tasks made of random tokens, and a tiny encoder."""
-    pick = torch.Generator().manual_seed(0)
-    kinds = {"intent": "sequence-classification", "slots": "token-classification", "similarity": "regression"}
-    heads = {n: Head(kinds.get(n, "sequence-classification"), 1 if n == "similarity" else 3,
-                     ("O", "B-x", "I-x") if n == "slots" else None) for n in names}  # fmt: skip
-
-    def row(place):
-        ids = torch.randint(5, 60, (3 + place % 5,), generator=pick).tolist()
-        made = {"sequence-classification": place % 3, "token-classification": [i % 3 for i in ids]}
-        return {"input_ids": ids, "labels": {n: made.get(head.task, place / 4) for n, head in heads.items()}}
-
-    return heads, [row(place) for place in range(8)]
+# ------------------------------------------------------------------------------------------------- one training
 
 
-def tiny_encoder():
-    import transformers
+def train(way: Way, rate: float, seed: int, split: str) -> dict[str, Any]:
+    """The score of each task on a split, and their mean."""
+    heads: dict[str, ftlib.Head] = {}
+    for task in way.rows:
+        heads[task] = heads_and_rows("atis" if task in ATIS else task)[0][task]
+    options = dict(way.options)
+    if options.get("task_gradients") == "UPGrad":
+        from torchjd.aggregation import UPGrad
 
-    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    torch.manual_seed(0)
-    return transformers.BertModel(transformers.BertConfig(**sizes))
-
-
-# --------------------------------------------------------------------------------------------------- the parts
-
-
-def old_atis(table: Table, seeds: range) -> None:
-    heads, tokens = atis()
-    for seed in seeds:
-        rows = subset(tokens["train"], 2000, seed)
-        for tasks in (["intent"], ["slots"], ["intent", "slots"]):
-            data, tests = {"atis": picked(rows, tasks)}, {"atis": picked(tokens["test"], tasks)}
-            table.row(
-                {"part": "atis", "tasks": "+".join(tasks), "seed": seed},
-                partial(train, {n: heads[n] for n in tasks}, data, tests, 3 * 2000 // 32, RATE["atis"], seed),
-            )
+        options["task_gradients"] = UPGrad()
+    encoder = ftlib.load_model(MODEL) if MODEL else transformers.BertModel(transformers.BertConfig(**TINY))
+    model = ftlib.unpad(ftlib.MultiTaskModel(encoder, heads, seed=seed))
+    config = ftlib.TrainConfig(max_steps=way.steps, learning_rate=rate, seed=seed, progress=False, **options)
+    run = ftlib.fit(model, datasets(way, "train", seed), config=config)
+    metrics = ftlib.evaluate(model, datasets(way, split, 0))
+    scores = {task: metrics[f"{task}/{SCORE.get(task, 'accuracy')}"] for task in heads}
+    mean = sum(scores.values()) / len(scores)
+    return {"scores": scores, "mean": mean, "seconds": run.seconds}
 
 
-def old_unlike(table: Table, seeds: range) -> None:
-    sizes = {"sentiment": 600, "pairs": 300, "intents": 1200}
-    heads, tokens = classes(sizes)
-    for seed in seeds:
-        sets = {task: subset(tokens[task]["train"], size, seed) for task, size in sizes.items()}
-        tests = {task: subset(tokens[task]["test"], 500, 0) for task in sizes}
-        for t, size in sizes.items():
-            table.row(
-                {"part": "unlike", "tasks": t, "temperature": None, "seed": seed},
-                partial(train, {t: heads[t]}, {t: sets[t]}, {t: tests[t]}, 2 * size // 32, RATE["unlike"], seed),
-            )
-        steps = 2 * sum(sizes.values()) // 32
-        for temperature in (1.0, 5.0):
-            table.row(
-                {"part": "unlike", "tasks": "all", "temperature": temperature, "seed": seed},
-                partial(train, heads, sets, tests, steps, RATE["unlike"], seed, temperature=temperature),
-            )
+def searched(table: Any, part: str, name: str) -> float:
+    """The rate of a way."""
+    way = ways(part)[name]
+    if way.rate_of:
+        return searched(table, part, way.rate_of)
+    key = {"part": f"{part}, rates", "way": name, "steps": way.steps, "seed": SEARCH_SEED}
+    return table.best_rate(
+        key, RATES, lambda rate: train(way, rate, SEARCH_SEED, "validation"), lambda row: row["mean"]
+    )  # fmt: skip
 
 
-def methods(table: Any, seeds: range, part: str, size: str, *, given=None, only=tuple(METHODS)) -> None:
-    """Every method on atis (both labels in every row) or on the four tasks (one label a row).
-
-    given: (heads, tokens) as `atis` and `classes` return them, where these can't be loaded.
-    """
-    from_atis, count = part == "methods-atis", SIZES[size]
-    names = ("intent", "slots") if from_atis else tuple(CORPORA)
-    heads, tokens = given or (toy(names) if size == "toy" else atis() if from_atis else classes(names, count["kinds"]))
-    for seed in seeds:
-        if size == "toy":
-            data = {"atis": tokens} if from_atis else {n: picked(tokens, [n]) for n in names}
-            tests = data
-        elif from_atis:
-            data, tests = ({"atis": subset(tokens[s], count[k], 0 if s == "test" else seed)}
-                           for s, k in (("train", "atis"), ("test", "test")))  # fmt: skip
-        else:
-            data = {n: subset(tokens[n]["train"], count[n], seed) for n in names}
-            tests = {n: subset(tokens[n]["test"], count["test"], 0) for n in names}
-        steps = count["passes"] * sum(map(len, data.values())) // (4 if size == "toy" else 32)
-        for name, options in ((name, METHODS[name]) for name in only):
-            if "TorchJD" in name:
-                try:
-                    from torchjd.aggregation import UPGrad
-
-                    options = {"task_gradients": UPGrad()}
-                except ImportError as error:
-                    print(f"no row for {name}: {error}", flush=True)
-                    continue
-            if not from_atis:
-                options = {**options, "task_sampler": "uniform"}
-            table.row(
-                {"part": part, "method": name, "size": size, "seed": seed},
-                lambda o=options, d=data, t=tests, n=steps, s=seed: scored(size, heads, d, t, n, part, s, **o),
-            )
+def tested(table: Any, part: str, name: str, seed: int) -> None:
+    way, rate = ways(part)[name], searched(table, part, name)
+    key = {"part": part, "way": name, "rate": rate, "steps": way.steps, "seed": seed}
+    table.row(key, lambda: train(way, rate, seed, "test"))
 
 
-def transfer(table: Any, seeds: range, size: str, *, given=None, pairs: Any = None) -> None:
-    """Each task alone, then in every pair, where each makes its own passes: exact counts, task_sampler="remaining".
-
-    pairs: these alone, after the single tasks.
-    """
-    count = SIZES[size]
-    heads, tokens = given or (toy(tuple(CORPORA)) if size == "toy" else classes(CORPORA, count["kinds"]))
-    pairs = itertools.combinations(CORPORA, 2) if pairs is None else pairs
-    every = [*((task,) for task in CORPORA), *pairs]
-    for seed in seeds:
-        alone: dict[str, float] = {}
-        for tasks in every:
-            if size == "toy":
-                data = tests = {n: picked(tokens, [n]) for n in tasks}
-            else:
-                data = {n: subset(tokens[n]["train"], count[n], seed) for n in tasks}
-                tests = {n: subset(tokens[n]["test"], count["test"], 0) for n in tasks}
-            steps = count["passes"] * sum(map(len, data.values())) // (4 if size == "toy" else 32)
-            row = table.row(
-                {"part": "transfer", "tasks": "+".join(tasks), "size": size, "seed": seed},
-                lambda h={n: heads[n] for n in tasks}, d=data, t=tests, n=steps, s=seed, a=dict(alone): scored(
-                    size, h, d, t, n, "transfer", s, alone=a, task_sampler="remaining"
-                ),
-            )
-            if len(tasks) == 1:
-                alone[tasks[0]] = row["scores"][tasks[0]]
-
-
-def scored(size: str, heads: dict, data: dict, tests: dict, steps: int, part: str, seed: int, alone=None, **options):
-    """`train`, with one score a task, their mean, and the gain over `alone` where that is known."""
-    if size == "toy":
-        options |= {"encoder": tiny_encoder(), "batch_size": 4}
-    row = train(heads, data, tests, steps, RATE["atis" if part == "methods-atis" else "four"], seed, **options)
-    scores = {task: row[f"{task}/{SCORE.get(task, 'accuracy')}"] for task in heads}
-    row |= {"scores": scores, "mean": sum(scores.values()) / len(scores)}
-    if alone and len(heads) > 1:
-        row["gain"] = {task: score - alone[task] for task, score in scores.items()}
-    return row
+def jobs(parts: tuple[str, ...] = PARTS) -> list[Job]:
+    """All rates, those of the longest trainings first; then part by part a seed after the other."""
+    every = {(part, name): way for part in parts for name, way in ways(part).items()}
+    own = sorted((key for key, way in every.items() if not way.rate_of), key=lambda key: -every[key].steps)
+    found = [Job(f"{part} {name}", (searched, part, name)) for part, name in own]
+    for part, seed in itertools.product(parts, SEEDS):
+        for name, way in ways(part).items():
+            call = (tested, part, name, seed)
+            found.append(Job(f"{part} {name} {seed}", call, f"{part} {way.rate_of or name}"))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="this part alone")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", choices=("small", "full"), default="full" if torch.cuda.is_available() else "small")
-    parser.add_argument("--toy", action="store_true", help="random tokens and a tiny model: does it run?")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    args = parser.parse_args()
-    if args.toy and args.results == RESULTS:
-        parser.error("--toy needs --results FOLDER: toy numbers are no results")
-    about = "MiniLM, multi-task against single-task"
-    table = Table("multitask", "python tests/benchmarks/multitask.py", about, folder=args.results)
-    size, seeds = "toy" if args.toy else args.size, range(args.seeds)
-    for part in [args.part] if args.part else PARTS[2:] if args.toy else PARTS:
-        if part == "atis":
-            old_atis(table, seeds)
-        elif part == "unlike":
-            old_unlike(table, seeds)
-        elif part == "transfer":
-            transfer(table, seeds, size)
-        else:
-            methods(table, seeds, part, size)
+    table = started(globals(), ABOUT)
+    side_by_side(table, jobs(), workers=0 if SEEDS == TOY["SEEDS"] else 2)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 import argparse
 import datetime
 import json
+import math
+import multiprocessing
 import os
 import platform
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,9 +87,13 @@ class Table:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
         row = {**key, **measure(), **self.stamp}
+        self.add(row)
+        return row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A row that has its stamp."""
         self._write([*self.content["rows"], row])
         self._show(row)
-        return row
 
     def best_rate(self, key: dict[str, Any], rates: tuple, measure: Callable, value: Callable) -> float:
         """The learning rate whose row has the largest `value(row)`, none of the ends of what was tried.
@@ -120,8 +128,79 @@ class Table:
         print(shown, flush=True)
 
 
+class Job(NamedTuple):
+    """Something to do for a table: function(table, *arguments), once the job named `after` is done."""
+
+    name: str
+    call: tuple
+    after: str | None = None
+
+
+class _Sent(Table):
+    """A table as a process that makes rows has it: it knows rows, and what it makes goes to the one who writes."""
+
+    def __init__(self, rows: list[dict], send: Callable[[dict], Any]):
+        self.content, self.stamp, self.send = {"rows": rows}, {}, send
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.content["rows"] = rows
+        self.send(rows[-1])
+
+    def _show(self, row: dict[str, Any]) -> None: ...
+
+
+def _begin(start: tuple) -> None:
+    torch.set_num_threads(1)
+    if start:
+        start[0](*start[1:])
+
+
+def _do(call: tuple, rows: list[dict], send: Callable[[dict], Any]) -> None:
+    call[0](_Sent(rows, send), *call[1:])
+
+
+def side_by_side(
+    table: Table, jobs: list[Job], *, workers: int = 2, until: float = math.inf, start: tuple = ()
+) -> None:
+    """Do all jobs, the first first and several at a time, in processes of one thread; rows are written as they come.
+
+    workers: 0: one after the other, in this process.  until: (monotonic seconds) what is not done then is left.
+    start: (function, *arguments) to call once in every process.  Of what fails the first error is raised at the end.
+    """
+    if not workers:
+        for job in jobs:
+            job.call[0](table, *job.call[1:])
+        return
+    waiting, running, undone, errors = [*jobs], {}, {job.name for job in jobs}, []
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context, _begin, (start,)) as pool:
+        queue = manager.Queue()
+        try:
+            while (waiting or running) and time.monotonic() < until:
+                ready = [job for job in waiting if job.after not in undone][: workers - len(running)]
+                for job in ready:
+                    running[pool.submit(_do, job.call, table.content["rows"], queue.put)] = job
+                    waiting.remove(job)
+                if not running:  # what the rest waits for has failed
+                    break
+                done: set[Future] = wait(running, 1.0, FIRST_COMPLETED)[0]
+                while not queue.empty():
+                    table.add({**queue.get(), **table.stamp})
+                for future in done:
+                    job = running.pop(future)
+                    if error := future.exception():
+                        errors.append(error)
+                    else:
+                        undone.remove(job.name)
+        finally:
+            for process in [*(pool._processes or {}).values()]:  # in the middle of a row that would come too late
+                process.kill()
+    if errors:
+        raise errors[0]
+
+
 def started(program: dict[str, Any], about: str) -> Table:
-    """The table of a program that knows --toy, which puts its TOY in place of its own settings, and --results.
+    """The table of a program that knows --toy, which puts its TOY in place of its own settings, --results, --workers.
 
     program: the `globals()` of the file tests/benchmarks/<name>.py, whose rows are in <name>.json.
     """
@@ -155,11 +234,6 @@ class GpuTable(Table):
         super().__init__(name, command, about, packages=PACKAGES, folder=folder)
         self.stamp |= {"command": command, "threads": torch.get_num_threads()}
         self.shown: set[str] = set()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """A row that has its stamp."""
-        self._write([*self.content["rows"], row])
-        self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
         """Once, and without what is long."""

@@ -5,10 +5,12 @@
     python tests/benchmarks/strategies.py --part cost               # seconds a step, memory, bytes on disk
 
 Every run starts from the same pretrained MiniLM; the seed changes the head's (and adapters') first weights, the choice
-and order of the training texts, and dropout.  The learning rate is searched at the smaller size of each corpus with
-one seed of its own, by validation accuracy: three rates by factors of about 3, and further while the best is at an
-edge; the larger size takes the same rate.  Accuracies are on the corpus's own test split.  On a GPU: part 5 of the GPU
-day (gpu_day.py), which has a file of its own.
+and order of the training texts, and dropout.  All strategies make the same number of updates.  Parts of a row:
+- rates: the learning rate is searched for each corpus and size with a seed of its own, by validation accuracy: three
+  rates by factors of about 3, and further while the best is at an edge.
+- twice: the best rate with twice as many updates, to see that validation accuracy has stopped rising.
+- accuracy: the corpus's own test split, with every seed.
+On a GPU: part 5 of the GPU day (gpu_day.py), which has a file of its own.
 """
 
 import argparse
@@ -23,14 +25,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import Table
+from record import RESULTS, Table
 
 import ftlib
 from ftlib.inputs.pretrained import load_model, load_tokenizer
 
 PARTS = ("rotten-tomatoes", "banking77", "cost")
-# corpus -> {training texts: (batch size, epochs)}; banking77 has 77 classes, and as many texts of each
-SIZES = {"rotten-tomatoes": {200: (16, 4), 1000: (32, 2)}, "banking77": {385: (16, 6), 1540: (32, 3)}}
+# corpus -> {training texts: (batch size, updates)}; banking77 has 77 classes, and as many texts of each
+SIZES = {"rotten-tomatoes": {200: (16, 160), 1000: (32, 200)}, "banking77": {1540: (32, 480)}}
 MODEL = "minilm"  # or a folder with its weights
 LADDER = (2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 SEARCH_SEED = 100
@@ -86,18 +88,21 @@ def tokenized(corpus: str):
     return ftlib.tokenize(ftlib.load_corpus(corpus), load_tokenizer("minilm"), max_length=64)
 
 
-def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any) -> None:
+def accuracies(
+    corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any, sizes: dict | None = None
+) -> None:
     """Search the rate of each strategy, then train with every seed; `table` has `row(key, measure)`.
 
-    tokens: {split: rows}, a Dataset or a list.
+    tokens: {split: rows}, a Dataset or a list; sizes: {training texts: (batch size, updates)}, those of `SIZES`.
     """
+    sizes = sizes or SIZES[corpus]
     labels = [row["labels"] for row in tokens["train"]]
 
-    def train(strategy: str, rate: float, count: int, seed: int, split: str) -> dict:
+    def train(strategy: str, rate: float, count: int, seed: int, split: str, steps: int) -> dict:
         model, report = tuned(strategy, len(set(labels)), seed)
-        batch_size, epochs = SIZES[corpus][count]
+        batch_size = sizes[count][0]
         config = ftlib.TrainConfig(
-            epochs=epochs, batch_size=batch_size, learning_rate=rate, seed=seed, progress=False
+            max_steps=steps, batch_size=batch_size, learning_rate=rate, seed=seed, progress=False
         )  # fmt: skip
         rows = [tokens["train"][place] for place in chosen(labels, count, seed)]
         run = ftlib.fit(model, rows, config=config)
@@ -107,27 +112,28 @@ def accuracies(corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dic
             "loss_last": sum(record["loss"] for record in last) / len(last), "seconds_busy": run.seconds,
         }  # fmt: skip
 
-    def search(strategy: str) -> float:
-        small, start = min(SIZES[corpus]), LADDER.index(STRATEGIES[strategy][1])
+    def searched(strategy: str, count: int) -> float:
+        steps, start = sizes[count][1], LADDER.index(STRATEGIES[strategy][1])
         tried: dict[int, float] = {}
         wanted = {start - 1, start, start + 1}
+
+        def validated(part: str, rate: float, steps: int) -> float:
+            key = {"part": part, "strategy": strategy, "count": count, "rate": rate, "steps": steps}
+            return table.row(key, lambda: train(strategy, rate, count, SEARCH_SEED, "validation", steps))["validation"]
+
         while wanted:
-            for place in sorted(wanted):
-                key = {"part": "search", "strategy": strategy, "count": small}
-                rate = LADDER[place]
-                run = partial(train, strategy, rate, small, SEARCH_SEED, "validation")
-                found = table.row(key | {"rate": rate}, run)
-                tried[place] = found["validation"]
+            tried |= {place: validated("rates", LADDER[place], steps) for place in sorted(wanted)}
             best = max(tried, key=lambda place: (tried[place], place))
             wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
+        validated("twice", LADDER[best], 2 * steps)
         return LADDER[best]
 
-    for seed in seeds:
-        for strategy in only:
-            rate = search(strategy)
-            for count in SIZES[corpus]:
+    for count, (_, steps) in sizes.items():
+        rates = {strategy: searched(strategy, count) for strategy in only}
+        for seed in seeds:
+            for strategy, rate in rates.items():
                 key = {"part": "accuracy", "strategy": strategy, "rate": rate, "count": count, "seed": seed}
-                table.row(key, partial(train, strategy, rate, count, seed, "test"))
+                table.row(key | {"steps": steps}, partial(train, strategy, rate, count, seed, "test", steps))
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -178,8 +184,9 @@ def costs(only: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="one part; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
     parser.add_argument("--only", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], help="some strategies")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write the accuracies to")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.measure:
@@ -191,7 +198,8 @@ def main() -> None:
             costs(wanted.only)
         else:
             command = f"python tests/benchmarks/strategies.py --part {part}"
-            table = Table(f"strategies-{part}", command, f"MiniLM on {part}, test accuracy of every strategy")
+            about = f"MiniLM on {part}, test accuracy of every strategy"
+            table = Table(f"strategies-{part}", command, about, folder=wanted.results)
             accuracies(part, tuple(range(wanted.seeds)), wanted.only, tokenized(part), table)
 
 
