@@ -95,7 +95,7 @@ def test_a_run_is_that_of_the_cpu(tiny_model, monkeypatch, name):
     assert steps(runs[0]) == pytest.approx(steps(runs[1]), abs=1e-3 if name == "adamw" else 1e-4)
     assert steps(runs[0], "grad_norm") == pytest.approx(steps(runs[1], "grad_norm"), rel=1e-2)
     assert runs[0].metrics["loss"] == pytest.approx(runs[1].metrics["loss"], abs=1e-3)
-    assert runs[0].peak_memory_mb < runs[1].peak_memory_mb  # tensors on the GPU, not the whole process
+    assert 0 < runs[0].peak_memory_mb < 200  # tensors on the GPU, most of them cuBLAS' own; the process has some 1,000
     ours, theirs = (predict(model, held_out, output="logits") for model in models)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=5e-3)
@@ -282,7 +282,10 @@ def test_fit_waits_for_the_gpu_once_a_step_at_most(tiny_model, precision, unpadd
                 fit(model, make_rows(4 * count, shortest=2), config=quick(epochs=1, precision=precision))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+        places = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+        stock = [place for place in places if "masking_utils" in place]  # is there any padding? asks a stock model
+        assert not (stock and unpadded)
+        return [place for place in places if place not in stock]
 
     waits(2)  # what is set up once
     few, many = waits(4), waits(14)

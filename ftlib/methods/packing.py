@@ -142,13 +142,12 @@ def attend_padded(
     """As `attend_packed`; window: how far a token sees to each side, without itself."""
     # (batch, heads, tokens, head_dim) each
     query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
-    position = torch.arange(packing.mask.shape[1], device=query.device)
-    back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
     seen = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
-    if packing.causal:
-        seen = seen & (back >= 0)  # (batch, 1, tokens, tokens)
-    if window is not None:
-        seen = seen & (back.abs() <= window)
+    if packing.causal or window is not None:
+        position = torch.arange(packing.mask.shape[1], device=query.device)
+        back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
+        seen = seen & (back >= 0) if packing.causal else seen  # (batch, 1, tokens, tokens)
+        seen = seen & (back.abs() <= window) if window is not None else seen
     out = capped_attention(query, key, value, seen, dropout, scaling, softcap)
     return pack(out.transpose(1, 2), packing, packing.spare)
 

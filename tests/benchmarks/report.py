@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from ftlib import mean_std, paired, results_table
@@ -313,6 +314,13 @@ def goals() -> str:
     )
 
 
+def ranged(value: dict, row: dict, shown: Callable[[float], str]) -> str:
+    """A median over rounds with the smallest and largest; of one round there is nothing more to say."""
+    if row.get("rounds") == 1:
+        return f"{shown(value['median'])} (one round)"
+    return f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
+
+
 def goal_line(goal: tuple, names: list[str]) -> dict[str, str]:
     """A goal and what each of these devices reached, by which of ftlib's methods."""
     words, part, work, rival, plain, with_amx = goal
@@ -325,8 +333,7 @@ def goal_line(goal: tuple, names: list[str]) -> dict[str, str]:
     line = {"work": words, "against": RIVALS.get(rival, rival), "goal": aim}
     for name in names:
         value, best = reached(part, work, rival, name) or (None, {})
-        line[name] = value and f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
-        line[name] = f"{line[name]}, {best['method']}" if value else ""
+        line[name] = f"{ranged(value, best, shown)}, {best['method']}" if value else ""
     return line
 
 
@@ -438,23 +445,26 @@ def gpu_day() -> str:
     for kind, table in kinds.items():
         for path in sorted(RESULTS.glob(f"gpu-day-{kind}-*.json")):
             rows = stored(path.stem)["rows"]
-            found += [f"{text}\n\n{stamp(rows[0])}" for text in table(rows)] if rows else []
+            found += [f"{text}\n\n{stamp(row)}" for text, row in table(rows)] if rows else []
     if [*RESULTS.glob("gpu-day-2-*.json")]:
-        found.append("Speed is among the results [above](#results), memory [below](#memory).")
+        found.append(
+            "Speed is among the results [above](#results), memory [below](#memory). Small batches are no work for such "
+            "a GPU: it waits for the processor that starts its kernels, and so does every way to train, ours too."
+        )
     return "\n\n".join(found or [NO_GPU])
 
 
-def gpu_tests(rows: list[dict]) -> list[str]:
+def gpu_tests(rows: list[dict]) -> list[tuple[str, dict]]:
     counts = {word: sum(row["outcome"] == word for row in rows) for word in ("passed", "failed", "skipped")}
     text = f"**Tests that need CUDA**: {', '.join(f'{count} {word}' for word, count in counts.items())}."
     for row in rows:
         if row["outcome"] == "failed":
             last = (row["message"].strip().splitlines() or [""])[-1]
             text += f"\n- `{row['test']}`: `{last[:200]}`"
-    return [text]
+    return [(text, rows[0])]
 
 
-def gpu_profile(rows: list[dict]) -> list[str]:
+def gpu_profile(rows: list[dict]) -> list[tuple[str, dict]]:
     """The ways side by side; then of the first one operators, kernels, and where in the source it waits."""
     rows = [row for row in rows if "missing" not in row]
     if not rows:
@@ -485,10 +495,10 @@ def gpu_profile(rows: list[dict]) -> list[str]:
         text += f"\n\nIts kernels:\n\n{results_table(kernels, digits=3)._repr_markdown_()}"
     places = [f"`{place}` ({count:.1f})" for place, count in first["waiting"].items()]
     text += f"\n\nIt waits for the GPU at (times a step): {', '.join(places)}." if places else ""
-    return [text]
+    return [(text, first)]
 
 
-def gpu_accuracy(rows: list[dict]) -> list[str]:
+def gpu_accuracy(rows: list[dict]) -> list[tuple[str, dict]]:
     """Strategies at both sizes of both corpora, balancing methods, transfer: what there is of each."""
     texts, table = [], {}
     rows = [row for row in rows if "missing" not in row]
@@ -510,10 +520,10 @@ def gpu_accuracy(rows: list[dict]) -> list[str]:
         texts.append(f"{about}\n\n{balancing(rows)}")
     if any(row.get("part") == "transfer" for row in rows):
         texts.append(f"{TRANSFER}{transfers(rows)}")
-    return texts
+    return [(text, rows[0]) for text in texts]
 
 
-def gpu_decoders(rows: list[dict]) -> list[str]:
+def gpu_decoders(rows: list[dict]) -> list[tuple[str, dict]]:
     """A large decoder fine-tuned, LoRA and in full."""
     texts = []
     for work in dict.fromkeys(row["work"] for row in rows):
@@ -531,7 +541,7 @@ def gpu_decoders(rows: list[dict]) -> list[str]:
         ]
         missing = "".join(f"\n\n*{row['method']}: {row['missing']}.*" for row in own if "missing" in row)
         shown = f"{results_table(table)._repr_markdown_()}" if table else ""
-        texts.append(f"**{own[0]['part']}**: {work}.\n\n{shown}{missing}".strip())
+        texts.append((f"**{own[0]['part']}**: {work}.\n\n{shown}{missing}".strip(), own[0]))
     return texts
 
 
@@ -798,8 +808,7 @@ def headlines() -> str:
     def ratio(part: str, rival: str | tuple[str, ...], work: str = "") -> str:
         best = {device: reached(part, work, rival, device) for device in devices(part)}
         shown = {
-            device: f"{value['median']:.2f} × ({value['min']:.2f} to {value['max']:.2f})"
-            for device, (value, _) in ((device, pair) for device, pair in best.items() if pair)
+            device: ranged(*pair, "{:.2f}".format).replace(" (", " × (") for device, pair in best.items() if pair
         }
         return "; ".join(shown.values() if len(shown) == 1 else (f"{text} on {name}" for name, text in shown.items()))
 
@@ -826,13 +835,22 @@ def headlines() -> str:
         (f"memory for the features of {long['rows']:,} short texts", f"{long['peak_gb']:.2f} GB", "long_features"),
     ]  # fmt: skip
     table[4:4] = decoder_headlines()
-    for words, part, work, rival, *_ in GOALS if devices(BERT) else ():
-        if part == BERT and rival in (TRAINER, ENCODE) and (value := ratio(part, rival, work)):
-            table.insert(4, (f"{words}, against {RIVALS[rival]}", value, "gpu_day"))
+    for path in sorted(RESULTS.glob("gpu-day-6-*.json")):
+        [lora] = [row for row in rows_of(path.stem, moves="lora", method="ftlib.fit, unpad")]
+        gain = min(value for base, value in lora["against"].items() if base != "TRL, as it comes")
+        table.append((f"LoRA on a Llama of 1.2 billion, {lora['device']}, against TRL with its best settings",
+                      f"{gain:.2f} × (one run of 5 steps)", "gpu_day"))  # fmt: skip
+    for words, part, work, rival, *_ in GOALS:
+        several = part == BERT and any(row.get("rounds", 1) > 1 for row in speed_rows(BERT) if row["work"] == work)
+        if several and rival in (TRAINER, ENCODE) and (value := ratio(part, rival, work)):
+            table.append((f"{words}, against {RIVALS[rival]}", value, "gpu_day"))
     keys = ("what", "measured", "program")
     rows = [dict(zip(keys, (what, value, f"`{name}.py`"), strict=True)) for what, value, name in table]
-    none = "" if devices(BERT) else f"\n\n{NO_GPU} [How](tests/benchmarks/README.md#the-gpu-day)."
-    return results_table(rows)._repr_markdown_() + none
+    gpus = [name for name in devices(BERT) if not name.startswith("CPU")]
+    said = f"{NO_GPU} [How]"
+    if gpus:
+        said = f"On an {' and an '.join(gpus)}, and what is *not* faster there: [the GPU day]"
+    return f"{results_table(rows)._repr_markdown_()}\n\n{said}(tests/benchmarks/README.md#the-gpu-day)."
 
 
 def section(name: str, text: str) -> str:
