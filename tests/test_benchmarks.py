@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -302,18 +303,8 @@ def test_the_gpu_day_at_toy_size(day):
     assert [row["method"] for row in profile] == ["ftlib.fit, unpad", "Trainer, bf16, grouped by length"]
     assert {one["name"]: one["times"] for one in profile[0]["operators"]}["aten::addmm"] == 14  # 2 * 6 + pooler + head
     assert all(row["seconds_a_step"] > 0 and 0.5 < row["loss"] < 0.9 for row in memory)
-    accuracy = rows_of(day, "5-accuracy")
-    assert not [row for row in accuracy if "missing" in row]
-    found = {(row["table"], row.get("part")) for row in accuracy}
-    tables = {
-        (f"strategies-{corpus}", part)
-        for corpus in ("banking77", "rotten-tomatoes")
-        for part in ("search", "accuracy")
-    }
-    assert found == tables | {(part, part) for part in ("methods-atis", "methods-four", "transfer")}
-    [pair] = [row for row in accuracy if row.get("tasks") == "sentiment+similarity"]
-    alone = {row["tasks"]: row["scores"] for row in accuracy if row["table"] == "transfer" and row is not pair}
-    assert pair["gain"]["sentiment"] == pair["scores"]["sentiment"] - alone["sentiment"]["sentiment"]
+    accuracy = json.loads((day / "multitask.json").read_text())["rows"]
+    assert {row["part"] for row in accuracy} >= {"atis", "four", "unlike", "transfer"}
 
 
 def test_part_2_trains_at_toy_size(day):
@@ -353,8 +344,7 @@ def test_the_gpu_day_becomes_tables(program, monkeypatch, day):
     assert report.NO_GPU in report.gpu_day() or [*report.RESULTS.glob("gpu-day-*")]
     monkeypatch.setattr(report, "RESULTS", day)
     text = report.gpu_day()
-    headings = ("Tests that need CUDA", "Where the time", "Which parameters move", "Balancing several", "Transfer",
-                "Llama of 1.2 billion")  # fmt: skip
+    headings = ("Tests that need CUDA", "Where the time", "Llama of 1.2 billion")
     assert all(f"**{heading}" in text for heading in headings), text
     assert "| – " not in text + report.speed() + report.memory() and "nan" not in text  # a cell without a number
     assert "fine-tune BERT-base, GPU, batch 32" in report.speed() and "micro-batches of 8" in report.memory()
@@ -376,52 +366,47 @@ def test_a_part_that_hangs_or_dies_is_told_and_the_others_go_on(program, monkeyp
     assert "no luck" in rows[2]["said"] and gpu_day.numbers("2,1") == [1, 2]
 
 
-def test_rows_that_are_there_are_not_made_again(program):
-    accuracy = program("gpu_accuracy")
-    sent = []
-    table = accuracy.Rows("transfer", [{"table": "transfer", "seed": 0, "score": 5}], sent.append)
-    assert table.row({"seed": 0}, None)["score"] == 5 and sent == []
-    assert table.row({"seed": 1}, lambda: {"score": 7})["score"] == 7
-    assert sent == [{"table": "transfer", "seed": 1, "score": 7}] and table.row({"seed": 1}, None)["score"] == 7
+def square(table, number):
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    table.row({"number": number}, lambda: {"square": number**2, "process": os.getpid()})
 
 
-def test_items_wait_for_what_they_need(program):
-    accuracy = program("gpu_accuracy")
-    todo = accuracy.items("full", 2)
-    lora = [item for item in todo if item.what == "lora" and item.table == "strategies-banking77"]
-    assert accuracy.needs(lora[1])(lora[0]) and not accuracy.needs(lora[0])(lora[1])  # the rate is searched once
-    alone, *pairs = [item for item in todo if item.table == "transfer" and item.seed == 1]
-    assert (
-        len(pairs) == 6 and all(accuracy.needs(pair)(alone) for pair in pairs) and not accuracy.needs(alone)(pairs[0])
-    )
-    order = [item.table for item in sorted(todo)]
-    assert order.index("methods-atis") > 2 * 2 * 17 - 1 and order[-1] == "methods-four"
+def test_jobs_side_by_side(program, tmp_path):
+    record = program("record")
+    table = record.Table("squares", "command", "about", folder=tmp_path)
+    table.row({"number": 2}, lambda: {"square": 4})
+    jobs = [record.Job("late", (square, 5), "3"), *(record.Job(str(n), (square, n)) for n in (2, 3, -1)),
+            record.Job("never", (square, 7), "-1")]  # fmt: skip
+    with pytest.raises(ValueError, match="-1 is negative"):  # the others are done before it is raised
+        record.side_by_side(table, jobs)
+    rows = json.loads((tmp_path / "squares.json").read_text())["rows"]
+    assert [(row["number"], row["square"]) for row in rows] == [(2, 4), (3, 9), (5, 25)]
+    assert all(row["device"] and row["date"] for row in rows) and rows[1]["process"] != os.getpid()
+    record.side_by_side(table, jobs[:1], until=0)  # no time: nothing more
+    record.side_by_side(table, [record.Job("here", (square, 6))], workers=0)
+    assert table.content["rows"][-1]["process"] == os.getpid() and len(table.content["rows"]) == 4
 
 
 @pytest.mark.skipif(
     not (ROOT / "data/cache/minilm/model.safetensors").is_file(), reason="packs MiniLM: make data fetches it"
 )
 def test_what_is_packed_is_what_the_corpora_give(program, monkeypatch, tmp_path):
-    accuracy, strategies, multitask = program("gpu_accuracy"), program("strategies"), program("multitask")
-    for module in (strategies, multitask):
-        monkeypatch.setattr(module, "MODEL", module.MODEL)  # reading a pack sets them
-    monkeypatch.setattr(strategies, "SIZES", {"banking77": {}})
-    monkeypatch.setattr(multitask, "CORPORA", {"similarity": "stsb"})
-    packed = accuracy.Packed(accuracy.pack(tmp_path / "pack"))
-    assert 40e6 < sum(path.stat().st_size for path in packed.folder.rglob("*") if path.is_file()) < accuracy.LIMIT
-    expected, found = strategies.tokenized("banking77"), packed.strategies("banking77")
-    assert {split: len(rows) for split, rows in found.items()} == {s: len(rows) for s, rows in expected.items()}
-    assert found["test"][7] == expected["test"][7]
-    for part, own, split, row in (("methods-atis", multitask.atis(), "train", 11),
-                                  ("transfer", multitask.classes(multitask.CORPORA), "test", 3)):  # fmt: skip
-        heads, tokens = packed.tasks(part)
-        theirs = own[1]
-        if part == "transfer":
-            tokens, theirs = tokens["similarity"], theirs["similarity"]
-        assert heads == own[0] and tokens[split][row] == theirs[split][row]
-    monkeypatch.undo()
-    model = program("ftlib").load_model(str(packed.folder / "model"))
-    gap = model.get_input_embeddings().weight - program("ftlib").load_model("minilm").get_input_embeddings().weight
+    accuracy, multitask = program("gpu_accuracy"), program("multitask")
+    own = multitask.heads_and_rows
+    for name in ("MODEL", "heads_and_rows"):
+        monkeypatch.setattr(multitask, name, getattr(multitask, name))  # using a pack sets them
+    folder = accuracy.pack(tmp_path / "pack")
+    assert 40e6 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < accuracy.LIMIT
+    accuracy.use(folder)
+    for corpus in ("atis", "similarity"):
+        (heads, rows), (found, packed) = own(corpus), multitask.heads_and_rows(corpus)
+        assert heads == found and {s: len(part) for s, part in rows.items()} == {s: len(p) for s, p in packed.items()}
+        assert packed["test"][7] == rows["test"][7] and packed["train"][11] == rows["train"][11]
+    labels = [row["labels"] for row in packed["train"]]
+    assert abs(statistics.fmean(labels)) < 1e-9 and statistics.stdev(labels) == pytest.approx(1)
+    gap = program("ftlib").load_model(str(folder / "model")).get_input_embeddings().weight
+    gap = gap - program("ftlib").load_model("minilm").get_input_embeddings().weight
     assert 0 < gap.abs().max() < 1e-3  # float16's rounding
 
 
@@ -598,9 +583,17 @@ def test_profile_program_at_toy_size(tmp_path):
         assert sum(row["groups"].values()) == pytest.approx(row["profiled_seconds_a_step"], rel=0.3)
 
 
-def test_what_ties_with_the_best(program):
-    points = {"best": (0.80, 0.02), "near": (0.77, 0.01), "far": (0.75, 0.02), "sure": (0.79, 0.0)}
-    assert program("report").ties(points) == {"best", "near", "sure"}
+def test_arrows_show_what_differs_from_the_base(program):
+    rows = [
+        {"way": way, "seed": seed, "value": value}
+        for way, values in {"base": (1, 2, 3), "up": (2.1, 3, 4.1), "odd": (0, 4, 2), "part": (9,)}.items()
+        for seed, value in reversed([*enumerate(values)])
+    ]
+    report = program("report")
+    runs = report.runs_of(rows, "way", lambda row: row["value"])
+    assert runs["up"] == [2.1, 3, 4.1]
+    shown = report.compared(runs, "base")
+    assert shown == {"base": "2.000 ± 1.000", "up": "3.067 ± 1.050 ↑", "odd": "2.000 ± 2.000"}  # "part" is on its way
 
 
 def test_training_texts_of_every_class(program):
@@ -612,24 +605,25 @@ def test_training_texts_of_every_class(program):
 
 
 def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["multitask.py", "--toy", "--seeds", "1", "--results", str(tmp_path)])
-    trained = program("multitask")
-    trained.main()
+    accuracy, multitask = program("gpu_accuracy"), program("multitask")
+    for name in (*multitask.TOY, "heads_and_rows"):
+        monkeypatch.setattr(multitask, name, getattr(multitask, name))  # using a pack sets them
+    accuracy.toy(tmp_path)
     rows = json.loads((tmp_path / "multitask.json").read_text())["rows"]
-    assert all(row["size"] == "toy" and row["mean"] <= 1 for row in rows)
-    for part in ("methods-atis", "methods-four"):
-        own = [row for row in rows if row["part"] == part and "TorchJD" not in row["method"]]
-        methods = ["fixed", "uncertainty", "gradnorm", "dwa", "random", "famo", "pcgrad", "cagrad", "mgda"]
-        assert [row["method"] for row in own] == methods and len({row["steps"] for row in own}) == 1
-    own = [row for row in rows if row["part"] == "transfer"]
-    assert len(own) == 4 + 6 and len({row["tasks"] for row in own}) == 10
-    alone = {row["tasks"]: row["scores"][row["tasks"]] for row in own[:4]}
-    for row in own[4:]:
-        gain = {task: row["scores"][task] - alone[task] for task in row["gain"]}
-        assert row["gain"] == pytest.approx(gain, nan_ok=True)
-    monkeypatch.setattr(trained, "train", None)
-    trained.main()  # the second time all rows are there
-    assert json.loads((tmp_path / "multitask.json").read_text())["rows"] == rows
+    of = {part: [row for row in rows if row["part"] == part] for part in multitask.PARTS}
+    assert {part: len(own) for part, own in of.items()} == {"transfer": 12 + 6, "atis": 2 + 10, "unlike": 5, "four": 10}
+    for own in of.values():
+        assert all(set(row["scores"]) and row["mean"] <= 1 for row in own)
+    pairs = {row["way"]: row for row in of["transfer"] if "+" in row["way"]}
+    assert pairs["sentiment+pairs"]["scores"].keys() == {"sentiment", "pairs"}
+    steps = {row["way"]: row["steps"] for row in of["transfer"]}
+    assert steps["pairs, half batches"] == steps["pairs, twice as long"] == 2 * steps["pairs"]
+    assert steps["sentiment+pairs"] == 2 * steps["pairs"]
+    assert len({row["steps"] for row in of["atis"]}) == len({row["rate"] for row in of["four"]}) == 1
+    monkeypatch.setattr(multitask, "train", None)
+    with_all = multitask.table(tmp_path)
+    program("record").side_by_side(with_all, multitask.jobs(), workers=0)  # the second time all rows are there
+    assert with_all.content["rows"] == rows
 
 
 def test_growth_program_at_toy_size(program, monkeypatch, tmp_path):

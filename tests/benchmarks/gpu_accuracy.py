@@ -13,6 +13,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import multitask
-from record import RESULTS, Table, side_by_side
+from record import RESULTS, side_by_side
 
 import ftlib
 
@@ -37,6 +38,27 @@ def _seqeval(folder: Path) -> None:
         shutil.copytree(source, folder / "packages" / "seqeval", ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def _write(folder: Path, corpus: str, heads: dict[str, list], rows: dict[str, list[dict]]) -> None:
+    with gzip.open(folder / f"{corpus}.json.gz", "wt", encoding="utf-8") as file:
+        json.dump({"heads": heads, "rows": rows}, file)
+
+
+def toy_pack(folder: Path) -> Path:
+    """The same corpora as a few made-up rows, and no model."""
+    kinds = {"slots": ["token-classification", 3, ["O", "B-x", "I-x"]], "similarity": ["regression", 1, None]}
+    for corpus in CORPORA:
+        tasks, rows = multitask.ATIS if corpus == "atis" else (corpus,), []
+        for place in range(24):
+            ids = [5 + (7 * place + k) % 50 for k in range(3 + place % 5)]
+            labels = {"slots": [k % 3 for k in ids], "similarity": place / 4}
+            labels = {task: labels.get(task, place % 3) for task in tasks}
+            rows.append({"input_ids": ids, "labels": labels if corpus == "atis" else labels[corpus]})
+        heads = {task: kinds.get(task, ["sequence-classification", 3, None]) for task in tasks}
+        _write(folder, corpus, heads, dict.fromkeys(("train", "validation", "test"), rows))
+    _seqeval(folder)
+    return folder
+
+
 def pack(folder: Path = PACK) -> Path:
     """Write all of it, in a folder aside that then takes the place of the old one."""
     from ftlib.inputs import assets
@@ -49,12 +71,8 @@ def pack(folder: Path = PACK) -> Path:
             shutil.copy(assets.path("minilm") / name, made / "model" / name)
         for corpus in CORPORA:
             heads, tokens = multitask.heads_and_rows(corpus)
-            content = {
-                "heads": {name: [head.task, head.num_labels, head.label_names] for name, head in heads.items()},
-                "rows": {split: [dict(row) for row in rows] for split, rows in tokens.items()},
-            }
-            with gzip.open(made / f"{corpus}.json.gz", "wt", encoding="utf-8") as file:
-                json.dump(content, file)
+            described = {name: [head.task, head.num_labels, head.label_names] for name, head in heads.items()}
+            _write(made, corpus, described, {split: [dict(row) for row in rows] for split, rows in tokens.items()})
         _seqeval(made)
         size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         if size > LIMIT:
@@ -84,17 +102,21 @@ def use(folder: Path, settings: dict[str, Any] | None = None) -> None:
         sys.path.append(str(folder / "packages"))
 
 
-def all_items(toy: bool, results: Path = RESULTS, *, folder: Path = PACK, until: float = float("inf")) -> None:
+def all_items(results: Path = RESULTS, *, folder: Path = PACK, until: float = math.inf) -> None:
     """Make what the table lacks until the time is over."""
     if not (folder / "model").is_dir():
         raise FileNotFoundError(
             f"no pack in {folder}: run python tests/benchmarks/gpu_accuracy.py --pack where data/cache is, bring it"
         )
-    settings = multitask.TOY if toy else {}
-    use(folder, settings)
-    table = Table("multitask", "python tests/benchmarks/multitask.py", multitask.ABOUT, folder=results)
-    workers = 0 if toy else max(1, (os.cpu_count() or 2) - 2)
-    side_by_side(table, multitask.jobs(), workers=workers, until=until, start=(use, folder, settings))
+    use(folder)
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    side_by_side(multitask.table(results), multitask.jobs(), workers=workers, until=until, start=(use, folder))
+
+
+def toy(results: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        use(toy_pack(Path(folder)), multitask.TOY)
+        side_by_side(multitask.table(results), multitask.jobs(), workers=0)
 
 
 def main() -> None:

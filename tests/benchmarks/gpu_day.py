@@ -122,7 +122,7 @@ def part_4(toy: bool, results: Path, until: float) -> None:
 def part_5(toy: bool, results: Path, until: float) -> None:
     import gpu_accuracy
 
-    gpu_accuracy.all_items(toy, results, until=until)
+    gpu_accuracy.toy(results) if toy else gpu_accuracy.all_items(results, until=until)
 
 
 def part_6(toy: bool, results: Path, until: float) -> None:

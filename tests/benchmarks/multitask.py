@@ -18,11 +18,12 @@ Without a pack of its own (part 5 of the GPU day, gpu_day.py) the corpora come f
 import functools
 import itertools
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from record import Job, side_by_side, started, subset
+from record import Job, Table, side_by_side, started, subset
 
 import ftlib
 
@@ -179,6 +180,10 @@ def jobs(parts: tuple[str, ...] = PARTS) -> list[Job]:
             call = (tested, part, name, seed)
             found.append(Job(f"{part} {name} {seed}", call, f"{part} {way.rate_of or name}"))
     return found
+
+
+def table(folder: Path) -> Table:
+    return Table("multitask", "python tests/benchmarks/multitask.py", ABOUT, folder=folder)
 
 
 def main() -> None:
