@@ -21,7 +21,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -89,11 +89,13 @@ def tokenized(corpus: str):
 
 
 def accuracies(
-    corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any, sizes: dict | None = None
-) -> None:
+    corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any, sizes: dict | None = None,
+    searches: int = 1,
+) -> None:  # fmt: skip
     """Search the rate of each strategy, then train with every seed; `table` has `row(key, measure)`.
 
     tokens: {split: rows}, a Dataset or a list; sizes: {training texts: (batch size, updates)}, those of `SIZES`.
+    searches: with how many seeds rates are tried; the mean of their validation accuracies decides.
     """
     sizes = sizes or SIZES[corpus]
     labels = [row["labels"] for row in tokens["train"]]
@@ -117,15 +119,18 @@ def accuracies(
         tried: dict[int, float] = {}
         wanted = {start - 1, start, start + 1}
 
-        def validated(part: str, rate: float, steps: int) -> float:
-            key = {"part": part, "strategy": strategy, "count": count, "rate": rate, "steps": steps}
-            return table.row(key, lambda: train(strategy, rate, count, SEARCH_SEED, "validation", steps))["validation"]
+        def validated(part: str, rate: float, steps: int, seed: int) -> float:
+            key = {"part": part, "strategy": strategy, "count": count, "rate": rate, "steps": steps, "seed": seed}
+            return table.row(key, lambda: train(strategy, rate, count, seed, "validation", steps))["validation"]
+
+        def tried_at(rate: float) -> float:
+            return fmean(validated("rates", rate, steps, SEARCH_SEED + i) for i in range(searches))
 
         while wanted:
-            tried |= {place: validated("rates", LADDER[place], steps) for place in sorted(wanted)}
+            tried |= {place: tried_at(LADDER[place]) for place in sorted(wanted)}
             best = max(tried, key=lambda place: (tried[place], place))
             wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
-        validated("twice", LADDER[best], 2 * steps)
+        validated("twice", LADDER[best], 2 * steps, SEARCH_SEED)
         return LADDER[best]
 
     for count, (_, steps) in sizes.items():
