@@ -28,11 +28,16 @@ RATES = {
     "head-only": (5e-4, 1.5e-3, 5e-3),
 }
 SEARCHED = (500, 160)  # sentences, updates
-COMPARED = {2000: (32, 320)}
-CURVE = {50: (16, 80), 100: (16, 120), 200: (16, 160), 500: (32, 160), 1000: (32, 200), 2000: (32, 320),
-         7464: (32, 700)}  # fmt: skip
+COMPARED = {2000: (32, 320, "fp32")}
+CURVE = {
+    count: (batch_size, updates, "fp32")
+    for count, batch_size, updates in (
+        (50, 16, 80), (100, 16, 120), (200, 16, 160), (500, 32, 160), (1000, 32, 200), (2000, 32, 320), (7464, 32, 700)
+    )
+}  # fmt: skip
 CS = (0.01, 0.1, 1.0, 10.0)
-TOY = {"SEEDS": (0,), "RATES": {"full": (1e-4,)}, "SEARCHED": (8, 2), "COMPARED": {8: (4, 2)}, "CURVE": {8: (4, 2)}}
+TOY = {"SEEDS": (0,), "RATES": {"full": (1e-4,)}, "SEARCHED": (8, 2), "COMPARED": {8: (4, 2, "fp32")}}
+TOY["CURVE"] = TOY["COMPARED"]
 
 
 def probes(table: Table, data: Any, tokenizer: Any) -> None:

@@ -31,10 +31,10 @@ import ftlib
 from ftlib.inputs.pretrained import load_model, load_tokenizer
 
 PARTS = ("rotten-tomatoes", "banking77", "cost")
-# corpus -> {training texts: (batch size, updates)}; banking77 has 77 classes, and as many texts of each
-SIZES = {"rotten-tomatoes": {200: (16, 160), 1000: (32, 200)}, "banking77": {1540: (32, 480)}}
+# corpus -> {training texts: (batch size, updates, precision)}; banking77 has 77 classes, and as many texts of each
+SIZES = {"rotten-tomatoes": {200: (16, 160, "fp32"), 1000: (32, 200, "bf16")}, "banking77": {1540: (32, 480, "bf16")}}
 MODEL = "minilm"  # or a folder with its weights
-LADDER = (2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+LADDER = (7e-6, 2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 SEARCH_SEED = 100
 MANY, FEW, PROMPT = 1.5e-4, 1.5e-3, 5e-3  # where the search starts: all weights move, a few, a prompt
 STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
@@ -94,7 +94,7 @@ def accuracies(
 ) -> None:  # fmt: skip
     """Search the rate of each strategy, then train with every seed; `table` has `row(key, measure)`.
 
-    tokens: {split: rows}, a Dataset or a list; sizes: {training texts: (batch size, updates)}, those of `SIZES`.
+    tokens: {split: rows}, a Dataset or a list.  sizes: {training texts: (batch size, updates, precision)}; `SIZES`.
     searches: with how many seeds rates are tried; the mean of their validation accuracies decides.
     """
     sizes = sizes or SIZES[corpus]
@@ -102,16 +102,16 @@ def accuracies(
 
     def train(strategy: str, rate: float, count: int, seed: int, split: str, steps: int) -> dict:
         model, report = tuned(strategy, len(set(labels)), seed)
-        batch_size = sizes[count][0]
-        config = ftlib.TrainConfig(
-            max_steps=steps, batch_size=batch_size, learning_rate=rate, seed=seed, progress=False
-        )  # fmt: skip
+        batch_size, _, precision = sizes[count]
+        sizing = dict(max_steps=steps, batch_size=batch_size, precision=precision)
+        config = ftlib.TrainConfig(**sizing, learning_rate=rate, seed=seed, progress=False)
         rows = [tokens["train"][place] for place in chosen(labels, count, seed)]
         run = ftlib.fit(model, rows, config=config)
         last = run.history[-10:]
         return {
             split: ftlib.evaluate(model, tokens[split])["accuracy"], "trainable": report.trainable,
             "loss_last": sum(record["loss"] for record in last) / len(last), "seconds_busy": run.seconds,
+            "precision": precision,
         }  # fmt: skip
 
     def searched(strategy: str, count: int) -> float:
@@ -133,7 +133,7 @@ def accuracies(
         validated("twice", LADDER[best], 2 * steps, SEARCH_SEED)
         return LADDER[best]
 
-    for count, (_, steps) in sizes.items():
+    for count, (_, steps, _) in sizes.items():
         rates = {strategy: searched(strategy, count) for strategy in only}
         for seed in seeds:
             for strategy, rate in rates.items():
