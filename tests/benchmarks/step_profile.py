@@ -24,10 +24,10 @@ from ftlib import choose_precision, collate
 
 # The first group with a piece that is in the operator's name gets its time.
 GROUPS = {
+    "normalization and GELU": ("layer_norm", "gelu"),  # before dropout: aten::gelu begins as aten::ge does
     "dropout": ("dropout", "bernoulli", "aten::random_", "aten::ge"),
     "attention": ("scaled_dot_product", "bmm", "softmax", "flash", "efficient_attention", "varlen", "_Attend"),
     "matrix products": ("aten::mm", "aten::addmm", "AddmmBackward", "MmBackward", "linear_pointwise", "_Linear"),
-    "normalization and GELU": ("layer_norm", "gelu"),
     "optimizer and clipping": ("Optimizer.", "adamw", "_foreach_", "vector_norm"),
     "embeddings": ("embedding",),
     "copies and indexing": (
