@@ -127,14 +127,14 @@ def scored(part: str, task: str) -> dict[str, list[float]]:
 
 
 def multitask() -> str:
-    runs = {task: scored("atis", task) for task in ("intent", "slots")}
-    shown = {task: compared({way: own[way] for way in (task, "fixed")}, task) for task, own in runs.items()}
+    shown = {task: compared(scored("atis", task), task) for task in ("intent", "slots")}
     [steps] = {row["steps"] for row in rows_of("multitask", part="atis")}
+    ways = {"an encoder each": ("intent", "slots"), "both on one": ("intent+slots", "intent+slots")}
     table = [
-        {"atis, all 4,122 sentences": words,
-         **{name: shown[task].get(way(task), "") for task, name in (("intent", "accuracy"), ("slots", "slot F1"))},
-         "sentences through encoders": f"{count * steps * 32:,}"}
-        for words, way, count in (("an encoder each", str, 2), ("both on one", lambda task: "fixed", 1))
+        {"atis, all 4,122 sentences": words, "intent, accuracy": shown["intent"].get(intent, ""),
+         "slots, F1": shown["slots"].get(slots, ""), "sentences through encoders": f"{len({*way}) * steps * 32:,}"}
+        for words, way in ways.items()
+        for intent, slots in [way]
     ]  # fmt: skip
     first = results_table(table)._repr_markdown_()
     names = ("sentiment", "pairs", "intents")
@@ -155,12 +155,12 @@ def multitask() -> str:
 
 
 def methods() -> str:
-    """Every method of balancing on atis and on four unlike tasks; the transfer matrix; what more tasks cost."""
+    """Every method of balancing on four unlike tasks; the transfer matrix; what more tasks cost."""
+    [steps] = {row["steps"] for row in rows_of("multitask", part="four")}
     return (
-        "**Balancing several tasks** (notebook 05b): accuracy, F1 of the slots, Pearson's r of the similarity, "
-        f"{RULE.format(seeds=5, base='fixed weights')}. The same rows, updates and learning rate, that of fixed "
-        "weights, for every method; tasks drawn alike. On atis all sentences, both labels; the four tasks have 1,200 "
-        "rows each.\n\n"
+        "**Balancing several tasks** (notebook 05b): accuracy, Pearson's r of the similarity, "
+        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 600 rows of each task, {steps} "
+        "updates, and the learning rate of fixed weights; tasks drawn alike.\n\n"
         f"{balancing()}\n\n"
         "**Transfer**: what a task of 1,200 rows gains from a partner. A pair makes twice the updates, so that each "
         "task makes as many passes over its rows as alone; it gets half of every batch. So the control is the task "
@@ -170,17 +170,10 @@ def methods() -> str:
 
 
 def balancing() -> str:
-    """The methods on atis and on the four tasks."""
-    table: dict[str, dict] = {}
-    for part, names in (("atis", ("intent", "slots", "mean")), ("four", (*FOUR, "mean"))):
-        joint = {row["way"] for row in rows_of("multitask", part=part) if len(row["scores"]) > 1}
-        for task in names:
-            words = task if task != "mean" else f"mean, {part}"
-            runs = {way: own for way, own in scored(part, task).items() if way in joint}
-            for method, text in compared(runs, "fixed").items():
-                table.setdefault(method, {"method": f"`{method}`"})[words] = text
-    columns = dict.fromkeys(name for line in table.values() for name in line)  # a method may lack one of the parts
-    return results_table([{name: line.get(name, "") for name in columns} for line in table.values()])._repr_markdown_()
+    """The methods on the four tasks."""
+    shown = {task: compared(scored("four", task), "fixed") for task in (*FOUR, "mean")}
+    lines = [{"method": f"`{how}`", **{task: own[how] for task, own in shown.items()}} for how in shown["mean"]]
+    return results_table(lines)._repr_markdown_()
 
 
 def transfers() -> str:
