@@ -300,6 +300,38 @@ def check_cells(notebook: dict, source: Source) -> Iterator[Finding]:
             yield number, f"{name} does not exist", "correct the name, or add it to ftlib"
 
 
+def assigned(node: ast.AST) -> Iterator[ast.Name]:
+    """The names that a cell assigns, in loops and `with` too, but not inside functions and comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)):
+            yield from assigned(child)
+
+
+def outside(function: ast.FunctionDef) -> set[str]:
+    """The names that a function reads and does not make itself."""
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    own = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+    return {name.id for name in names} - own - {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def check_globals(notebook: dict) -> Iterator[Finding]:
+    """A function uses what it is given and what stands above it, so that no later line changes what it does."""
+    last: dict[str, tuple[int, int]] = {}  # name -> (cell, line) of its last assignment
+    functions = []
+    for number, cell in enumerate(notebook["cells"], 1):
+        if cell["cell_type"] == "code":
+            tree = cells.try_parse(cells.source(cell))
+            last |= {name.id: (number, name.lineno) for name in assigned(tree)}
+            functions += [((number, node.lineno), node) for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for place, function in functions:
+        for name in sorted(outside(function)):
+            if last.get(name, place) > place:
+                what = f"{function.name}() reads {name}, which cell {last[name][0]} assigns later"
+                yield place[0], what, "take it as an argument, or name the later one otherwise"
+
+
 def read_lesson(path: Path) -> dict | None:
     """The notebook that solutions belong to; None when there is none, or none that can be read."""
     try:
@@ -321,6 +353,7 @@ def check(path: Path, root: Path, source: Source, url: str) -> list[str]:
         *check_title(notebook, path, relative, url, is_solution),
         *check_setup(notebook, url),
         *check_cells(notebook, source),
+        *check_globals(notebook),
     ]
     if is_solution:
         findings += check_solutions(notebook, read_lesson(path.parents[1] / path.name))

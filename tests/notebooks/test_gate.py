@@ -245,6 +245,10 @@ LESSON = {
     "nbval comment": (put(3, source="# NBVAL_SKIP\nx = 1"), "cell 4: an NBVAL comment"),
     "unknown tag": (tag(3, "nbval-skip"), "cell 4: unknown tag nbval-skip"),
     "seed": (put(3, source="np.random.default_rng()"), "cell 4: default_rng() without a seed"),
+    "late global": (
+        put(3, source="size = 1\n\n\ndef area():\n    return size**2\n\n\nfor size in (1, 2):\n    area()"),
+        "cell 4: area() reads size, which cell 4 assigns later",
+    ),
     "empty cell": (put(3, source=""), "cell 4: an empty code cell"),
     "index host": (put(4, source="*Figure* --index-url x"), "cell 5: a package index"),
     "path in source": (put(3, source="open('/home/ann/x')"), "cell 4: the machine path /home/a"),
