@@ -77,8 +77,8 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
     """Values of a run's history against the optimizer step; a colour for each run, a line style for each key.
 
     runs: a Run (anything with `.history`), a list of history records (dicts with "step" and values), or {name: either}.
-    `smooth` > 1 averages each training value with the `smooth` - 1 before it; the raw values stay as a pale line. One
-    that is nan or infinite leaves a gap, and the legend names it. Raises ValueError for a key that a run has nowhere.
+    `smooth` > 1 averages so many training values around each; the raw values stay as a pale line. One that is nan or
+    infinite leaves a gap, and the legend names it. Raises ValueError for a key that a run has nowhere.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     named = runs if isinstance(runs, Mapping) else {"": runs}
@@ -101,7 +101,8 @@ def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: i
             values = np.where(broken, np.nan, values)
         if smooth > 1 and not key.startswith("eval_"):
             ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, zorder=1, antialiased=False)
-            values = np.array([values[max(0, k + 1 - smooth) : k + 1].mean() for k in range(len(values))])
+            around = [slice(max(0, k - (smooth - 1) // 2), k + smooth // 2 + 1) for k in range(len(values))]
+            values = np.array([values[part].mean() for part in around])
         marker = MARKERS[i % len(MARKERS)] if key.startswith("eval_") or len(values) == 1 else None
         style = dict(linestyle=("-", "--", ":", "-.")[j % 4], marker=marker, markersize=5, linewidth=1.6)
         ax.plot(steps, values, color=color, label=label, **style)

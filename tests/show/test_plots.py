@@ -79,11 +79,12 @@ def test_a_single_key_may_be_a_string():
 
 
 def test_smoothing_is_asked_for_and_said():
-    ax = learning_curves(run([4.0, 2.0, 0.0, 1.0]), smooth=2)
-    raw, mean = ax.lines
-    assert raw.get_ydata().tolist() == [4.0, 2.0, 0.0, 1.0]
-    assert mean.get_ydata().tolist() == [4.0, 3.0, 1.0, 0.5]
-    assert "running mean of 2 records" in ax.get_title()
+    for smooth, wanted in ((3, [3.0, 2.0, 1.0, 0.5]), (2, [3.0, 1.0, 0.5, 1.0])):
+        ax = learning_curves(run([4.0, 2.0, 0.0, 1.0]), smooth=smooth)
+        raw, mean = ax.lines
+        assert raw.get_ydata().tolist() == [4.0, 2.0, 0.0, 1.0]
+        assert mean.get_ydata().tolist() == wanted
+        assert f"running mean of {smooth} records" in ax.get_title()
 
 
 def test_a_diverged_run_is_named():
