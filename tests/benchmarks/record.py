@@ -200,7 +200,7 @@ def side_by_side(
 
 
 def started(program: dict[str, Any], about: str) -> Table:
-    """The table of a program that knows --toy, which puts its TOY in place of its own settings, --results, --workers.
+    """The table of a program that knows --toy, which puts its TOY in place of its own settings, and --results.
 
     program: the `globals()` of the file tests/benchmarks/<name>.py, whose rows are in <name>.json.
     """
