@@ -4,7 +4,7 @@
 
 Parts
 - search: learning rates of three strategies on 500 sentences, seed 0.
-- rates, twice, accuracy: as in strategies.py, rates searched with two seeds.  Three strategies on 2,000 sentences; full
+- rates, twice, accuracy: as in strategies.py.  Three strategies on 2,000 sentences; full
   fine-tuning on 50 to all of them, with its own rate at every size, and so many updates that twice as many don't help.
 - probe: logistic regression on features of the encoder as it is; its C by validation accuracy.
 
@@ -76,8 +76,8 @@ def main() -> None:
         for rate in rates:
             key = {"part": "search", "strategy": strategy, "rate": rate, "count": SEARCHED[0], "steps": SEARCHED[1]}
             table.row(key | {"seed": 0}, lambda strategy=strategy, rate=rate: searched(strategy, rate))
-    accuracies("rotten-tomatoes", SEEDS, ["full"], tokens, table, CURVE, searches=2)
-    accuracies("rotten-tomatoes", SEEDS, list(RATES), tokens, table, COMPARED, searches=2)
+    accuracies(SEEDS, ["full"], tokens, table, CURVE)
+    accuracies(SEEDS, list(RATES), tokens, table, COMPARED)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@
 
 Every run starts from the same pretrained MiniLM; the seed changes the head's (and adapters') first weights, the choice
 and order of the training texts, and dropout.  All strategies make the same number of updates.  Parts of a row:
-- rates: the learning rate is searched for each corpus and size with a seed of its own, by validation accuracy: three
-  rates by factors of about 3, and further while the best is at an edge.
+- rates: the learning rate is searched for each corpus and size with two seeds of its own, by their mean validation
+  accuracy: three rates by factors of about 3, and further while the best is at an edge.
 - twice: the best rate with twice as many updates, to see that validation accuracy has stopped rising.
 - accuracy: the corpus's own test split, with every seed.
-On a GPU: part 5 of the GPU day (gpu_day.py), which has a file of its own.
 """
 
 import argparse
@@ -33,9 +32,11 @@ from ftlib.inputs.pretrained import load_model, load_tokenizer
 PARTS = ("rotten-tomatoes", "banking77", "cost")
 # corpus -> {training texts: (batch size, updates, precision)}; banking77 has 77 classes, and as many texts of each
 SIZES = {"rotten-tomatoes": {200: (16, 160, "fp32"), 1000: (32, 200, "bf16")}, "banking77": {1540: (32, 480, "bf16")}}
+EVERY = 200  # training texts with which every strategy is measured; with more only SOME
+SOME = ("full", "last-layers", "head-only", "bitfit", "lora", "lora, all layers", "houlsby")
 MODEL = "minilm"  # or a folder with its weights
 LADDER = (7e-6, 2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
-SEARCH_SEED = 100
+SEARCH_SEEDS = (100, 101)
 MANY, FEW, PROMPT = 1.5e-4, 1.5e-3, 5e-3  # where the search starts: all weights move, a few, a prompt
 STRATEGIES = {  # name -> (what `tune` gets, where the search starts)
     "full": (("full", {}), MANY),
@@ -89,15 +90,12 @@ def tokenized(corpus: str):
 
 
 def accuracies(
-    corpus: str, seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any, sizes: dict | None = None,
-    searches: int = 1,
+    seeds: tuple[int, ...], only: list[str], tokens: dict, table: Any, sizes: dict[int, tuple[int, int, str]]
 ) -> None:  # fmt: skip
     """Search the rate of each strategy, then train with every seed; `table` has `row(key, measure)`.
 
-    tokens: {split: rows}, a Dataset or a list.  sizes: {training texts: (batch size, updates, precision)}; `SIZES`.
-    searches: with how many seeds rates are tried; the mean of their validation accuracies decides.
+    tokens: {split: rows}, a Dataset or a list.  sizes: {training texts: (batch size, updates, precision)}.
     """
-    sizes = sizes or SIZES[corpus]
     labels = [row["labels"] for row in tokens["train"]]
 
     def train(strategy: str, rate: float, count: int, seed: int, split: str, steps: int) -> dict:
@@ -124,13 +122,13 @@ def accuracies(
             return table.row(key, lambda: train(strategy, rate, count, seed, "validation", steps))["validation"]
 
         def tried_at(rate: float) -> float:
-            return fmean(validated("rates", rate, steps, SEARCH_SEED + i) for i in range(searches))
+            return fmean(validated("rates", rate, steps, seed) for seed in SEARCH_SEEDS)
 
         while wanted:
             tried |= {place: tried_at(LADDER[place]) for place in sorted(wanted)}
             best = max(tried, key=lambda place: (tried[place], place))
             wanted = {best - 1, best + 1} & set(range(len(LADDER))) - tried.keys()
-        validated("twice", LADDER[best], 2 * steps, SEARCH_SEED)
+        validated("twice", LADDER[best], 2 * steps, SEARCH_SEEDS[0])
         return LADDER[best]
 
     for count, (_, steps, _) in sizes.items():
@@ -196,8 +194,6 @@ def main() -> None:
     wanted = parser.parse_args()
     if wanted.measure:
         return measure_one(wanted.measure)
-    if torch.cuda.is_available():
-        return print("these are the tables of a CPU; on a GPU: python tests/benchmarks/gpu_day.py --part 5")
     for part in [wanted.part] if wanted.part else PARTS:
         if part == "cost":
             costs(wanted.only)
@@ -205,7 +201,10 @@ def main() -> None:
             command = f"python tests/benchmarks/strategies.py --part {part}"
             about = f"MiniLM on {part}, test accuracy of every strategy"
             table = Table(f"strategies-{part}", command, about, folder=wanted.results)
-            accuracies(part, tuple(range(wanted.seeds)), wanted.only, tokenized(part), table)
+            tokens = tokenized(part)
+            for count, size in SIZES[part].items():
+                only = [name for name in wanted.only if count == EVERY or name in SOME]
+                accuracies(tuple(range(wanted.seeds)), only, tokens, table, {count: size})
 
 
 if __name__ == "__main__":
