@@ -86,7 +86,7 @@ class ThisPythonManager(AsyncKernelManager):
 
 def watch_memory(run: Run, kernel: psutil.Process, ended: threading.Event) -> None:
     """Keep in `run.peak_mb` the most resident memory that a kernel and the processes below it had together."""
-    while not ended.wait(0.1):
+    while not ended.wait(0.2):
         try:
             tree = [kernel, *kernel.children(recursive=True)]
             run.peak_mb = max(run.peak_mb, sum(process.memory_info().rss for process in tree) / 2**20)
@@ -149,7 +149,7 @@ class Series:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             futures = [pool.submit(self.work, run) for run in waiting]
             try:
-                while wait(futures, timeout=0.2).not_done:
+                while wait(futures, timeout=0.5).not_done:
                     self.draw()
             except BaseException:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -451,8 +451,8 @@ def main(arguments: list[str]) -> int:
     runs = plan(paths, options.settings, times)
     todo = [run.path for run in runs if not run.seconds]
     if before := len(runs) - len(todo):
-        where = f"from the beginning: rm {build}/times.json"
-        print(f"{before} of {len(runs)} ended well before, and nothing changed: they are not run again ({where})")
+        print(f"{before} of {len(runs)} ended well before, nothing changed since: not run again.", end=" ")
+        print(f"From the beginning: rm {build}/times.json")
     options.jobs = options.jobs or (1 if options.refresh else at_a_time(len(todo)))
     try:
         fetch(named(todo))
@@ -467,7 +467,7 @@ def main(arguments: list[str]) -> int:
     if options.refresh:
         print(f"Written back to notebooks/: {ok} of {len(runs)}")
     if ok < len(runs):
-        print(f"Started again, it goes on with the {len(runs) - ok} that have not ended well.")
+        print(f"Started again, it goes on with what has not ended well: {len(runs) - ok} of {len(runs)}")
     else:
         write_times(forget(runs, times))
     return status or int(bool(failed))
