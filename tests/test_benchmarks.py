@@ -596,6 +596,28 @@ def test_training_texts_of_every_class(program):
     assert rows == strategies.chosen(labels, 30, seed=1) != strategies.chosen(labels, 30, seed=2)
 
 
+def test_a_rate_is_searched_with_two_seeds_until_it_is_inside(program, monkeypatch, tmp_path):
+    strategies, record = program("strategies"), program("record")
+    scores = {100: {5e-4: 0.9, 1.5e-4: 0.8, 5e-5: 0.8}, 101: {1.5e-4: 0.7, 5e-5: 0.85, 2e-5: 0.6}}  # seed 100 takes 5e-4
+
+    def fit(model, rows, config):
+        model.update(config)
+        return SimpleNamespace(history=[{"loss": 1.0}], seconds=0.0)
+
+    def evaluate(model, rows):
+        return {"accuracy": scores.get(model["seed"], {}).get(model["learning_rate"], 0.5)}
+
+    monkeypatch.setattr(strategies, "tuned", lambda *_: ({}, SimpleNamespace(trainable=1)))
+    monkeypatch.setattr(strategies, "ftlib", SimpleNamespace(TrainConfig=dict, fit=fit, evaluate=evaluate))
+    table = record.Table("rates", "command", "about", folder=tmp_path)
+    tokens = {split: [{"labels": row % 2} for row in range(8)] for split in ("train", "validation", "test")}
+    strategies.accuracies((0, 1), ["full"], tokens, table, {4: (2, 10, "fp32")})
+    of = {part: [(row["rate"], row["seed"], row["steps"]) for row in table.content["rows"] if row["part"] == part]
+          for part in ("rates", "twice", "accuracy")}  # fmt: skip
+    assert {rate for rate, *_ in of["rates"]} == {2e-5, 5e-5, 1.5e-4, 5e-4} and len(of["rates"]) == 8
+    assert of["twice"] == [(5e-5, 100, 20)] and of["accuracy"] == [(5e-5, 0, 10), (5e-5, 1, 10)]
+
+
 def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
     accuracy, multitask = program("gpu_accuracy"), program("multitask")
     for name in (*multitask.TOY, "heads_and_rows"):
