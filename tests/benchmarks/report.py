@@ -793,9 +793,7 @@ def headlines() -> str:
 
     def ratio(part: str, rival: str | tuple[str, ...], work: str = "") -> str:
         best = {device: reached(part, work, rival, device) for device in devices(part)}
-        shown = {
-            device: ranged(*pair, "{:.2f}".format).replace(" (", " × (") for device, pair in best.items() if pair
-        }
+        shown = {device: ranged(*pair, "{:.2f}".format).replace(" (", " × (") for device, pair in best.items() if pair}
         return "; ".join(shown.values() if len(shown) == 1 else (f"{text} on {name}" for name, text in shown.items()))
 
     costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
