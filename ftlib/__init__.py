@@ -31,8 +31,8 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",
-    "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
-    "recovery runfile saving settings task_gradients untrusted",
+    "engine": "answering bases checkpoints compiling distributed entities feeding fit generation graphs prediction "
+    "range_test recovery runfile saving settings task_gradients untrusted",
 }
 _ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}

@@ -268,9 +268,11 @@ def test_gradient_checkpointing_saves_memory_on_a_gpu(tiny_model):
 # ------------------------------------------------------------------------------------------------- waits
 
 
-@pytest.mark.parametrize("unpadded", [False, True])
+@pytest.mark.parametrize(
+    ("unpadded", "graphs"), [(False, False), (True, False), pytest.param(False, True, id="graphs")]
+)
 @pytest.mark.parametrize("precision", ["fp32", *HALF[:1]])
-def test_fit_waits_for_the_gpu_once_a_step_at_most(tiny_model, precision, unpadded):
+def test_fit_waits_for_the_gpu_once_a_step_at_most(tiny_model, precision, unpadded, graphs):
     def waits(count):
         model = tiny_model().cuda()
         if unpadded:
@@ -279,7 +281,8 @@ def test_fit_waits_for_the_gpu_once_a_step_at_most(tiny_model, precision, unpadd
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                fit(model, make_rows(4 * count, shortest=2), config=quick(epochs=1, precision=precision))
+                config = quick(epochs=1, precision=precision, cuda_graphs=graphs)
+                fit(model, make_rows(4 * count, shortest=2), config=config)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         places = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
@@ -290,6 +293,68 @@ def test_fit_waits_for_the_gpu_once_a_step_at_most(tiny_model, precision, unpadd
     waits(2)  # what is set up once
     few, many = waits(4), waits(14)
     assert len(many) - len(few) <= 10, sorted(set(many))
+
+
+# ------------------------------------------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.parametrize("task", LABELS)
+def test_graphs_take_the_steps_of_a_run_without(tiny_model, task, micro):
+    rows, runs, models = make_rows(14, task, longest=37), [], [tiny_model(task, LABELS[task]) for _ in range(2)]
+    for model in models:
+        options = dict(precision="fp32", optimizer="sgd", micro_batch_size=micro, cuda_graphs=model is models[1])
+        runs.append(fit(model, rows, eval_dataset=rows, config=quick(**options)))
+    for key in ("loss", "grad_norm"):
+        assert steps(runs[1], key) == pytest.approx(steps(runs[0], key), rel=1e-3, abs=1e-4)
+    assert runs[1].metrics == pytest.approx(runs[0].metrics, abs=1e-3)
+    for name, value in weights(models[0]).items():
+        torch.testing.assert_close(weights(models[1])[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("precision", HALF[:1])
+def test_graphs_in_half_precision(tiny_model, precision):
+    rows, options = make_rows(48, shortest=2, longest=37), dict(precision=precision, learning_rate=2e-3)
+    runs = [fit(tiny_model(), rows, config=quick(cuda_graphs=on, **options)) for on in (False, True)]
+    assert steps(runs[1]) == pytest.approx(steps(runs[0]), abs=0.03)
+
+
+def test_dropout_in_graphs_draws_anew_each_step(tiny_model):
+    config = quick(epochs=6, shuffle=False, precision="fp32", learning_rate=1e-9, cuda_graphs=True)
+    runs = [fit(tiny_model(hidden_dropout_prob=0.5), make_rows(4), config=config) for _ in range(2)]
+    assert len({round(loss, 4) for loss in steps(runs[0])}) > 3
+    assert steps(runs[1]) == pytest.approx(steps(runs[0]), abs=1e-5)
+
+
+GRAPHS = """
+torch.use_deterministic_algorithms(True)
+rows, found = make_rows(16, longest=37), {}
+def stop(record):
+    if record["step"] == 3:
+        raise KeyboardInterrupt
+make = lambda: make_tiny_model(hidden_dropout_prob=0.3)
+options, whole = dict(precision="fp32", micro_batch_size=3, cuda_graphs=True), make()
+expected = fit(whole, rows, config=quick(**options))
+config = quick(**options, checkpoint_dir=sys.argv[1] + "/run", checkpoint_every=1, resume="auto")
+fit(make(), rows, config=config, on_record=stop)
+model = make()
+run = fit(model, rows, config=config)
+found["resumed"] = same(weights(model), weights(whole)) and steps(run) == steps(expected)
+model = make()
+hook = model.register_forward_hook(lambda module, args, out: [out, float(out.logits.detach().sum())][0])
+try:
+    fit(model, rows, config=quick(**options))
+except RuntimeError as error:
+    found["said"] = "asks the GPU for a number" in "".join(getattr(error, "__notes__", []))
+hook.remove()
+found["goes on"] = fit(make(), rows, config=quick(precision="fp32")).steps == 8
+print(json.dumps(found))
+"""
+
+
+def test_graphs_that_are_resumed_and_that_fail(tmp_path):
+    found = run_script(tmp_path / "graphs.py", GRAPHS, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    assert found == {"resumed": True, "said": True, "goes on": True}
 
 
 # --------------------------------------------------------------------------------------- compiled, and in a group

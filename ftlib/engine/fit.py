@@ -24,7 +24,7 @@ from ..methods.regularization import dropout_places
 from ..methods.unpadding import is_unpadded
 from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
-from . import checkpoints, compiling, distributed, recovery, task_gradients
+from . import checkpoints, compiling, distributed, graphs, recovery, task_gradients
 from .feeding import Feed
 from .prediction import labelled, metric_names, scores
 from .settings import Run, TrainConfig
@@ -159,13 +159,15 @@ class Training:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best = Best(trainable, config.metric, config.patience)
         self.random = recovery.RandomState(device)
-        self.kept = self._checkpoints(parts) if config.checkpoint_dir else None
         self.together = recovery.Together()
         self.wrapped = distributed.wrap(model)
         flat = config.label_smoothing
         functions = {t: smoothed or task_loss(k, flat * TASKS[k].smooths) for t, (k, _) in tasks.items()}
         losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast, check=smoothed is not None)
-        self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
+        plain = task_gradients.task_gradient(losses, self.joint, self.scaler, model)
+        gradient = graphs.recorded(losses, self.feed, model) if config.cuda_graphs else plain
+        self.gradient = recovery.halving(gradient, device)
+        self.kept = self._checkpoints(parts) if config.checkpoint_dir else None
 
     def _checkpoints(self, parts: dict) -> checkpoints.Checkpoints:
         """Where the run is kept, all that must go on, and what another call must share with this one."""

@@ -45,6 +45,7 @@ class TrainConfig:
     max_bad_steps: int = 5  # skip steps whose loss or gradient is not finite, stop after so many in a row; 1: at once
     precision: str = "auto"  # auto, fp32, tf32, bf16 or fp16
     compile: bool = False  # torch.compile each layer
+    cuda_graphs: bool = False  # on a GPU: record a step for each shape of its batches, then start it by one launch
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     shortcuts: bool = True  # a CPU's quicker products and dropout: `speedups`
     distributed: str = "ddp"  # several processes: ddp, a whole model each, or fsdp, a share of the weights each

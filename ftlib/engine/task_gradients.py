@@ -92,7 +92,7 @@ class Losses:
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
         self.unseen = set(functions) if check else set()
 
-    def parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
+    def parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: Any) -> dict[str, torch.Tensor]:
         """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""
         inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
         parts = {}

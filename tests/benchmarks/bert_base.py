@@ -236,6 +236,8 @@ def train(args: Any, name: str, until: float, put: Put) -> None:
             plain = dataclasses.replace(work, precision="fp32")
             rivals = {methods.DEFAULT: methods.trainer(plain), HALF: methods.trainer(work)}
         rivals[methods.BEST] = methods.trainer(work, **found["best"])
+    if work.batch == 32 and device().type == "cuda":  # where a step waits for Python
+        rivals["ftlib.fit, CUDA graphs"] = methods.fit(work, cuda_graphs=True)
     rivals |= methods.our_methods(work, compiled=not (args.toy or args.no_compile))
     compare(work, lengths, rivals, rows, args, until, put)
 
