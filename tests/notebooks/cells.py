@@ -22,28 +22,47 @@ METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 
 
 def project_url(pyproject: Path = ROOT / "pyproject.toml") -> str:
-    """The repository's public address, from the one place that holds it."""
-    return tomllib.loads(pyproject.read_text("utf8"))["project"]["urls"]["Repository"]
+    """The repository's public address, from the one place that holds it; "" until `make url` has set one."""
+    return tomllib.loads(pyproject.read_text("utf8"))["project"]["urls"].get("Repository", "")
 
 
 def badge(url: str, relative_path: str) -> str:
-    """The Colab badge of a notebook, given its path from the repository root, with forward slashes."""
+    """The Colab badge of a notebook, given its path from the repository root (with /); "" without a url."""
+    if not url:
+        return ""
     repository = url.removeprefix("https://github.com/")
     target = f"https://colab.research.google.com/github/{repository}/blob/main/{relative_path}"
     return f"{BADGE_START}(https://colab.research.google.com/assets/colab-badge.svg)]({target})"
 
 
 def setup_cell(url: str) -> str:
-    """The set-up cell, the same in every notebook: in Colab it installs ftlib and keeps Colab's own torch."""
+    """The set-up cell, the same in every notebook: it finds ftlib, or says in one line what to do.
+
+    It looks in the folders from the notebook's own upwards, in those beside it (which were uploaded to Colab, or lie in
+    a mounted Drive), then among installed packages. In Colab pip adds what is missing, by lower bounds only.
+    """
+    fetch = f'\nelif colab:\n    %pip install -q "ftlib @ git+{url}"' if url else ""
+    source = f"git+{url}" if url else "FOLDER (it holds pyproject.toml; upload it to Colab first)"
     return f"""\
+import os
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules:  # ftlib asks for lower bounds only, so Colab keeps its own torch
-    %pip install -q "ftlib @ git+{url}"
+colab = "google.colab" in sys.modules
+notebook = Path(globals().get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME") or "notebook").absolute()
+around = [*notebook.parents, *Path.cwd().glob("*"), *Path.cwd().glob("drive/MyDrive/*")]
+home = next((str(place) for place in around if (place / "ftlib/__init__.py").is_file()), "")
+if home:  # a copy of the repository; without one, ftlib has to be installed
+    sys.path.insert(0, home)
+if colab and home:  # brings what Colab lacks; torch stays Colab's own
+    %pip install -q "{{home}}"{fetch}
+try:
+    import ftlib
 
-import ftlib
-
-env = ftlib.setup(seed=0)"""
+    env = ftlib.setup(seed=0)
+except (ModuleNotFoundError, AttributeError) as error:  # the second: leftovers of an installation
+    wanted = home or "{source}"
+    raise ModuleNotFoundError(f"{{error}}: run {{sys.executable}} -m pip install {{wanted}}") from None"""
 
 
 def find_notebooks(folder: Path = NOTEBOOKS, *, solutions: bool = True) -> list[Path]:

@@ -135,8 +135,10 @@ def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution
     if first["cell_type"] != "markdown" or not re.match(rf"# {number} \S", text):
         yield 1, "no title", f"start the first markdown cell with `# {number} Title`"
         return
-    if cells.badge(url, relative) not in text:
-        yield 1, "the Colab badge is missing or has another address than pyproject.toml", "run `make url`"
+    badges = [line for line in text.splitlines() if line.startswith(cells.BADGE_START)]
+    if badges != [cells.badge(url, relative)] * bool(url):
+        what = "is missing or has another address than pyproject.toml" if url else "leads nowhere, no address is set"
+        yield 1, f"the Colab badge {what}", "run `make url`"
     if is_solution:
         if not text.splitlines()[0].endswith(": solutions"):
             yield 1, "the title does not end in `: solutions`", f"write `# {number} Title: solutions`"

@@ -482,6 +482,35 @@ def test_present_address_mends_a_badge_and_changes_a_good_notebook_not_at_all(pr
     assert (project / "notebooks/01_counting.ipynb").read_bytes() == good
 
 
+def test_without_an_address_nothing_shows_one_and_the_first_one_reaches_all(project, capsys):
+    markers = "<!-- address: make url -->\n", "<!-- end of address -->\nmore\n"
+    (project / "pyproject.toml").write_text("[project.urls]\n# the one place\n\n[tool.x]\n")
+    (project / "README.md").write_text("".join(markers))
+    assert len(findings(project, capsys)) == 4  # two badges that lead nowhere, two set-up cells
+    assert url.main([], project) == 0
+    assert "no address yet: 2 files changed" in capsys.readouterr().out
+    assert findings(project, capsys) == []
+    assert "github.com" not in (project / "notebooks/01_counting.ipynb").read_text()
+    assert (project / "README.md").read_text() == "".join(markers)
+    text(0, "Count to three.", f"Count.\n\n{cells.badge(URL, 'notebooks/01_counting.ipynb')}")(notebook := lesson())
+    save(project, notebook, solutions())
+    assert "cell 1: the Colab badge leads nowhere, no address is set: run `make url`" in findings(project, capsys)[0]
+
+    new = "https://github.com/me/lessons"
+    assert url.main([new], project) == 0
+    assert (project / "pyproject.toml").read_text() == (
+        f'[project.urls]\n# the one place\nRepository = "{new}"\n\n[tool.x]\n'
+    )
+    capsys.readouterr()
+    assert findings(project, capsys) == []
+    assert cells.badge(new, "notebooks/01_counting.ipynb") in (project / "notebooks/01_counting.ipynb").read_text()
+    front = (project / "README.md").read_text()
+    assert front.startswith(markers[0]) and front.endswith(markers[1])
+    assert f"\ngit clone {new} && cd lessons\n" in front and "colab.research.google.com/github/me/lessons/blob" in front
+    assert url.main([new + "2"], project) == 0
+    assert (project / "README.md").read_text() == front.replace("lessons", "lessons2")
+
+
 @pytest.mark.parametrize("address", ["https://example.org/ftlib", "github.com/a/b", "https://github.com/a"])
 def test_an_address_colab_cannot_open_is_refused(address, project, capsys):
     assert url.main([address], project) == 2

@@ -1,7 +1,9 @@
-"""Write the repository's public address into every badge and set-up cell.
+"""Write the repository's public address wherever it is needed: badges, set-up cells, the line that clones.
 
-python tests/notebooks/url.py                               repeats the address that pyproject.toml holds
+python tests/notebooks/url.py                               repeats the address that pyproject.toml holds, or none
 python tests/notebooks/url.py https://github.com/NAME/ftlib changes it everywhere, pyproject.toml included
+
+Until an address is set, nothing that needs one is shown.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import cells
 
-PLAIN_FILES = ("pyproject.toml", "README.md", "environment.yml", "data/README.md")
+PLAIN_FILES = ("pyproject.toml", "README.md", "environment.yml", "data/README.md", "notebooks/README.md")
+MARKED = r"(<!-- address: make url -->\n).*?(<!-- end of address -->)"
 
 
 def normalize(url: str) -> str:
@@ -33,23 +36,35 @@ def update_notebook(notebook: dict, relative_path: str, old: str, new: str) -> N
             text = cells.setup_cell(new)
         elif index == 0:
             lines = [line for line in text.rstrip().splitlines() if not line.startswith(cells.BADGE_START)]
-            text = "\n".join(lines).rstrip() + "\n\n" + cells.badge(new, relative_path)
+            text = "\n".join([*lines, "", cells.badge(new, relative_path)] if new else lines).rstrip()
+            text = re.sub(r"\n{3,}", "\n\n", text)
         cell["source"] = text
 
 
 def replace(text: str, old: str, new: str) -> str:
+    """New address for old; where there was none, into the table of pyproject.toml; between the markers of a page."""
     colab = "https://colab.research.google.com/github/"
     old_name, new_name = (url.removeprefix("https://github.com/") for url in (old, new))
     # whole addresses only: github.com/me/ftlib must leave github.com/me/ftlib-data alone
-    for start in ("https://github.com/", colab):
+    for start in ("https://github.com/", colab) if old else ():
         text = re.sub(re.escape(start + old_name) + r"(?![\w-])", start + new_name, text)
-    return text
+    if new and not old:
+        text = re.sub(r"(?m)^\[project\.urls\]\n(?:#.*\n)*", rf'\g<0>Repository = "{new}"\n', text)
+    return re.sub(MARKED, rf"\1{front(new)}\2", text, flags=re.DOTALL)
+
+
+def front(url: str) -> str:
+    """What README.md shows between its markers: a badge and how to get the repository; "" without an address."""
+    if not url:
+        return ""
+    first = cells.badge(url, "notebooks/01_attention.ipynb")
+    return f"\n{first}\n\n```bash\ngit clone {url} && cd {url.rsplit('/', 1)[1]}\n```\n\n"
 
 
 def main(arguments: list[str], root: Path = cells.ROOT) -> int:
     old = cells.project_url(root / "pyproject.toml")
     try:
-        new = normalize(arguments[0] if arguments else old)
+        new = normalize(arguments[0]) if arguments else old
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -66,7 +81,8 @@ def main(arguments: list[str], root: Path = cells.ROOT) -> int:
         cells.write(path, notebook)
         if path.read_bytes() != before:
             changed.append(path)
-    print(f"{new}: {len(changed)} files changed", *(path.relative_to(root) for path in changed), sep="\n  ")
+    names = (path.relative_to(root) for path in changed)
+    print(f"{new or 'no address yet'}: {len(changed)} files changed", *names, sep="\n  ")
     return 0
 
 
