@@ -17,6 +17,12 @@ FIGURE = {
 }
 
 
+def html_figure(alt):
+    """A figure as ftlib.show_figure shows it."""
+    html = f'<img alt="{alt}" width="9" src="data:image/png;base64,iVBOR">'
+    return {"output_type": "display_data", "metadata": {}, "data": {"text/html": html, "text/plain": alt}}
+
+
 def markdown(text):
     return {"cell_type": "markdown", "metadata": {}, "source": textwrap.dedent(text).strip()}
 
@@ -189,6 +195,25 @@ def test_a_table_of_a_gpu_passes(place, project, capsys):
     assert findings(project, capsys) == []
 
 
+def test_a_figure_of_show_figure_passes(project, capsys):
+    notebook = lesson()
+    shown(3, html_figure("A line that falls, &quot;slowly&quot;."))(notebook)
+    save(project, notebook, solutions())
+    assert findings(project, capsys) == []
+
+
+def test_a_bare_png_passes_until_the_notebook_has_moved_to_show_figure(project, capsys):
+    """The lesson's own PNG has no alt text, and passes; beside a figure of show_figure it does not."""
+    notebook, bare = lesson(), "notebooks/01_counting.ipynb: cell 4: a figure without an alt text: say what it shows"
+    notebook["cells"][3]["outputs"] = [FIGURE, html_figure("A line.")]
+    save(project, notebook, solutions())
+    assert [line[: len(bare)] for line in findings(project, capsys)] == [bare]
+    with_alt = {**FIGURE, "metadata": {"image/png": {"alt": "A line."}}}
+    notebook["cells"][3]["outputs"] = [with_alt, html_figure("A line.")]
+    save(project, notebook, solutions())
+    assert findings(project, capsys) == []
+
+
 def test_results_of_a_gpu_belie_that_there_are_none(project, capsys):
     (project / "tests/benchmarks/results").mkdir(parents=True)
     (project / "tests/benchmarks/results/speed-cpu.json").write_text("{}")
@@ -290,6 +315,22 @@ LESSON = {
     "compared time": (shown(2, stream("took 2.1 s")), "cell 3: a time (1 s)"),
     "compared warning": (shown(2, stream("UserWarning: hm")), "cell 3: a warning (UserWarning)"),
     "caption": (put(4, source="A line."), "cell 4: a figure without a caption"),
+    "caption of an html figure": (
+        lambda n: (shown(3, html_figure("A line."))(n), put(4, source="A line.")(n)),
+        "cell 4: a figure without a caption",
+    ),
+    "empty alt text": (shown(3, html_figure("")), "cell 4: a figure without an alt text"),
+    "blank alt text": (shown(3, html_figure(" ")), "cell 4: a figure without an alt text"),
+    "no alt text": (
+        shown(3, {**FIGURE, "data": {"text/html": html_figure("")["data"]["text/html"].replace('alt="" ', "")}}),
+        "cell 4: a figure without an alt text",
+    ),
+    "bare PNG by show_figure": (put(3, source="ftlib.show_figure"), "cell 4: a figure without an alt text"),
+    "remote image": (
+        shown(3, {**FIGURE, "data": {"text/html": '<img alt="A line." src="https://x.org/a.png">', "text/plain": ""}}),
+        "cell 4: an <img> that is no PNG inside the notebook",
+    ),
+    "compared html figure": (shown(2, html_figure("A line.")), "cell 3: a figure in a compared output"),
     "section": (text(5, "What goes wrong", "Trouble"), "0 cells that start with `## What goes wrong`"),
     "section twice": (text(9, "## Exercises", "## Recap"), "2 cells that start with `## Recap`"),
     "section order": (
