@@ -116,7 +116,7 @@ gpu-day: data  ## everything that needs a GPU, in nine minutes, then the tables;
 	$(AWAKE) tests/benchmarks/gpu_day.py || echo "a part did not come to its end, see tests/benchmarks/results/gpu-day-log.json"
 	$(PY) tests/benchmarks/report.py
 
-url: install  ## URL=https://github.com/NAME/ftlib into README, badges and set-up cells; no URL: repeat the present one
+url: install  ## titles, contents, set-up cells anew; URL=https://github.com/NAME/ftlib into them and README too
 	$(PY) $(NB)/url.py $(URL)
 
 clean:  ## remove .venv and build; downloads stay

@@ -1,4 +1,4 @@
-"""The two cells every notebook shares, and how the gate, the runner and the address tool read a notebook.
+"""What programs write in every notebook, in its title and set-up cells, and how they read and write one.
 
 Needs the standard library alone, so that the checks run before anything is installed.
 """
@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -63,6 +64,49 @@ try:
 except (ModuleNotFoundError, AttributeError) as error:  # the second: leftovers of an installation
     wanted = home or "{source}"
     raise ModuleNotFoundError(f"{{error}}: run {{sys.executable}} -m pip install {{wanted}}") from None"""
+
+
+def prose(notebook: dict) -> str:
+    """The markdown of a notebook, without blocks of code and without the list of parts."""
+    texts = [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    return re.sub(r"(?ms)^```.*?^```", "", "\n\n".join([*map(without_contents, texts[:1]), *texts[1:]]))
+
+
+def headings(notebook: dict) -> list[str]:
+    """The headings of level 2, in order, as they stand in markdown."""
+    return re.findall(r"(?m)^## +(.*?) *$", prose(notebook))
+
+
+def anchor(heading: str) -> str:
+    """The fragment of a heading in JupyterLab and in nbconvert's HTML; VS Code makes its own of it, the same way."""
+    return quote(re.sub("[`*]", "", heading).replace(" ", "-"), safe="?/:@!$&'()*+,;=")
+
+
+def contents(notebook: dict) -> str:
+    """The list of a notebook's parts, "" where there are none, and how long it takes to read.
+
+    That is, 200 words of prose a minute and 20 lines of code a minute, to 5 minutes. Formulas and tables don't count.
+    """
+    code = [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "code" and "setup" not in tags(cell)]
+    lines = len(re.findall(r"(?m)^.*\S", "\n".join(code)))
+    text = re.sub(r"(?ms)\$\$.*?\$\$|^\|[^\n]*|\]\([^)]*\)", "", prose(notebook))
+    minutes = len(re.findall(r"[^\W\d_][\w'’-]*", text)) / 200 + lines / 20
+    parts = [f"- [{heading}](#{anchor(heading)})" for heading in headings(notebook)]
+    title = f"**Contents**, about {max(5 * round(minutes / 5), 5)} minutes to read:"
+    return "\n".join([title, "", *parts]) if parts else ""
+
+
+def without_contents(text: str) -> str:
+    """The text of a title cell without the list of parts."""
+    return "\n\n".join(part for part in text.split("\n\n") if not part.startswith(("**Contents", "- [")))
+
+
+def add_contents(notebook: dict) -> None:
+    """Write the list of parts into the first cell, before its badge, in the place of the one that was there."""
+    first, block = notebook["cells"][0], contents(notebook)
+    *parts, last = without_contents(source(first)).split("\n\n")
+    parts += [block, last] if last.startswith(BADGE_START) else [last, block]
+    first["source"] = "\n\n".join(part for part in parts if part)
 
 
 def find_notebooks(folder: Path = NOTEBOOKS, *, solutions: bool = True) -> list[Path]:

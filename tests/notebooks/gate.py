@@ -150,6 +150,12 @@ def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution
     if badges != [cells.badge(url, relative)] * bool(url):
         what = "is missing or has another address than pyproject.toml" if url else "leads nowhere, no address is set"
         yield 1, f"the Colab badge {what}", "run `make url`"
+    written = [part for part in text.split("\n\n") if part not in cells.without_contents(text).split("\n\n")]
+    if "\n\n".join(written) != cells.contents(notebook):
+        yield 1, "the contents differ from the headings, or their time from the length", "run `make url`"
+    for heading in cells.headings(notebook):
+        if not heading.isascii() or set(heading) & set("$[]%"):
+            yield None, f"the heading `{heading}`, to which no link leads in JupyterLab", "write it in plain letters"
     if is_solution:
         if not text.splitlines()[0].endswith(": solutions"):
             yield 1, "the title does not end in `: solutions`", f"write `# {number} Title: solutions`"
@@ -291,7 +297,7 @@ def check_cells(notebook: dict, source: Source) -> Iterator[Finding]:
                 f"unknown tag {', '.join(sorted(unknown))}",
                 f"use one of {', '.join(sorted(KNOWN_TAGS))}",
             )
-        if (lines := text.count("\n") + 1) > MAX_LINES:
+        if (lines := (cells.without_contents(text) if number == 1 else text).count("\n") + 1) > MAX_LINES:
             yield number, f"{lines} lines", f"split the cell: {MAX_LINES} lines at most"
         if cell["cell_type"] != "code":
             continue

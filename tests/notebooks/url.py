@@ -1,9 +1,10 @@
-"""Write the repository's public address wherever it is needed: badges, set-up cells, the line that clones.
+"""Write what all notebooks share: the list of parts, the set-up cell, and the repository's public address.
 
-python tests/notebooks/url.py                               repeats the address that pyproject.toml holds, or none
+python tests/notebooks/url.py                               with the address that pyproject.toml holds, or none
 python tests/notebooks/url.py https://github.com/NAME/ftlib changes it everywhere, pyproject.toml included
 
-Until an address is set, nothing that needs one is shown.
+The address goes into badges, set-up cells and the line of README.md that clones; until one is set, nothing that needs
+it is shown. The times in the table of notebooks/README.md are those of the notebooks' first cells.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import cells
 
 PLAIN_FILES = ("pyproject.toml", "README.md", "environment.yml", "data/README.md", "notebooks/README.md")
+TIME = r"\*\*Time and memory:\*\* (.+?) and ([\d.]+ [MG]B) on 2 (busy )?CPU cores"
 MARKED = r"(<!-- address: make url -->\n).*?(<!-- end of address -->)"
 
 
@@ -29,16 +31,17 @@ def normalize(url: str) -> str:
 
 
 def update_notebook(notebook: dict, relative_path: str, old: str, new: str) -> None:
-    """Badge into the first cell, set-up text into the cell tagged `setup`, elsewhere new address for old."""
+    """Badge and contents into the first cell, the set-up text into its own, elsewhere new address for old."""
     for index, cell in enumerate(notebook["cells"]):
         text = replace(cells.source(cell), old, new)
         if "setup" in cells.tags(cell):
             text = cells.setup_cell(new)
         elif index == 0:
             lines = [line for line in text.rstrip().splitlines() if not line.startswith(cells.BADGE_START)]
-            text = "\n".join([*lines, "", cells.badge(new, relative_path)] if new else lines).rstrip()
+            text = "\n".join([*lines, "", cells.badge(new, relative_path)]).rstrip()
             text = re.sub(r"\n{3,}", "\n\n", text)
         cell["source"] = text
+    cells.add_contents(notebook)
 
 
 def replace(text: str, old: str, new: str) -> str:
@@ -61,6 +64,18 @@ def front(url: str) -> str:
     return f"\n{first}\n\n```bash\ngit clone {url} && cd {url.rsplit('/', 1)[1]}\n```\n\n"
 
 
+def with_times(table: str, folder: Path) -> str:
+    """The table of notebooks, with what each one's first cell says of time and memory in the last column."""
+
+    def row(found: re.Match) -> str:
+        path = folder / found[2]
+        if not (path.exists() and (measured := re.search(TIME, cells.source(cells.read(path)["cells"][0])))):
+            return found[0]
+        return f"{found[1]} {measured[1]}{' (busy machine)' * bool(measured[3])}, {measured[2]} |"
+
+    return re.sub(r"(?m)^(\|.*\]\((\w+\.ipynb)\).*\|)[^|\n]*\|$", row, table)
+
+
 def main(arguments: list[str], root: Path = cells.ROOT) -> int:
     old = cells.project_url(root / "pyproject.toml")
     try:
@@ -70,8 +85,14 @@ def main(arguments: list[str], root: Path = cells.ROOT) -> int:
         return 2
     changed = []
     for path in (root / name for name in PLAIN_FILES):
-        if path.exists() and (text := path.read_text("utf8")) != (updated := replace(text, old, new)):
-            path.write_text(updated, "utf8")
+        if not path.exists():
+            continue
+        before = path.read_text("utf8")
+        text = replace(before, old, new)
+        if path == root / "notebooks/README.md":
+            text = with_times(text, path.parent)
+        if text != before:
+            path.write_text(text, "utf8")
             changed.append(path)
     for path in cells.find_notebooks(root / "notebooks"):
         before = path.read_bytes()
