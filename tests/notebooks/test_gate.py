@@ -608,7 +608,7 @@ def test_the_table_of_notebooks_says_their_times(tmp_path):
     notebook("01_a.ipynb", "45 s and 1.2 GB on 2 CPU cores")
     notebook("02_b.ipynb", "5 min 14 s and 900 MB on 2 busy CPU cores")
     notebook("03_c.ipynb", "soon")
-    rows = "| [A](01_a.ipynb) | x | {} |\n| [B](02_b.ipynb) | y | {} |\n| [C](03_c.ipynb) | 1 s |\n| [D](04_d.ipynb) | z |"
+    rows = "| [A](01_a.ipynb) | x | {} |\n| [B](02_b.ipynb) | y | {} |\n| [C](03_c.ipynb) | 1 s |\n| [D](04.ipynb) | |"
     times = "45 s, 1.2 GB", "5 min 14 s (busy machine), 900 MB"
     assert url.with_times(rows.format("9 s, 9 GB", "?"), tmp_path) == rows.format(*times)
     page = (cells.NOTEBOOKS / "README.md").read_text("utf8")
