@@ -16,10 +16,22 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 BADGE_START = "[![Open in Colab]"
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 COMPARED = "nbval-check-output"  # the tag of cells whose output the tests compare
-METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+# What JupyterLab writes when it opens a notebook, so that nothing changes. The version is that of the Python in CI;
+# under another one JupyterLab writes its own, which `before_saving` takes back.
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.11.7",
+    },
+}
 
 
 def project_url(pyproject: Path = ROOT / "pyproject.toml") -> str:
@@ -123,12 +135,35 @@ def read(path: Path) -> dict:
     return notebook
 
 
-def write(path: Path, notebook: dict) -> None:
-    """Write a notebook the way Jupyter does (one-space indent, sorted keys), so that diffs stay small."""
+def dump(notebook: dict) -> str:
+    """A notebook as Jupyter writes it (one-space indent, sorted keys), so that diffs stay small."""
     for cell in notebook["cells"]:
         cell["source"] = source(cell).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def write(path: Path, notebook: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf8")
+    path.write_text(dump(notebook), "utf8")
+
+
+def without_editor(notebook: dict) -> dict:
+    """A notebook without what an editor adds: the Python of one machine, which parts are folded, times of cells."""
+    notebook = dict(notebook, metadata=METADATA, nbformat=4, nbformat_minor=5)
+    for cell in notebook["cells"]:
+        kept = cell.get("metadata", {}).get("tags")
+        cell["metadata"] = {"tags": kept} if kept else {}
+    return notebook
+
+
+def before_saving(path: str, model: dict, **_) -> None:
+    """What `make lab` has Jupyter do: a notebook of the series is saved with the metadata it is stored with.
+
+    With another kernel than `python3`, which is then the reader's choice, all stays.
+    """
+    if model["type"] == "notebook" and path.startswith("notebooks/"):
+        if model["content"]["metadata"].get("kernelspec", {}).get("name") == "python3":
+            model["content"]["metadata"] = METADATA
 
 
 def source(cell: dict) -> str:

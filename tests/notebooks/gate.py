@@ -265,7 +265,7 @@ def check_file(path: Path, notebook: dict) -> Iterator[Finding]:
         yield None, f"format 4.{notebook.get('nbformat_minor')}", "run `make refresh`"
     if notebook.get("metadata") != cells.METADATA:
         extra = set(notebook.get("metadata", {})) - set(cells.METADATA) or {"kernelspec or language_info"}
-        yield None, f"metadata of one machine or editor ({', '.join(sorted(extra))})", "run `make refresh`"
+        yield None, f"metadata of one machine or editor ({', '.join(sorted(extra))})", "run `make url`"
     ids = [cell.get("id") for cell in notebook["cells"]]
     if None in ids or len(set(ids)) != len(ids):
         yield None, "a cell without an id of its own", "run `make refresh`"
@@ -290,7 +290,7 @@ def check_cells(notebook: dict, source: Source) -> Iterator[Finding]:
         for what, remedy in check_text(text):
             yield number, what, remedy
         if extra := set(cell.get("metadata", {})) - {"tags"}:
-            yield number, f"cell metadata {', '.join(sorted(extra))}", "run `make refresh`"
+            yield number, f"cell metadata {', '.join(sorted(extra))}", "run `make url`"
         if unknown := tagged - KNOWN_TAGS:
             yield (
                 number,

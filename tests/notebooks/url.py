@@ -96,7 +96,7 @@ def main(arguments: list[str], root: Path = cells.ROOT) -> int:
             changed.append(path)
     for path in cells.find_notebooks(root / "notebooks"):
         before = path.read_bytes()
-        notebook = cells.read(path)
+        notebook = cells.without_editor(cells.read(path))
         update_notebook(notebook, path.relative_to(root).as_posix(), old, new)
         cells.name_cells(notebook)
         cells.write(path, notebook)
