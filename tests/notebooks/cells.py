@@ -49,33 +49,27 @@ def badge(url: str, relative_path: str) -> str:
 
 
 def setup_cell(url: str) -> str:
-    """The set-up cell, the same in every notebook: it finds ftlib, or says in one line what to do.
+    """The set-up cell, the same in every notebook: it finds ftlib in a copy of the repository, or installed.
 
-    It looks in the folders from the notebook's own upwards, in those beside it (which were uploaded to Colab, or lie in
-    a mounted Drive), then among installed packages. In Colab pip adds what is missing, by lower bounds only.
+    It looks in the folder where the notebook runs, in those above it, and in those beside the notebook: in Colab the
+    last were uploaded, or lie in a mounted Drive, and pip adds what is missing, by lower bounds only.
     """
-    fetch = f'\nelif colab:\n    %pip install -q "ftlib @ git+{url}"' if url else ""
-    source = f"git+{url}" if url else "FOLDER (it holds pyproject.toml; upload it to Colab first)"
+    where, source = ("", f'"{{home or \'git+{url}\'}}"') if url else ("home and ", '"{home}"')
     return f"""\
-import os
 import sys
 from pathlib import Path
 
-colab = "google.colab" in sys.modules
-notebook = Path(globals().get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME") or "notebook").absolute()
-around = [*notebook.parents, *Path.cwd().glob("*"), *Path.cwd().glob("drive/MyDrive/*")]
-home = next((str(place) for place in around if (place / "ftlib/__init__.py").is_file()), "")
-if home:  # a copy of the repository; without one, ftlib has to be installed
+here = Path.cwd()
+around = [here, *here.parents, *here.glob("*"), *here.glob("drive/MyDrive/*")]
+home = next((str(place) for place in around if (place / "ftlib/__init__.py").is_file()), None)
+if home:  # a copy of the repository
     sys.path.insert(0, home)
-if colab and home:  # brings what Colab lacks; torch stays Colab's own
-    %pip install -q "{{home}}"{fetch}
-try:
-    import ftlib
+if {where}"google.colab" in sys.modules:  # brings what Colab lacks; torch stays Colab's own
+    %pip install -q {source}
 
-    env = ftlib.setup(seed=0)
-except (ModuleNotFoundError, AttributeError) as error:  # the second: leftovers of an installation
-    wanted = home or "{source}"
-    raise ModuleNotFoundError(f"{{error}}: run {{sys.executable}} -m pip install {{wanted}}") from None"""
+import ftlib  # not found? %pip install FOLDER, with the path of the folder that holds pyproject.toml
+
+env = ftlib.setup(seed=0)"""
 
 
 def prose(notebook: dict) -> str:

@@ -47,18 +47,15 @@ def run(python: Path, cell: str, where: Path, **environment: str) -> tuple[int, 
     """Exit status and output of a cell, run by IPython in the working directory `where`."""
     where.mkdir(parents=True, exist_ok=True)
     (file := python.parent / "cell.ipy").write_text(cell)
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JPY_SESSION_NAME")}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(python), "-m", "IPython", "--no-banner", "--colors=NoColor", str(file)]
     kept |= {"IPYTHONDIR": str(python.parents[1] / "ipython")} | NO_NETWORK | environment
     done = subprocess.run(command, cwd=where, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("way", ["below", "told"])
-def test_a_checkout_is_found_from_any_folder_in_it_and_by_the_path_of_the_notebook(way, python, checkout, tmp_path):
-    notebook = checkout / "notebooks/solutions/01_counting.ipynb"
-    where, told = (notebook.parent, {}) if way == "below" else (tmp_path / "else", {"JPY_SESSION_NAME": str(notebook)})
-    status, out = run(python, cells.setup_cell("") + SAY, where, **told)
+def test_a_checkout_is_found_from_any_folder_in_it(python, checkout):
+    status, out = run(python, cells.setup_cell("") + SAY, checkout / "notebooks/solutions")
     assert status == 0 and "ended 0" in out, out
     assert f"ftlib is {checkout / 'ftlib/__init__.py'}" in out
 
@@ -87,24 +84,13 @@ def test_in_colab_an_uploaded_folder_is_installed_and_torch_stays(python, checko
 
 @pytest.mark.parametrize("url", ["", URL])
 @pytest.mark.parametrize("prelude", ["", COLAB])
-def test_where_nothing_is_found_one_line_says_what_to_do(url, prelude, python, tmp_path):
+def test_where_nothing_is_found_the_cell_ends_and_its_line_says_what_to_do(url, prelude, python, tmp_path):
     recorder = "get_ipython().register_magic_function(lambda line: print('pip', line), 'line', 'pip')\n"
-    status, out = run(python, recorder + prelude + cells.setup_cell(url) + SAY, tmp_path / "else")
+    cell = cells.setup_cell(url)
+    status, out = run(python, recorder + prelude + cell + SAY, tmp_path / "else")
     assert status == 1 and "ended" not in out, out
-    source = f"git+{URL}" if url else "FOLDER (it holds pyproject.toml; upload it to Colab first)"
-    last = out.strip().splitlines()[-1]
     # Its measured results, which an editable installation copies, are a module without `setup`.
-    assert re.match("ModuleNotFoundError: (No module named 'ftlib'|module 'ftlib' has no attribute 'setup'): ", last)
-    assert last.endswith(f": run {python} -m pip install {source}")
-    asked = [f'pip install -q "ftlib @ git+{URL}"'] if url and prelude else []
+    assert re.search("No module named 'ftlib'|module 'ftlib' has no attribute 'setup'", out.strip().splitlines()[-1])
+    assert "import ftlib  # not found? %pip install FOLDER" in cell
+    asked = [f'pip install -q "git+{URL}"'] if url and prelude else []
     assert [line for line in out.splitlines() if line.startswith("pip ")] == asked
-
-
-def test_what_ftlib_needs_is_missing_too(python, checkout):
-    (Path(sysconfig.get_path("purelib", vars={"base": str(python.parents[1])})) / "torch.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'torch'\")"
-    )
-    status, out = run(python, cells.setup_cell(""), checkout)
-    assert status == 1
-    last = f"ModuleNotFoundError: No module named 'torch': run {python} -m pip install {checkout}"
-    assert out.strip().splitlines()[-1] == last
