@@ -45,8 +45,8 @@ ROWS, UNLIKE = 600, {"sentiment": 300, "similarity": 150, "intents": 600}  # tra
 STEPS, ATIS_STEPS = 150, 1200  # updates: of a task alone, of every model on atis
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TEST: int | None = None  # rows of the other splits; None: all
-TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "UNLIKE": {"sentiment": 8, "similarity": 4, "intents": 16}, "STEPS": 2,
-       "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
+TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "UNLIKE": {"sentiment": 8, "similarity": 4, "intents": 16},
+       "STEPS": 2, "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
 
 
 class Way(NamedTuple):
