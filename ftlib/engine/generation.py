@@ -62,7 +62,10 @@ def generate(
         tokenizer = _tokenizer_of(model)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # in front of the padding
     ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual, record)
-    pad, start = _sides(model, tokenizer, record, virtual > 0)
+    # any padding will do in front, where the mask hides it, and behind an end token, where it is cut off
+    pad, start = Padding(0, "left", "position_ids" not in inputs_of(model) or virtual > 0), {}
+    if record.encoder_decoder:
+        pad, start = agree(model, tokenizer), start_ids(anatomy.unwrapped(model), tokenizer)
     batches = split_by_size(range(len(ids)), list(map(len, ids)), batch_size=batch_size, alike=pad.alike)
     ends, device = end_ids(tokenizer, anatomy.unwrapped(model).generation_config), next(model.parameters()).device
     config = GenerationConfig(
@@ -119,13 +122,6 @@ def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: 
         (not all(isinstance(one, str) and one for one in stop), f"stop={stop!r}: need texts, none of them empty"),
     )
     return TASKS[kind]
-
-
-def _sides(model: nn.Module, tokenizer: Any, record: Task, prompt: bool) -> tuple[Padding, dict[str, Any]]:
-    """How prompts are padded, and what an answer starts with."""
-    if not record.encoder_decoder:  # any id will do: in front the mask hides it, behind an end token it is cut off
-        return Padding(0, "left", "position_ids" not in inputs_of(model) or prompt), {}
-    return agree(model, tokenizer), start_ids(anatomy.unwrapped(model), tokenizer)
 
 
 def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int, record: Task) -> list[Sequence[int]]:

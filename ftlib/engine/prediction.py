@@ -246,7 +246,8 @@ def predict(
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
     if TASKS[kind].encoder_decoder:
-        refuse((output != "labels", f"output={output!r}: a model that makes texts of texts gives texts; leave it out"))
+        odd = [n for n, on in (("output", output != "labels"), ("max_length", max_length), ("shared", shared)) if on]
+        refuse((odd, f"{', '.join(odd)}: a model that makes texts of texts gives texts; see ftlib.generate"))
         given = _listed(data, TASKS[kind])
         sources = given if _are_texts(given) else [row["input_ids"] for row in given]
         return generation.generate(model, sources, tokenizer=tokenizer, batch_size=batch_size, progress=progress)

@@ -112,8 +112,9 @@ def test_predict_takes_texts_tables_and_rows():
     assert predict(short, texts, tokenizer=TOKENIZER) == wanted
     assert predict(short, ROWS, tokenizer=TOKENIZER, batch_size=5) == wanted
     assert predict(short, ftlib.tokenize(ROWS, TOKENIZER, task="seq2seq-lm"), tokenizer=TOKENIZER) == wanted
-    with pytest.raises(ValueError, match="output='logits': a model that makes texts of texts gives texts"):
-        predict(short, texts, tokenizer=TOKENIZER, output="logits")
+    for name, value in (("output", "logits"), ("max_length", 8), ("shared", True)):
+        with pytest.raises(ValueError, match=f"{name}: a model that makes texts of texts gives texts"):
+            predict(short, texts, tokenizer=TOKENIZER, **{name: value})
 
 
 def test_evaluate_compares_answers_with_targets():
