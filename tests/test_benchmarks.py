@@ -304,7 +304,7 @@ def test_the_gpu_day_at_toy_size(day):
     assert {one["name"]: one["times"] for one in profile[0]["operators"]}["aten::addmm"] == 14  # 2 * 6 + pooler + head
     assert all(row["seconds_a_step"] > 0 and 0.5 < row["loss"] < 0.9 for row in memory)
     accuracy = json.loads((day / "multitask.json").read_text())["rows"]
-    assert {row["part"] for row in accuracy} >= {"atis", "four", "unlike", "transfer"}
+    assert {row["part"] for row in accuracy} >= {"atis", "balancing", "unlike", "transfer"}
 
 
 def test_part_2_trains_at_toy_size(day):
@@ -633,15 +633,15 @@ def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
     accuracy.toy(tmp_path)
     rows = json.loads((tmp_path / "multitask.json").read_text())["rows"]
     of = {part: [row for row in rows if row["part"] == part] for part in multitask.PARTS}
-    assert {part: len(own) for part, own in of.items()} == {"transfer": 12 + 6, "atis": 3, "unlike": 5, "four": 10}
+    assert {part: len(own) for part, own in of.items()} == {"transfer": 9 + 3, "atis": 3, "unlike": 5, "balancing": 10}
     for own in of.values():
         assert all(set(row["scores"]) and row["mean"] <= 1 for row in own)
     pairs = {row["way"]: row for row in of["transfer"] if "+" in row["way"]}
-    assert pairs["sentiment+pairs"]["scores"].keys() == {"sentiment", "pairs"}
+    assert pairs["sentiment+intents"]["scores"].keys() == {"sentiment", "intents"}
     steps = {row["way"]: row["steps"] for row in of["transfer"]}
-    assert steps["pairs, half batches"] == steps["pairs, twice as long"] == 2 * steps["pairs"]
-    assert steps["sentiment+pairs"] == 2 * steps["pairs"]
-    assert len({row["steps"] for row in of["atis"]}) == len({row["rate"] for row in of["four"]}) == 1
+    assert steps["intents, half batches"] == steps["intents, twice as long"] == 2 * steps["intents"]
+    assert steps["sentiment+intents"] == 2 * steps["intents"]
+    assert len({row["steps"] for row in of["atis"]}) == len({row["rate"] for row in of["balancing"]}) == 1
     monkeypatch.setattr(multitask, "train", None)
     with_all = multitask.table(tmp_path)
     program("record").side_by_side(with_all, multitask.jobs(), workers=0)  # the second time all rows are there

@@ -34,7 +34,7 @@ PARTS = ("rotten-tomatoes", "banking77", "cost")
 # corpus -> {training texts: (batch size, updates, precision)}; banking77 has 77 classes, and as many texts of each
 SIZES = {"rotten-tomatoes": {200: (16, 160, "fp32"), 1000: (32, 200, "bf16")}, "banking77": {1540: (32, 480, "bf16")}}
 EVERY = 200  # training texts with which every strategy is measured; with more only SOME
-SOME = ("full", "head-only", "bitfit", "lora", "lora, all layers")
+SOME = ("full", "head-only", "bitfit", "lora")
 MODEL = "minilm"  # or a folder with its weights
 LADDER = (7e-6, 2e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 SEARCH_SEEDS = (100, 101)
