@@ -26,7 +26,7 @@ _PUBLIC = {  # room and module -> the public names it defines
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
-    "tasks": "answers classification language_modeling metrics relations tagging task",
+    "tasks": "answers classification language_modeling metrics overlap relations seq2seq tagging task",
     "show": "comparing diagrams logging measuring plots setup sheet tables",
     "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "

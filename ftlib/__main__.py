@@ -206,7 +206,8 @@ def doctor() -> int:
     print(f"cache       {ftlib.assets.cache_dir()}")
     print_assets()
     there = {name for names in metadata.packages_distributions().values() for name in names}
-    for package in ("datasets", "evaluate", "scikit-learn", "seqeval", "matplotlib", "peft", "sentence-transformers"):
+    ours = "datasets evaluate scikit-learn seqeval sacrebleu rouge-score matplotlib peft sentence-transformers"
+    for package in ours.split():
         if package not in there:
             print(f"missing     {package}: pip install {package}")
     return 0

@@ -30,6 +30,10 @@ SNIPPETS = {
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
     "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
+    "tasks/overlap.py": "assert callable(bleu) and callable(rouge)",
+    "tasks/seq2seq.py": "tokenizer.eos_token = '[UNK]'\n"
+    "made = rows(tokenizer, {'source': ['a'], 'target': ['b a']}, ['row 0'], None, True)\n"
+    "assert made['labels'] == [[2, 1, 0]] and pair({'input_ids': [1], 'labels': [2, 0]}) == ([1], [2, 0])",
     "tasks/relations.py": "m = AutoModelForRelationClassification.from_config(model.config)\n"
     "at = torch.tensor([[0, 1]]); assert m(torch.tensor([[5, 6]]), marker_positions=at).logits.shape == (1, 2)",
     "tasks/tagging.py": "assert check_tags([0, -100], 2, 2, 'row 0') == [0, -100]",
@@ -154,7 +158,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # a machine with torch and transformers alone
-for name in ("datasets", "evaluate", "sklearn", "seqeval", "matplotlib", "peft", "sentence_transformers", "pandas"):
+for name in ("datasets", "evaluate", "sklearn", "seqeval", "matplotlib", "peft", "sentence_transformers", "pandas",
+             "sacrebleu", "rouge_score"):
     sys.modules[name] = None
 import torch
 import transformers

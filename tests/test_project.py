@@ -24,6 +24,7 @@ FILES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.glob("*/*.
 # What transformers itself brings along, so a machine with torch and transformers has it.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}
 SLOW = {"datasets", "evaluate", "sklearn", "matplotlib", "transformers", "seqeval", "pandas", "peft"}
+SLOW |= {"sacrebleu", "rouge_score"}
 LONG = {"inputs/corpora.py": 357}  # over 350 lines: all the corpora's tables
 
 

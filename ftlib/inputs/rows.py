@@ -43,6 +43,7 @@ class Door:
     names: dict[str, list[str]] = field(default_factory=dict)  # of classes: the model's, else the first data's
     first: dict = field(default_factory=dict)  # what all rows must have alike: columns, their forms, end tokens
     known: dict = field(default_factory=dict)  # {task: which of `names` each of the data's classes is}
+    longest: int | None = None  # label of a decoder beside an encoder, in tokens
 
     @classmethod
     def of(cls, model: nn.Module, name: str, labels_needed=True, under: str = "", names: dict | None = None) -> "Door":
@@ -53,6 +54,7 @@ class Door:
             tasks, name, agreement.vocabulary(model), max_positions(model.config), labels_needed,
             inputs_of(model), under, agreement.sizes_of(model), agreement.end_id(model),
             getattr(model.config, "pad_token_id", None), names,
+            longest=getattr(model.config, "max_decoder_position_embeddings", max_positions(model.config)),
         )  # fmt: skip
 
     def row(self, row: Any, i: int) -> Row:
@@ -109,6 +111,7 @@ class Door:
                 why = f"a plain label, but the model has the tasks {', '.join(self.tasks)}: {{task: label}}"
                 raise ValueError(f"{where}: {f'labels for a task {task!r}; the model has {has}' if task else why}")
             (kind, num_labels), at, label = self.tasks[task], where + (f" ({task})" if task else ""), plain(label)
+            length = self.longest if TASKS[kind].encoder_decoder else length
             label, places = TASKS[kind].check(label, num_labels, length, at), self.known.get(task)
             if places and TASKS[kind].multi_hot:
                 label = [value for _, value in sorted(zip(places, label, strict=True))]

@@ -23,7 +23,7 @@ INPUTS = A_TOKEN | {"attention_mask", "decoder_input_ids", "input_ids", "pixel_v
 def tokenize(
     dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, text: str | None = None,
     text_pair: str | None = None, label: str | dict[str, str] | None = None, task: str | None = None,
-    stride: int | None = None,
+    stride: int | None = None, max_target_length: int | None = None, prefix: str | None = None,
 ) -> Any:  # fmt: skip
     """Turn a table of texts into a Dataset of token ids, for any task; a DatasetDict where there are several splits.
 
@@ -43,8 +43,12 @@ def tokenize(
             `messages` (by the tokenizer's chat template; with `tools`, if there), or `prompt` and `completion`, or
             `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py;
             "question-answering" reads `question`, `context` and, where it is there, `answers`, and makes a row of at
-            most `max_length` tokens (default 384) of every window on a context: see tasks/answers.py.
+            most `max_length` tokens (default 384) of every window on a context: see tasks/answers.py;
+            "seq2seq-lm" reads `source` and `target`, or the columns that text= and label= name: see tasks/seq2seq.py.
         stride: tokens of a context that its next window has again; default 128, at most a third of max_length.
+        max_target_length, prefix: of text to text: longest target, its end token included, default what the tokenizer
+            takes, a longer one is an error; and what stands before every source.  There a source is cut only where
+            max_length is given, and how many were is said.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels`.
     Labels that are text are numbered, over all splits together, in the order of their names (the tag O first, whole
@@ -58,13 +62,17 @@ def tokenize(
     data = as_dataset(dataset)
     parts = data if isinstance(data, dict) else {"": data}
     record = TASKS[one_of("task", task, TASKS)] if task is not None else None
-    further, found, done, split = {} if stride is None else {"stride": stride}, {}, {}, ""
-    refuse((further and not (record and record.windows), f"stride={stride}: only long contexts are cut into windows"))
+    further = {"stride": stride, "max_target_length": max_target_length, "prefix": prefix}
+    further, found, done, split = {name: value for name, value in further.items() if value is not None}, {}, {}, ""
+    no_use = {"stride": "only long contexts are cut into windows"}
+    for name in [name for name in further if not (record and name in record.options)]:
+        raise ValueError(f"{name}={further[name]!r}: {no_use.get(name, 'only for text to text, of source and target')}")
     try:
         if record and record.rows:
-            refuse((text_pair is not None or label is not None, f"{task} reads no text_pair= and no label="))
+            named, to_none = {"text": text, "label": label}, label is not None and "label" not in record.reads
+            refuse((text_pair is not None or to_none, f"{task} reads no text_pair= and no label="))
             for split, part in parts.items():
-                done[split] = _made(part, tokenizer, record, text, max_length, truncation, further)
+                done[split] = _made(part, tokenizer, record, named, max_length, truncation, further)
             return type(data)(done) if isinstance(data, dict) else done[""]
         for split, part in parts.items():
             found[split] = _columns(part, text, text_pair, label, record)
@@ -115,29 +123,42 @@ def _tokenized(part: Any, encode: Callable, record: Any, names: dict[str, dict[s
 
 
 def _made(
-    part: Any, tokenizer: Any, record: Any, text: str | None, max_length: Any, truncation: bool, further: dict
+    part: Any, tokenizer: Any, record: Any, named: dict[str, Any], max_length: Any, truncation: bool, further: dict
 ) -> Any:
     """One split for a task whose record makes the rows itself, of the first of its forms that is there."""
-    columns, texts = _names(part), ("text",) in record.forms
-    forms = [form for form in (((text,),) if text and texts else record.forms) if {*form} <= {*columns}]
-    named = "; name a column of texts: text=" if texts else ""
-    wanted = " or ".join(" and ".join(form) for form in record.forms)
+    columns, text = _names(part), named["text"]
+    other = {form: named[key] for key, form in record.reads.items() if named[key]}  # {column of a form: of the data}
+    fitting = [form for form in record.forms if {*other} <= {*form}]
+    forms = [form for form in fitting if {other.get(name, name) for name in form} <= {*columns}]
+    hint = "; name a column of texts: text=" if "text" in record.reads else ""
+    hint += ", and of targets: label=" * ("label" in record.reads)
+    wanted = " or ".join(" and ".join(other.get(name, name) for name in form) for form in fitting or record.forms)
     refuse(
         (not callable(tokenizer), f"tokenizer is {short(tokenizer)}; pass one, e.g. ftlib.load_tokenizer('smollm2')"),
-        (not forms, f"the dataset has {', '.join(columns)}; it needs {wanted}{named}"),
-        (text and not texts, f"text={text!r}: name the columns {' and '.join(record.forms[0])} instead"),
+        (text and not record.reads, f"text={text!r}: name the columns {' and '.join(record.forms[0])} instead"),
+        (not forms, f"the dataset has {', '.join(columns)}; it needs {wanted}{hint}"),
         *_unfit(part),
     )
     if max_length is not None:
         whole("max_length", max_length, 2)
-    read = {"text" if name == text else name: name for name in (*forms[0], "tools") if name in columns}
+    read = {name: own for name in (*forms[0], "tools") if (own := other.get(name, name)) in columns}
+    cut, streams = [], is_stream(part)
 
     def work(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         wheres = [f"row {i}" for i in indices]
-        own = {n: batch[name] for n, name in read.items()}
-        return record.rows(tokenizer, own, wheres, max_length, truncation, **further)
+        own = {name: batch[column] for name, column in read.items()}
+        made = record.rows(tokenizer, own, wheres, max_length, truncation, **further)
+        before = len(cut)
+        cut.extend(i for i, long in zip(indices, made.pop("cut", ()), strict=False) if long)
+        if streams and cut and not before:
+            warnings.warn(f"row {cut[0]}: cut to max_length={max_length} tokens, and maybe later ones", stacklevel=2)
+        return made
 
-    return _mapped(part if is_stream(part) else part.with_format(None), work, columns)
+    done = _mapped(part if streams else part.with_format(None), work, columns)
+    if cut and not streams:
+        count = f"{len(cut)} of {len(part)} rows (row {cut[0]} is the first)"
+        warnings.warn(f"{count} were longer and are cut to max_length={max_length} tokens", stacklevel=3)
+    return done
 
 
 def _mapped(part: Any, work: Callable, columns: list[str], features: Any = None) -> Any:

@@ -114,14 +114,15 @@ def token_log_probs(
 
 
 class _Answered:
-    """A module as its own forward sees it, where `answer(body, ...)` answers the calls of the body below its head."""
+    """A module as its own forward sees it, where `answer(body, ...)` answers the calls of the bodies below its head."""
 
-    def __init__(self, module: nn.Module, body: str, answer: Callable):
-        self.module, self.body, self.answer = module, body, answer
+    def __init__(self, module: nn.Module, bodies: Sequence[str], answer: Callable):
+        self.module, self.bodies, self.answer = module, bodies, answer
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)  # OPT calls not its body but the decoder in it
-        return _Answered(value, "decoder", self.answer) if name == self.body and isinstance(value, nn.Module) else value
+        value, body = getattr(self.module, name), name in self.bodies
+        # OPT calls not its body but the decoder in it
+        return _Answered(value, ("decoder",), self.answer) if body and isinstance(value, nn.Module) else value
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         return self.answer(self.module, *args, **inputs)
@@ -131,31 +132,62 @@ def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labe
     """The model's forward, but that its loss is reduce(lm, output, head, hidden, targets, places).
 
     What stands between body and logits, soft-capping say, is the model's own code: it runs for every chunk, on the
-    body's output with the chunk for its hidden states.
+    body's output with the chunk for its hidden states.  T5 has two bodies; that is its decoder's.
     """
     if labels is None:
         return before(*args, **inputs)
     if hasattr(lm.config, "use_cache"):  # of keys and values, for generation
         inputs.setdefault("use_cache", False)
-    found: list[Any] = []  # the body's output
+    found: dict[nn.Module, Any] = {}  # each body's output
+    both = _both(lm)
+    if both:
+        inputs["decoder_input_ids"] = decoder_ids(lm, labels)
+    bodies = (lm.base_model_prefix,) if hasattr(lm, lm.base_model_prefix) else ("encoder", "decoder")
 
     def above(rows: Tensor | None = None) -> Any:
         def answer(body: nn.Module, *args: Any, **inputs: Any) -> Any:
-            if not found:
-                found.append(body(*args, **inputs))
-            hidden = found[0].last_hidden_state[:1, :1].detach() if rows is None else rows[None]
-            return type(found[0])(**{**found[0], "last_hidden_state": hidden})
+            if body not in found:
+                found[body] = body(*args, **inputs)
+            if len(bodies) > 1 and body is not lm.decoder:
+                return found[body]
+            hidden = found[body].last_hidden_state[:1, :1].detach() if rows is None else rows[None]
+            return type(found[body])(**{**found[body], "last_hidden_state": hidden})
 
-        return type(lm).forward(_Answered(lm, lm.base_model_prefix, answer), *args, **inputs)
+        return type(lm).forward(_Answered(lm, bodies, answer), *args, **inputs)
 
     output = above()  # its logits are a sample of one row
-    targets = F.pad(labels[:, 1:], (1, 0), value=IGNORE).flatten()  # (batch * tokens,): nothing predicts a row's first
-    count = int((getattr(labels, "host", labels)[:, 1:] != IGNORE).sum())
+    # (batch * tokens,): without a decoder's own row the token before predicts, and nothing a row's first
+    skipped = 0 if both else 1
+    targets = F.pad(labels[:, skipped:], (skipped, 0), value=IGNORE).flatten()
+    count = int((getattr(labels, "host", labels)[:, skipped:] != IGNORE).sum())
     places = (targets != IGNORE).nonzero_static(size=count)[:, 0]  # (labelled,)
-    hidden = found[0].last_hidden_state.flatten(0, 1).index_select(0, places - 1)
+    *_, last = found.values()
+    hidden = last.last_hidden_state.flatten(0, 1).index_select(0, places - skipped)
     output.loss = reduce(lm, output, lambda rows: above(rows).logits.squeeze(0), hidden, targets, places)
     output.logits = None
     return output
+
+
+def _both(lm: nn.Module) -> bool:
+    """Whether a decoder writes beside an encoder that reads."""
+    return bool(getattr(lm.config, "is_encoder_decoder", False))
+
+
+def decoder_ids(lm: nn.Module, labels: Tensor) -> Tensor:
+    """What a decoder beside an encoder reads, (batch, tokens): the labels one place later, by the model's own rule.
+
+    ValueError where nothing says what comes before them.
+    """
+    config, own = lm.config, getattr(lm, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if own is not None:
+            return own(labels)
+        ids = torch.cat((labels.new_full((len(labels), 1), config.decoder_start_token_id), labels[:, :-1]), 1)
+        return ids.masked_fill_(ids == IGNORE, config.pad_token_id)
+    except (TypeError, ValueError) as error:
+        known = {name: getattr(config, name) for name in ("decoder_start_token_id", "pad_token_id")}
+        remedy = "set both, as they were when the model was trained; most start with pad or eos"
+        raise ValueError(f"{anatomy.kind_of(lm)}: model.config has {known}; {remedy}") from error
 
 
 def _sum(lm, output, head, hidden, targets, places, smoothing=0.0) -> Tensor:
@@ -182,11 +214,13 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
     if lm not in _COMPARED and getattr(anatomy.taken_by(lm), "func", None) is not _forward:  # inside another: it was
         ids = torch.arange(1, 9, device=lm.get_input_embeddings().weight.device)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        both, asked = _both(lm), {"input_ids": ids}
+        asked |= {"decoder_input_ids": decoder_ids(lm, ids)} if both else {}
         with anatomy.evaluating(lm):
             own = float(lm(**inputs).loss)
             with anatomy.forwards({lm: partial(_forward, lm.forward, _sum)}):
-                ours = float(lm(**inputs).loss) / 7
-            before = [lm(input_ids=ids[:, :n]).logits[0, 0].float() for n in (4, 8)]
+                ours = float(lm(**inputs).loss) / (8 if both else 7)
+            before = [lm(**asked | {[*asked][-1]: ids[:, :n]}).logits[0, 0].float() for n in (4, 8)]
         if not torch.allclose(*before, atol=1e-4 if lm.dtype == torch.float32 else 0.1, rtol=1e-2):
             remedy = "load a decoder, or the model with is_decoder=True"
             raise ValueError(f"{anatomy.kind_of(lm)}: a token sees those after it, the answer among them; {remedy}")
@@ -200,7 +234,8 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
 def in_chunks(model: nn.Module, label_smoothing: float = 0.0) -> AbstractContextManager:
     """Inside, model(**inputs, labels=labels) has a `loss` summed over labelled tokens, in chunks, and no logits.
 
-    labels: int64 (batch, tokens), -100 for none; a token's label is for the prediction before it, as in Transformers.
+    labels: int64 (batch, tokens), -100 for none; a token's label is for the prediction before it, as in Transformers;
+    of an encoder with a decoder every label is predicted, from the labels before it and what the encoder has read.
     Without labels the model answers as always.  Works inside PEFT, DDP, FSDP2 and autocast.
     Raises ValueError, by the model's type, where its own loss, compared on 8 tokens, is another.
     """

@@ -1,6 +1,6 @@
 """Metrics that fit each task: plain functions on lists, arrays or tensors.
 
-To copy: this file alone.
+To copy: this file and tasks/overlap.py.
 
 Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average runs over the labels that occur on
 either side; anything divided by zero is 0. A correlation with a constant is nan: 0.0 would read as "no relation".
@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
+
+from .overlap import bleu, chrf, rouge
 
 IGNORE = -100  # the label PyTorch's and our losses skip
 
@@ -279,6 +281,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
       f1 of entities, accuracy of tokens; otherwise (parts of speech) the scores of tokens as classes.
     - "question-answering": [start, end] of every window, (n, 2) -> span_exact, span_f1; of answers: `squad`.
     - "causal-lm": generated texts and references -> exact_match, f1 (`token_f1`), valid_json.
+    - "seq2seq-lm": the same -> bleu, chrf (0 to 100), rouge1, rouge2, rougeL (0 to 1).
 
     Raises ValueError for another task, unequal lengths, nothing to score, nan, and ids outside `label_names`.
 
@@ -287,6 +290,9 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     """
     if task not in _FITTING:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(map(repr, _FITTING))}")
+    if task == "seq2seq-lm":
+        found = {"bleu": bleu(predictions, labels), "chrf": chrf(predictions, labels)}
+        return found | rouge(predictions, labels)
     if task == "causal-lm":
         words = {"exact_match": exact_match(predictions, labels), "f1": token_f1(predictions, labels)}
         return words | {"valid_json": valid_json(predictions)}
@@ -330,4 +336,5 @@ _FITTING = {
     "token-classification": (accuracy, f1_macro, precision, recall),  # if no name is a BIO tag
     "question-answering": (),  # `span_scores`
     "causal-lm": (exact_match, token_f1, valid_json),
+    "seq2seq-lm": (bleu, chrf, rouge),
 }

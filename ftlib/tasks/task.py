@@ -7,7 +7,7 @@ To copy: this file, core/batches.py, core/anatomy.py and the rest of tasks/.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, padded, stacked
-from . import answers, classification, language_modeling, relations, tagging
+from . import answers, classification, language_modeling, relations, seq2seq, tagging
 from .metrics import compute_metrics, mse
 
 
@@ -59,7 +59,12 @@ class Task:
     labelled: bool = True  # False: labels are tokens, whose loss the model's forward sums: methods/token_losses.py
     forms: tuple[tuple[str, ...], ...] = ()  # where a row is made of other columns than text and label: which
     rows: Callable | None = None  # (tokenizer, columns, wheres, max_length, truncation) -> token ids and labels
-    windows: bool = False  # `rows` takes a stride as well, and makes several of one
+    reads: dict[str, str] = field(default_factory=dict)  # which column of a form text= and label= of `tokenize` name
+    options: tuple[str, ...] = ()  # what `rows` takes as well
+    windows: bool = False  # `rows` makes several rows of one
+    encoder_decoder: bool = False  # a label is a row of its own, which a decoder writes
+    prompt: Callable | None = None  # (tokenizer, prompt, where) -> token ids after which a model writes
+    answer: Callable | None = None  # row -> (token ids of such a prompt, of the answer wanted)
 
 
 def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
@@ -102,14 +107,23 @@ TASKS: dict[str, Task] = {
         items=lambda labels: (labels[..., 0] != IGNORE).sum(), loss=answers.cross_entropy, decide=answers.decide,
         stack=answers.stack, divergence=answers.divergence, probabilities=partial(torch.softmax, dim=-2),
         named=lambda decided, names: decided.tolist(), score=partial(compute_metrics, "question-answering"),
-        forms=answers.FORMS, rows=answers.rows, windows=True,
+        forms=answers.FORMS, rows=answers.rows, options=("stride",), windows=True,
     ),
     "causal-lm": Task(
         auto="AutoModelForCausalLM", architecture=("ForCausalLM", "LMHeadModel"), peft_type="CAUSAL_LM",
         check=language_modeling.check_tokens, items=language_modeling.items, loss=language_modeling.cross_entropy,
         decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "causal-lm"),
         stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
-        forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation",
+        forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation", reads={"text": "text"},
+        prompt=language_modeling.prompt_ids, answer=language_modeling.last_answer,
+    ),
+    "seq2seq-lm": Task(
+        auto="AutoModelForSeq2SeqLM", architecture=("ForConditionalGeneration", "MTModel"), peft_type="SEQ_2_SEQ_LM",
+        check=seq2seq.check_target, items=seq2seq.items, loss=classification.cross_entropy, stack=seq2seq.stack,
+        decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "seq2seq-lm"), divergence=None,
+        smooths=True, labelled=False, forms=seq2seq.FORMS, rows=seq2seq.rows, reads=seq2seq.READS,
+        options=seq2seq.OPTIONS, prompt=seq2seq.source_ids, answer=seq2seq.pair, encoder_decoder=True,
+        use="text2text-generation",
     ),
 }  # fmt: skip
 KINDS = tuple(TASKS)
@@ -147,7 +161,9 @@ def kind_of(model: nn.Module) -> str | None:
         one = getattr(getattr(model, "config", None), "num_labels", 0) == 1
         problem = TASKS["regression" if one else DEFAULT].problem_type
     name = type(model).__name__ * (type(model).__name__ not in answers.SEARCHING)
-    found = [kind for kind, task in TASKS.items() if name.endswith(task.architecture)]
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # what hears or sees isn't, but Whisper
+    both = both and getattr(model, "main_input_name", "") == "input_ids"
+    found = [k for k, task in TASKS.items() if name.endswith(task.architecture) and (both or not task.encoder_decoder)]
     fitting = [kind for kind in found if TASKS[kind].problem_type in (None, problem)]
     return (fitting or found or [None])[0]
 
@@ -158,7 +174,8 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
         return model.tasks
     kind = kind_of(model)
     if kind and not TASKS[kind].labelled:
-        return {"": (kind, model.get_input_embeddings().num_embeddings)}
+        own = getattr(model.config, "decoder_vocab_size", None)  # Marian's target may have words of its own
+        return {"": (kind, own or model.get_input_embeddings().num_embeddings)}
     if kind is None:
         name = type(anatomy.unwrapped(model)).__name__
         raise ValueError(f"{name} has no classification head; load the model with task={DEFAULT!r}, num_labels=2, say")
