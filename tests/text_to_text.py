@@ -9,6 +9,7 @@ T5 = dict(d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
 BART = dict(
     encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
     decoder_ffn_dim=32, max_position_embeddings=40, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+    forced_eos_token_id=1,
 )  # fmt: skip
 KINDS = {  # name: (model type, options)
     "t5": ("t5", T5),
@@ -48,6 +49,17 @@ def tiny(name="bart", seed=0, large=True, **options):
                 parameter.mul_(4) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) / 4)
             if hasattr(model, "final_logits_bias"):
                 model.final_logits_bias.normal_()
+    return model
+
+
+def talkative(name="bart", **options):
+    """A model whose answers differ from source to source: the head is not the embeddings."""
+    model = tiny(name, tie_word_embeddings=False, large=False, **options)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.4)
     return model
 
 

@@ -1,4 +1,6 @@
-"""Let a language model go on from texts or conversations: batches of about one length, padded in front.
+"""Let a language model go on from texts or conversations, or write what a text is to become.
+
+Batches are of about one length, padded in front, for an encoder behind.
 
 To copy: this file, core/anatomy.py, core/batches.py, inputs/agreement.py, methods/speedups.py, tasks/, torch and
 transformers (engine/prediction.py and what it imports to find a tokenizer by the model's name).
@@ -14,10 +16,11 @@ from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWa
 
 from ..core import anatomy
 from ..core.batches import collate, number, refuse, split_by_size, to_device, whole
-from ..inputs.agreement import inputs_of, token_ids, vocabulary
+from ..inputs.agreement import Padding, agree, inputs_of, token_ids, vocabulary
 from ..methods.speedups import shortcuts
-from ..tasks.language_modeling import end_ids, prompt_ids
-from ..tasks.task import TASKS, kind_of
+from ..tasks.language_modeling import end_ids
+from ..tasks.seq2seq import start_ids
+from ..tasks.task import TASKS, Task, kind_of
 
 
 def generate(
@@ -29,6 +32,7 @@ def generate(
 
     Args:
         prompts: texts; conversations, [{"role": ..., "content": ...}, ...], by the tokenizer's template; or token ids.
+            Of an encoder-decoder model: the sources, texts with their prefix, or token ids.
         tokenizer: default: found by the model's name.
         max_new_tokens: longest answer; an end token (the tokenizer's, the generation config's) ends it sooner.
         batch_size: prompts at a time, longest first, each of num_beams rows.
@@ -41,7 +45,8 @@ def generate(
             once, which takes half as much memory again.
         tokens: the new token ids of each answer, its end token included, in place of text; without `stop`.
 
-    Of the model's generation config the end tokens count, and nothing else: no sampling, lengths or penalties.
+    Of the model's generation config the end tokens count, and nothing else: no sampling, lengths or penalties.  Of text
+    to text the token an answer starts with, a first or last one that is forced, and words that are barred as well.
     Raises TypeError for what is no list of prompts and for a model that can't go on; ValueError for options that make
     no sense and, naming the prompt, for messages that the template refuses, for tokens that the model has no embedding
     or position for, and for logits that are nan.
@@ -50,19 +55,19 @@ def generate(
         raise TypeError(f"prompts is a {type(prompts).__name__}; pass a list of prompts, even for one: [prompt]")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     refuse((tokens and stop, f"stop={stop!r}: is of texts; leave it out with tokens=True"))
-    _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
+    record = _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
     if tokenizer is None:
         from .prediction import _tokenizer_of
 
         tokenizer = _tokenizer_of(model)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # in front of the padding
-    ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual)
-    alike = "position_ids" not in inputs_of(model) or virtual > 0  # where padding would move the text
-    batches = split_by_size(range(len(ids)), list(map(len, ids)), batch_size=batch_size, alike=alike)
+    ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual, record)
+    pad, start = _sides(model, tokenizer, record, virtual > 0)
+    batches = split_by_size(range(len(ids)), list(map(len, ids)), batch_size=batch_size, alike=pad.alike)
     ends, device = end_ids(tokenizer, anatomy.unwrapped(model).generation_config), next(model.parameters()).device
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, eos_token_id=ends or None,
-        pad_token_id=0,  # any will do: in front the mask hides it, behind an end token it is cut off
+        pad_token_id=pad.id, **start,
     )  # fmt: skip
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
@@ -74,8 +79,9 @@ def generate(
     answers, kind = [""] * len(ids), torch.float32 if device.type == "mps" else torch.float64
     with _answering(model, config, autocast):
         for places in batches:
-            batch = collate([{"input_ids": ids[i]} for i in places], padding_side="left")
-            width = batch["input_ids"].shape[1]
+            rows = [{"input_ids": ids[i]} for i in places]
+            batch = collate(rows, pad_token_id=pad.id, padding_side=pad.side)
+            width = 1 if record.encoder_decoder else batch["input_ids"].shape[1]  # of what stands before an answer
             each = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in places]
             uniform = [torch.rand(max_new_tokens, 1, generator=one, dtype=kind) for one in each]
             choose = [_choice(places, num_beams, warpers, torch.stack(uniform, 1).to(device))]
@@ -90,11 +96,19 @@ def generate(
     return answers
 
 
-def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: Any, num_beams: int, stop: Any) -> None:
-    """Refuse a model that can't go on, and options that make no sense."""
+def answered(model: nn.Module, rows: Iterable[Mapping], tokenizer: Any, options: dict) -> dict[str, float]:
+    """The scores of answers to rows against those the rows have."""
+    record = TASKS[kind_of(model) or ""]
+    prompts, wanted = zip(*map(record.answer, rows), strict=True)
+    answers = generate(model, prompts, tokenizer=tokenizer, **options)
+    return record.score(answers, [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted], None)
+
+
+def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: Any, num_beams: int, stop: Any) -> Task:
+    """The model's record; refuses one that can't go on, and options that make no sense."""
     kind, of = kind_of(model), anatomy.kind_of(model)
     both_ways = "gpt_neox" not in of and getattr(getattr(model, "config", None), "is_decoder", True) is False  # BERT
-    if kind is None or TASKS[kind].labelled or both_ways:
+    if kind is None or TASKS[kind].labelled or (both_ways and not TASKS[kind].encoder_decoder):
         what = f"{type(anatomy.unwrapped(model)).__name__} can't go on from a text"
         raise TypeError(f"{what}; load a decoder with task={next(k for k, t in TASKS.items() if not t.labelled)!r}")
     number("temperature", temperature, 0), number("top_p", top_p, 0, 1), whole("num_beams", num_beams)
@@ -104,15 +118,23 @@ def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: 
         (num_beams > 1 and temperature, "num_beams looks for the likeliest answer; leave temperature at 0"),
         (not all(isinstance(one, str) and one for one in stop), f"stop={stop!r}: need texts, none of them empty"),
     )
+    return TASKS[kind]
 
 
-def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int) -> list[Sequence[int]]:
-    """Each prompt's tokens; ValueError where the model has no room for `more` behind them."""
+def _sides(model: nn.Module, tokenizer: Any, record: Task, prompt: bool) -> tuple[Padding, dict[str, Any]]:
+    """How prompts are padded, and what an answer starts with."""
+    if not record.encoder_decoder:  # any id will do: in front the mask hides it, behind an end token it is cut off
+        return Padding(0, "left", "position_ids" not in inputs_of(model) or prompt), {}
+    return agree(model, tokenizer), start_ids(anatomy.unwrapped(model), tokenizer)
+
+
+def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int, record: Task) -> list[Sequence[int]]:
+    """Each prompt's tokens; ValueError where the model has no room for `more` behind them, a decoder none for these."""
     size, limit, out = vocabulary(model), anatomy.max_positions(anatomy.base_of(model).config), []
     for i, prompt in enumerate(prompts):
         given = isinstance(prompt, (list, tuple)) and prompt and not any(isinstance(one, Mapping) for one in prompt)
-        out.append(token_ids(prompt if given else prompt_ids(tokenizer, prompt, f"prompt {i}"), size, f"prompt {i}"))
-        if limit and len(out[i]) + more > limit:
+        out.append(token_ids(prompt if given else record.prompt(tokenizer, prompt, f"prompt {i}"), size, f"prompt {i}"))
+        if limit and (max(len(out[i]), more) if record.encoder_decoder else len(out[i]) + more) > limit:
             long = f"prompt {i}: {len(out[i])} tokens and {more} more, but the model has {limit} positions"
             raise ValueError(f"{long}; shorten it, or lower max_new_tokens")
     return out

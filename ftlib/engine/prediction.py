@@ -24,7 +24,7 @@ from ..methods import token_losses
 from ..methods.speedups import shortcuts
 from ..tasks import language_modeling
 from ..tasks.task import TASKS, given_names, names_of, tasks_of
-from . import answering, distributed
+from . import answering, distributed, generation
 
 OUTPUTS = ("labels", "names", "probabilities", "logits", "entities")
 
@@ -104,7 +104,7 @@ def evaluate(
     Of a language model: `perplexity`, exp(loss); with a tokenizer `bits_per_byte` of the trained text (UTF-8), which
     compares models of different vocabularies; with generate={"max_new_tokens": 32, ...}, options of `ftlib.generate`,
     answers are made to what stands before each row's last trained tokens and compared with these: `exact_match`, `f1`
-    and `valid_json`.
+    and `valid_json`; of text to text to each source: `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`.
     Raises ValueError or TypeError naming the row for labels that do not fit the model.
     """
     parts = rows_for(dataset, model, name="dataset")
@@ -115,18 +115,11 @@ def evaluate(
     if generate is not None and (tokenizer is None or not tokens):
         raise ValueError("generate= needs tokenizer=" if tokens else "generate= is for language models")
     if tokens and tokenizer is not None:
-        found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, parts[0])
+        skipped = 0 if TASKS[tasks_of(model)[""][0]].encoder_decoder else 1
+        predicted = (row["labels"][skipped:] for row in parts[0])
+        found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, predicted)
     options = {"progress": progress, "autocast": autocast, **(generate or {})}
-    return found if generate is None else found | _answered(model, parts[0], tokenizer, options)
-
-
-def _answered(model: nn.Module, rows: Rows, tokenizer: Any, options: dict) -> dict[str, float]:
-    from .generation import generate
-
-    prompts, wanted = zip(*map(language_modeling.last_answer, rows), strict=True)
-    answers = generate(model, prompts, tokenizer=tokenizer, **options)
-    wanted = [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
-    return TASKS[tasks_of(model)[""][0]].score(answers, wanted, None)
+    return found if generate is None else found | generation.answered(model, parts[0], tokenizer, options)
 
 
 def scores(
@@ -241,6 +234,8 @@ def predict(
     tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
     also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
+
+    An encoder-decoder model's answers to sources, or to a table's column `source`, are texts: see `ftlib.generate`.
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -250,6 +245,11 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
+    if TASKS[kind].encoder_decoder:
+        refuse((output != "labels", f"output={output!r}: a model that makes texts of texts gives texts; leave it out"))
+        given = _listed(data, TASKS[kind])
+        sources = given if _are_texts(given) else [row["input_ids"] for row in given]
+        return generation.generate(model, sources, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     if output == "entities":
@@ -302,7 +302,8 @@ def _listed(data: Any, record: Any) -> Any:
         table = bool(data and isinstance(data[0], Mapping) and data[0] and "input_ids" not in data[0])
     data = as_dataset(data) if table else data
     names = data.column_names if table else {}  # of a DatasetDict a dict
-    columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
+    usual = ("source",) if record.encoder_decoder else ("tokens", "text")
+    columns = [name for name in usual if name in names][:: 1 if record.a_token else -1]
     if "input_ids" in names or isinstance(names, dict) or not columns or record.windows:
         return data
     pairs = columns[0] == "text" and "text_pair" in names

@@ -107,11 +107,11 @@ def last_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     return ids[:start], ids[start:end]
 
 
-def tokens_a_byte(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> float:
-    """Predicted tokens a byte of the text (UTF-8) they are; nan where they are no text, end tokens alone say."""
+def tokens_a_byte(tokenizer: Any, labels: Iterable[Iterable[int]]) -> float:
+    """Tokens a byte of the text (UTF-8) they are, -100 aside; nan where they are no text, end tokens alone say."""
     tokens, size = 0, 0
-    for row in rows:
-        ids = [int(label) for label in row["labels"][1:] if label != IGNORE]
+    for row in labels:
+        ids = [int(label) for label in row if label != IGNORE]
         tokens += len(ids)
         size += len(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8"))
     return tokens / size if size else float("nan")

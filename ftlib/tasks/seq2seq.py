@@ -107,10 +107,11 @@ def check_languages(tokenizer: Any, both: bool) -> int | None:
     return code if both else None
 
 
-def start_ids(model: Any, tokenizer: Any) -> dict[str, int | None]:
-    """What an answer starts with, as `generate` takes it: the token before it, and one that must come first, or None.
+def start_ids(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What Transformers' `generate` must know of a model: the token before an answer, and what is forced or barred.
 
-    A language to be written decides; then what the model was saved with.  ValueError where nothing says, or two differ.
+    A language to be written decides; then what the model was saved with: BART ends at its longest with an end token,
+    Marian never says padding.  ValueError where nothing says what an answer starts with, or two differ.
     """
     own = model.generation_config
     known = {one.decoder_start_token_id for one in (model.config, own) if hasattr(one, "decoder_start_token_id")}
@@ -124,7 +125,8 @@ def start_ids(model: Any, tokenizer: Any) -> dict[str, int | None]:
         (len(found) > 1, f"{name} is {' and '.join(map(str, found))} in model.config and model.generation_config; make "
                          "them what the model was trained to start with"),
     )  # fmt: skip
-    return {name: found[0], "forced_bos_token_id": first}
+    more = {key: getattr(own, key) for key in ("forced_eos_token_id", "bad_words_ids")}
+    return {name: found[0], "forced_bos_token_id": first} | more
 
 
 def pair(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -572,8 +572,10 @@ def test_last_answer_of_several_and_of_a_text():
 def test_tokens_a_byte_by_hand():
     tokenizer = byte_level(size=258)  # a byte each
     row = encode(tokenizer, {"prompt": "Hi", "completion": "né"}, "row 0")
-    assert language_modeling.tokens_a_byte(tokenizer, [row]) == (3 + 1) / 3  # three bytes, and the end token
-    assert language_modeling.tokens_a_byte(tokenizer, [row, encode(tokenizer, {"text": "abc"}, "row 1")]) == (4 + 3) / 5
+    # three bytes, and the end token
+    assert language_modeling.tokens_a_byte(tokenizer, [row["labels"][1:]]) == (3 + 1) / 3
+    rows = [row, encode(tokenizer, {"text": "abc"}, "row 1")]
+    assert language_modeling.tokens_a_byte(tokenizer, [row["labels"][1:] for row in rows]) == (4 + 3) / 5
 
 
 def test_end_ids():
