@@ -23,11 +23,12 @@ from . import assets, documents
 
 SPLITS = ("train", "validation", "test")
 
-# Rows to hold out where the source has no such split: (validation, test); whole documents of the last three.
+# Rows to hold out where the source has no such split: (validation, test); whole documents of the last six.
 _HELD_OUT = {
     "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
     "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
     "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10), "squad-v2": (5, 10),
+    "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000),
 }  # fmt: skip
 
 # Label names in the order of the original corpus; None: read from the rows and sorted.
@@ -38,7 +39,7 @@ _LABELS = {
     "cola": ["unacceptable", "acceptable"],
 }  # fmt: skip
 
-_TEXTS = ("text", "text_pair", "question", "context")  # rows that have these in common are copies
+_TEXTS = ("text", "text_pair", "question", "context", "abstract", "en", "es", "fr")  # rows alike in these are copies
 _PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}  # whether (a, b) is (b, a)
 
 
@@ -53,6 +54,7 @@ def load_corpus(name: str, *, source: str = "auto"):
     Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
     (List(ClassLabel), BIO), intent (ClassLabel); oanc-pos text, tokens, tags; bc5cdr these and starts, entities,
     relations, document; squad-v2 question, context, answers, title, id. Offsets are characters, an end excluded.
+    pubmed-titles abstract, title; tatoeba-en-es en, es; tatoeba-en-fr en, fr.
     source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
     splits, so other numbers), "auto" is "wheel" for our names. Then comes a folder or file (`reading.load_folder`),
     as it is, and then a hub id with a slash.

@@ -1,4 +1,4 @@
-"""Rows of three corpora made of documents: abstracts with mentions, sentences of articles, questions on articles.
+"""Rows of the corpora made of documents: abstracts with mentions or titles, articles, sentences that translate others.
 
 To copy: this file alone; datasets for `features`.
 
@@ -10,20 +10,28 @@ import gzip
 import json
 import re
 import xml.etree.ElementTree as ET
+import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
+from struct import error as StructError
 
-DAMAGED = (ET.ParseError, EOFError, zlib.error)  # what a changed file raises beside ValueError and the like
+# What a changed file raises beside ValueError and the like; RuntimeError: a zip file that says it is encrypted.
+DAMAGED = (ET.ParseError, EOFError, zlib.error, zipfile.BadZipFile, StructError, RuntimeError)
 _BLOCK = 200  # sentences: the file of oanc-pos does not say where an article ends
 
 
 def read_cdr(path: Path) -> list[dict]:
     """An abstract a row, of a BioC file of the BioCreative V chemical-disease corpus."""
+    return [_abstract(document) for document in ET.fromstring(_xml(path)).iter("document")]
+
+
+def _xml(path: Path) -> str:
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         text = stream.read()
     if "<!ENTITY" in text:  # these are what can make a small XML file large; nothing outside the file is ever read
         raise ValueError("the XML defines entities")
-    return [_abstract(document) for document in ET.fromstring(text).iter("document")]
+    return text
 
 
 def _abstract(document: ET.Element) -> dict:
@@ -84,7 +92,55 @@ def read_squad(path: Path) -> list[dict]:
     return rows
 
 
-READERS = {"bc5cdr": read_cdr, "oanc-pos": read_oanc, "squad-v2": read_squad}
+def read_pubmed(path: Path) -> list[dict]:
+    """An abstract and its title a row, of a file of PubMed; without titles in brackets, translated, and bare ones.
+
+    Entries with one title are one document.
+    """
+    rows = []
+    for entry in _xml(path).split("<PubmedArticle>")[1:]:  # a tree of the whole takes 2 GB, and seven times as long
+        article = ET.fromstring(re.search(r"<Article\b.*?</Article>", entry, re.DOTALL)[0])
+        title, abstract = (
+            " ".join(" ".join("".join(node.itertext()) for node in article.iterfind(part)).split())
+            for part in ("ArticleTitle", "Abstract/AbstractText")
+        )
+        if title and abstract and not re.fullmatch(r"\[.*\]\.?", title):
+            rows.append({"abstract": abstract, "title": title, "document": title.casefold(), "label": ""})
+    return rows
+
+
+def read_pairs(language: str, path: Path) -> list[dict]:
+    """A sentence and a translation a row, of Tatoeba's lines of English, the other and its licence, or these in a zip.
+
+    Pairs that share a sentence, case aside, with one another or through others, are one document.
+    """
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read("fra.txt")
+    else:
+        content = path.read_bytes()
+    rows, above = [], {}
+
+    def top(sentence: tuple[str, str]) -> tuple[str, str]:
+        while (upper := above.setdefault(sentence, sentence)) != sentence:
+            above[sentence] = above[upper]  # halves the way for the next one
+            sentence = upper
+        return sentence
+
+    *lines, rest = content.decode("utf-8").split("\n")
+    if rest:
+        raise ValueError("cut short")
+    for line in lines:
+        english, other, _ = (" ".join(text.split()) for text in line.split("\t"))
+        rows.append({"en": english, language: other, "label": ""})
+        above[top(("en", english.casefold()))] = top((language, other.casefold()))
+    return [row | {"document": top(("en", row["en"].casefold()))} for row in rows]
+
+
+READERS = {
+    "bc5cdr": read_cdr, "oanc-pos": read_oanc, "squad-v2": read_squad, "pubmed-titles": read_pubmed,
+    "tatoeba-en-es": partial(read_pairs, "es"), "tatoeba-en-fr": partial(read_pairs, "fr"),
+}  # fmt: skip
 
 
 def features(name: str, rows: list[dict]) -> dict:
@@ -92,6 +148,8 @@ def features(name: str, rows: list[dict]) -> dict:
     from datasets import ClassLabel, List, Value
 
     text, whole = Value("string"), Value("int32")
+    if name in ("pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr"):
+        return {column: text for column in rows[0] if column not in ("document", "label")}
     if name == "squad-v2":
         answers = {"text": List(text), "answer_start": List(whole)}
         return {"question": text, "context": text, "answers": answers, "title": text, "id": text}

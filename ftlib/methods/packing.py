@@ -8,13 +8,16 @@ To copy: this file, methods/speedups.py, core/anatomy.py and torch.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
 
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ..core import anatomy
 from . import speedups
 
 
@@ -58,6 +61,18 @@ class Packing(NamedTuple):
         return cls(indices, mask, ends, longest, lengths, -total % 16 if spared else 0, gapless, bool(causal))
 
 
+class Packings(NamedTuple):
+    """Those of an encoder's rows and of a decoder's beside it, which reads the encoder's."""
+
+    source: Packing
+    target: Packing
+
+    def of(self, attention: Any) -> tuple[Packing, Packing]:
+        """Whose queries an attention has, and whose keys: a decoder's that is not causal looks into the encoder."""
+        own = self.target if attention.is_decoder else self.source
+        return (own._replace(causal=False), self.source) if own.causal and not attention.is_causal else (own, own)
+
+
 def pack(padded: Tensor, packing: Packing, spare: int = 0) -> Tensor:
     """(batch, tokens, ...) to (1, N_tokens + spare, ...); the spare rows repeat the first and are never read."""
     flat = padded.flatten(0, 1)
@@ -90,25 +105,27 @@ def pad_input(packed: Tensor, packing: Packing) -> Tensor:
 
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    sliding_window: int | None = None, softcap: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, keys: Packing | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of (1, heads, N_tokens, head_dim), every token in its own example; (1, N_tokens, heads, head_dim).
 
     key and value may have fewer heads, each for as many of query's in turn.  sliding_window: how far a token sees, in
-    tokens, itself included.
+    tokens, itself included.  keys: the packing of key and value where they are other rows', of an encoder.
     """
     device = query.device.type  # rotary positions leave float32 under autocast
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (x.to(dtype) for x in (query, key, value))
     local = sliding_window is not None and sliding_window < packing.mask.shape[1]  # one that holds every row is none
     window = sliding_window - 1 if local else None
-    if softcap is None and not local and speedups.computed_in(query) and packing.lengths is not None:
+    keys = packing if keys is None else keys
+    quick = softcap is None and not local and keys is packing and packing.lengths is not None
+    if quick and speedups.computed_in(query):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale, packing.causal)
         return out.transpose(0, 1).unsqueeze(0)
     if softcap is None and (packing.gapless or not local) and can_varlen(query, packing, dropout):
-        return attend_varlen(query, key, value, packing, scaling, window)
-    return attend_padded(query, key, value, packing, dropout, scaling, window, softcap)
+        return attend_varlen(query, key, value, packing, keys, scaling, window)
+    return attend_padded(query, key, value, packing, keys, dropout, scaling, window, softcap)
 
 
 def can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
@@ -120,8 +137,9 @@ def can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
 
 
 def attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, keys: Packing, scaling: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
     """As `attend_packed`; window: how far a token sees to each side, without itself."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -129,20 +147,23 @@ def attend_varlen(
     if not grouped:
         key, value = _repeated(query, key, value)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N_tokens, heads, head_dim)
-    ends, longest, left = packing.cu_seqlens, packing.longest, -1 if window is None else window  # -1: without end
-    sides = (left, 0 if packing.causal else left)
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=sides, **grouped)
+    left = -1 if window is None else window  # -1: without end
+    options = {"scale": scaling, "window_size": (left, 0 if packing.causal else left), **grouped}
+    sizes = packing.cu_seqlens, keys.cu_seqlens, packing.longest, keys.longest
+    out = varlen_attn(query, key, value, *sizes, **options)
     return out.unsqueeze(0)
 
 
 def attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None, softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, keys: Packing, dropout: float,
+    scaling: float | None, window: int | None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """As `attend_packed`; window: how far a token sees to each side, without itself."""
     # (batch, heads, tokens, head_dim) each
-    query, key, value = (pad_input(x.transpose(1, 2), packing).transpose(1, 2) for x in (query, key, value))
-    seen = packing.mask[:, None, None, :]  # (batch, 1, 1, tokens)
+    query, key, value = (
+        pad_input(x.transpose(1, 2), own).transpose(1, 2) for x, own in ((query, packing), (key, keys), (value, keys))
+    )
+    seen = keys.mask[:, None, None, :]  # (batch, 1, 1, tokens)
     if packing.causal or window is not None:
         position = torch.arange(packing.mask.shape[1], device=query.device)
         back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
@@ -176,3 +197,55 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     """key and value with as many heads as query, dimension 1."""
     times = query.shape[1] // key.shape[1]
     return (key, value) if times == 1 else (key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
+
+
+def padded(output: Any, packing: Packing) -> Any:
+    """The output with every (1, N_tokens, hidden) in it put back."""
+    shape, back = packing.mask.shape, partial(pad_input, packing=packing)
+    return tree_map_only(lambda x: isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] != shape, back, output)
+
+
+def forward_both(base: nn.Module, kwargs: dict) -> Any:
+    """The forward of an encoder with a decoder, its sources packed and its targets; without both it runs as it came.
+
+    A target's padding is what its mask hides; without a mask, what padding ids it ends with.
+    """
+    names = {"": ("input_ids", "inputs_embeds"), "decoder_": ("decoder_input_ids", "decoder_inputs_embeds")}
+    given = {side: [kwargs[name] for name in own if kwargs.get(name) is not None] for side, own in names.items()}
+    masks = {side: kwargs.get(f"{side}attention_mask") for side in names}
+    cached = kwargs.get("use_cache") or any(kwargs.get(n) is not None for n in ("encoder_outputs", "past_key_values"))
+    if cached or any(len(own) != 1 for own in given.values()) or any(
+        mask is not None and getattr(mask, "shape", None) != given[side][0].shape[:2] for side, mask in masks.items()
+    ):  # fmt: skip
+        return type(base).forward(base, **kwargs)
+    found, places = [], {}
+    for side, (ids,) in given.items():
+        mask = masks[side]
+        if mask is None:
+            mask = torch.ones(ids.shape[:2], device=ids.device, dtype=torch.bool)
+            if side and ids.ndim == 2:
+                mask = (ids != base.config.pad_token_id).flip(1).cummax(1).values.flip(1)
+        packing = Packing.of(mask.to(ids.device, torch.bool), host_of(masks[side]), bool(side))
+        place = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[:2])
+        table = (base.decoder if side else base.encoder).embed_positions
+        places[table] = partial(_placed, places=pack(place, packing, packing.spare)[0])
+        kwargs |= {name: pack(ids, packing, packing.spare) for name in names[side] if kwargs.get(name) is not None}
+        kwargs[f"{side}attention_mask"] = packing.mask[:1, None, None, :0]  # handed on as it is: see `unpadding`
+        found.append(packing)
+    packings = Packings(*found)
+    with anatomy.forwards(places):
+        output = type(base).forward(base, **kwargs | {"packing": packings, "use_cache": False, "return_dict": True})
+    for name in output:
+        output[name] = padded(output[name], packings.source if name.startswith("encoder_") else packings.target)
+    return output if kwargs.get("return_dict") is not False else output.to_tuple()
+
+
+def _placed(table: nn.Module, *args: Any, places: Tensor, **kwargs: Any) -> Tensor:
+    """What a table of positions gives for those of packed tokens."""
+    return type(table).forward(table, None, position_ids=places)
+
+
+def host_of(mask: Tensor | None) -> Tensor | None:
+    """The same mask on the CPU, where it was sent from and not changed since: see core.batches.to_device."""
+    as_sent = mask is not None and (mask.is_inference() or mask._version == 0)
+    return getattr(mask, "host", None) if as_sent else None

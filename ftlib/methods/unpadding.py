@@ -4,25 +4,24 @@
 an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
 In a decoder a token sees its own example up to itself, and positions start at 0 in every example.  Asked for a cache
-(`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.
+(`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.  Of an encoder with a decoder
+both sides are packed, and a token of the target sees the source of its own example.
 
 To copy: this file, methods/packing.py, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
 
 import inspect
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..core import anatomy
-from .packing import Packing, attend_packed, capped_attention, pack, pad_input
+from .packing import Packing, Packings, attend_packed, capped_attention, forward_both, host_of, pack, pad_input, padded
 from .packing import unpad_input as unpad_input
 
 PREFIX = "unpadded_by_"
@@ -41,8 +40,12 @@ _DECODER = (
     "gpt_neox", "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3",
     "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
-_KNOWN = (*_ENCODER, *_ROTARY, *_DECODER)
-_WHY_NOT = {
+# Encoders with a decoder whose layers do so; both sides have a table of positions.
+_BOTH = ("bart", "marian", "mbart", "pegasus", "plbart")
+_KNOWN = (*_ENCODER, *_ROTARY, *_DECODER, *_BOTH)
+_WHY_NOT = dict.fromkeys(
+    ("longt5", "mt5", "switch_transformers", "t5", "umt5"), "it adds biases of relative positions to the scores"
+) | {
     "bloom": "ALiBi biases the scores by position",
     "gemma3": "images see each other both ways; load the text model alone, of type gemma3_text",
     "mpt": "ALiBi biases the scores by position",
@@ -53,12 +56,14 @@ _WHY_NOT = {
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-    packing: Packing | None = None, softcap: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    packing: Packing | Packings | None = None, softcap: float | None = None, is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query is (1, heads, N_tokens, head_dim), or (batch, heads, tokens, head_dim) where the model runs as it came."""
     mask, packing = attention_mask, attention_mask if isinstance(attention_mask, Packing) else packing
     if packing is not None:
-        return attend_packed(query, key, value, packing, dropout, scaling, sliding_window, softcap), None
+        packing, keys = packing.of(module) if isinstance(packing, Packings) else (packing, None)
+        return attend_packed(query, key, value, packing, dropout, scaling, sliding_window, softcap, keys), None
     if softcap is not None:
         out = capped_attention(query, key, value, mask, dropout, scaling, softcap)
         return out.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, head_dim)
@@ -105,20 +110,26 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(base).forward(base, *args, **kwargs)
     if args:
         kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
+    _refuse_attentions(base, kwargs)
+    if base.config.model_type in _BOTH:
+        return forward_both(base, kwargs)
     output = type(base).forward(base, **_checked(base, kwargs))
     packing = vars(_encoder_of(base)).pop("_packing", None)
     if packing is None:
         return output
-    shape, back = packing.mask.shape, partial(pad_input, packing=packing)  # every (1, N_tokens, hidden) in it
-    return tree_map_only(lambda x: isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] != shape, back, output)
+    return padded(output, packing)
 
 
-def _checked(base: nn.Module, kwargs: dict) -> dict:
-    """The inputs of the base model; packed for a decoder and if it has rotary positions."""
+def _refuse_attentions(base: nn.Module, kwargs: dict) -> None:
     kind, asked = base.config.model_type, kwargs.get("output_attentions")
     if asked or (asked is None and base.config.output_attentions):
         remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
         raise ValueError(f"output_attentions=True: an unpadded {kind} keeps no attention weights; {remedy}")
+
+
+def _checked(base: nn.Module, kwargs: dict) -> dict:
+    """The inputs of the base model; packed for a decoder and if it has rotary positions."""
+    kind = base.config.model_type
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if inputs is None:
         return kwargs  # the model itself says what is wrong
@@ -130,8 +141,7 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         needed = f"an unpadded {kind} needs an attention_mask of shape (batch, tokens) = {tuple(shape)}, got {got}"
         raise ValueError(f"{needed}; for a mask of your own, a cache or prefix tuning call repad(model) first")
-    as_sent = mask is not None and (mask.is_inference() or mask._version == 0)  # not changed since on this device
-    host = getattr(mask, "host", None) if as_sent else None  # see core.batches.to_device
+    host = host_of(mask)
     if kind in _ENCODER:
         _encoder_of(base)._host = host
         return kwargs
@@ -219,7 +229,7 @@ def _hooked(base: nn.Module) -> list[nn.Module]:
 
 
 def unpad(model: nn.Module) -> nn.Module:
-    """Make a Transformers encoder or decoder skip padding, in place; returns the model.
+    """Make a Transformers encoder, decoder, or both skip padding, in place; returns the model.
 
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
     positions the hidden states are zero; a stock question-answering head reads them, so its loss differs, and so does
@@ -227,7 +237,8 @@ def unpad(model: nn.Module) -> nn.Module:
     otherwise (a stock model counts padding on the left).  With a cache, a mask that isn't (batch, tokens), or packed
     examples told apart by `position_ids`, a decoder runs as it came: exact, and padded.
 
-    Raises ValueError naming the model type for what can't be unpadded: cross-attention, relative position biases.
+    Raises ValueError naming the model type for what can't be unpadded: a decoder alone that has cross-attention,
+    relative position biases.
     The unpadded model raises it for `output_attentions`, and an encoder for an attention_mask that isn't
     (batch, tokens).
     """

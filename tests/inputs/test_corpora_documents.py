@@ -118,7 +118,8 @@ def test_no_hub_data_set_is_named_for_them(name):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [(name, what) for name in ("bc5cdr", "squad-v2") for what in ("cut", "flipped", "text", "entities", "empty")]
+    [(name, what) for name in ("bc5cdr", "squad-v2", "pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr")
+     for what in ("cut", "flipped", "text", "entities", "empty")]
     + [("oanc-pos", "text"), ("oanc-pos", "empty")],  # plain lines: half of them are as good
 )
 def test_files_changed_in_the_cache_are_named_with_the_remedy(name, what, tmp_path, monkeypatch):
@@ -133,7 +134,7 @@ def test_files_changed_in_the_cache_are_named_with_the_remedy(name, what, tmp_pa
     monkeypatch.setattr(assets, "path", lambda name: tmp_path / name)
     with pytest.raises(ValueError, match=f"does not read as '{name}' .*python -m ftlib data fetch {name}") as error:
         corpora.load_corpus(name)
-    assert ("entities" in str(error.value)) == (name == "bc5cdr" and what == "entities")
+    assert ("entities" in str(error.value)) == (name in ("bc5cdr", "pubmed-titles") and what == "entities")
 
 
 # ---- bc5cdr ----
