@@ -59,8 +59,10 @@ notebooks: install  ## run the series (ONLY=03: that one, ONLY="03 03b": these),
 core: ONLY := 01 02 03 03b 04 05 05b
 core: notebooks  ## run its first part, 01 to 05b
 
+# JupyterLab writes the version of Python into a notebook that it opens; the hook keeps it as it is stored.
 lab: data  ## JupyterLab on the notebooks
-	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  --ContentsManager.pre_save_hook=$(subst /,.,$(NB)).cells.before_saving
 
 # What the book is built with stands in a file of its own, so that only who builds it installs it.
 book: $(VENV)/.book  ## one static site of the series in build/book, from the notebooks as they are stored
@@ -116,7 +118,7 @@ gpu-day: data  ## everything that needs a GPU, in nine minutes, then the tables;
 	$(AWAKE) tests/benchmarks/gpu_day.py || echo "a part did not come to its end, see tests/benchmarks/results/gpu-day-log.json"
 	$(PY) tests/benchmarks/report.py
 
-url: install  ## URL=https://github.com/NAME/ftlib into every badge and set-up cell; no URL: repeat the present one
+url: install  ## titles, contents, set-up cells anew; URL=https://github.com/NAME/ftlib into them and README too
 	$(PY) $(NB)/url.py $(URL)
 
 clean:  ## remove .venv and build; downloads stay

@@ -112,12 +112,15 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
     record = ftlib.task.TASKS[run["task"]]
     classes = record.labelled and not record.windows
     asked = [key for key in ("text", "text_pair") if key in run or (key == "text" and classes)]
+    asked += ["label"] if "label" in run and "label" in record.reads else []
     columns = {key: column_of(run, key, data) for key in asked} | ({"label": "label"} if classes else {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*labels that are text are numbered")  # said below
         usual = ftlib.answers.LENGTH if record.windows else ftlib.runfile.LENGTH
         limit = run.get("max_length") or ftlib.rows.token_limit(usual, tokenizer, settings)
-        options = dict(max_length=limit, task=run["task"], stride=run.get("stride"))
+        limit = run.get("max_length") if record.encoder_decoder else limit  # which cuts only where it is asked to
+        options = dict(max_length=limit, task=run["task"])
+        options |= {key: run.get(key) for key in ("stride", "max_target_length", "prefix")}
         tokens = ftlib.tokenize(parts, tokenizer, **columns, **options)
     feature, label = tokens["train"].features["labels"], column_of(run, "label", data) if classes else ""
     names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)

@@ -4,17 +4,20 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import ftlib
 from ftlib.engine.runfile import read_run
 from ftlib.engine.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "ftlib/README.md", "tests/benchmarks/README.md")
+NAMES = ("README.md", "notebooks/README.md", "ftlib/README.md", "tests/benchmarks/README.md")
 PAGES = {name: (ROOT / name).read_text("utf8") for name in NAMES}
 GUIDE = PAGES["ftlib/README.md"]
 
@@ -102,6 +105,44 @@ def test_links_lead_somewhere(name):
             assert not anchor or anchor in anchors(there.read_text("utf8")), target
 
 
-def test_every_notebook_is_in_the_table():
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"notebooks/{notebook.name}" in PAGES["README.md"], notebook.name
+def test_every_notebook_is_a_row_of_both_tables_in_order():
+    there = sorted(notebook.name for notebook in (ROOT / "notebooks").glob("*.ipynb"))
+    for name, folder in (("README.md", "notebooks/"), ("notebooks/README.md", "")):
+        assert re.findall(rf"^\|.*\]\({folder}(\w+\.ipynb)\)", PAGES[name], re.MULTILINE) == there, name
+
+
+def test_the_front_page_is_short_and_says_what_it_takes():
+    page = PAGES["README.md"]
+    assert page.count("\n") <= 150
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+    bounds = [text.split(">=") for text in [f"Python{project['requires-python']}", *project["dependencies"][:2]]]
+    assert ", ".join(f"{package} {least}" for package, least in bounds) + " or newer" in page
+    assert ftlib.assets.manifest()["minilm"]["hub"] in page and project["license"] in page
+    for names, megabytes in ((None, "307 MB of texts"), (["minilm", "rotten-tomatoes"], "97 MB for notebook 03")):
+        sizes = {row["package"]: row["megabytes"] for row in ftlib.assets.describe(names)}
+        assert megabytes in page and megabytes.startswith(f"{sum(sizes.values()):.0f} MB")
+
+
+def test_the_front_page_runs_on_a_csv(tiny_model, tiny_tokenizer, tmp_path, monkeypatch, capsys):
+    """With a small model of random weights in the place of MiniLM."""
+    tiny_model("encoder").save_pretrained(tmp_path / "tiny")
+    load_model, made = ftlib.load_model, []
+
+    def load_tiny(name, **options):
+        made.append(load_model(tmp_path / name.replace("minilm", "tiny"), **options))
+        return made[0]
+
+    monkeypatch.setattr(ftlib, "load_tokenizer", lambda name: tiny_tokenizer)
+    monkeypatch.setattr(ftlib, "load_model", load_tiny)
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{'dull' if i % 2 else 'a joy'} {i},{'bad' if i % 2 else 'good'}\n" for i in range(40))
+    Path("reviews.csv").write_text("text,label\n" + rows)
+    [block] = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    space = {}
+    with pytest.warns(UserWarning, match="numbered 0 'bad', 1 'good'"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert (len(space["train"]), len(space["test"]), space["names"]) == (32, 8, ["bad", "good"])
+    said = capsys.readouterr().out
+    assert "'accuracy': " in said and re.search(r"\['(bad|good)'\]", said)
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), made[0].parameters(), strict=True))

@@ -37,7 +37,7 @@ ROWS = [{"source": f"{i}+{i}={'?' * (i % 4)}", "target": f"{2 * i}" + "!" * (i %
 
 
 def tiny(name="bart", seed=0, large=True, **options):
-    """A random model; large: with weights so large that logits are far from each other."""
+    """A random model; large: with weights so large that logits are far from each other (not the computed positions)."""
     kind, own = KINDS[name]
     sizes = dict(vocab_size=WORDS, d_model=16, pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=2)
     with torch.random.fork_rng():
@@ -45,7 +45,10 @@ def tiny(name="bart", seed=0, large=True, **options):
         config = transformers.AutoConfig.for_model(kind, **{**sizes, **own, **options})
         model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters() if large else ():
+            if "own" in name:
+                model.lm_head.weight = torch.nn.Parameter(torch.randn(WORDS, config.d_model) / 4)
+            sines = {p for m in model.modules() if "Sinusoidal" in type(m).__name__ for p in m.parameters()}
+            for parameter in [p for p in model.parameters() if p not in sines] if large else ():
                 parameter.mul_(4) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) / 4)
             if hasattr(model, "final_logits_bias"):
                 model.final_logits_bias.normal_()

@@ -17,6 +17,7 @@ from ..core.anatomy import base_of
 from ..inputs import pretrained
 from ..inputs.files import fingerprint
 from ..methods import adapters
+from ..tasks.task import kind_of
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _HELD = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")  # in names: what an adapter holds
@@ -66,7 +67,8 @@ def put_down(model: nn.Module, state: dict, folder: Path, target: Path) -> tuple
     try:
         if not place or home in (top, top / "encoder") or (home.parent / "adapter_config.json").is_file():
             raise ValueError(f"it was loaded from {place or 'no folder or name'}" + (place and ", an adapter's own"))
-        twin = pretrained.load_model(place, local_files_only=True)
+        kind = kind_of(model) if base is model else None  # T5's head is in its base
+        twin = pretrained.load_model(place, kind, local_files_only=True)
         exact, other = _own(twin), _differing(_settings(model.config), _settings(twin.config))
         eight = [n for n, module in base.named_modules() if isinstance(module, adapters.Int8Linear) and not other]
         plain = {name: twin.get_submodule(name) for name in (_HELD.sub("", f"{name}.")[:-1] for name in eight)}

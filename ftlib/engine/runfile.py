@@ -27,6 +27,8 @@ _KEYS = {  # key: (types, default, meaning)
     "validation": ((str, float), "validation", "split to evaluate on, or the share of train held out for it"),
     "max_length": ((int,), f"{LENGTH}; of windows on contexts 384", "tokens of a row; what is longer is cut"),
     "stride": ((int,), "128, at most a third of max_length", "tokens that windows on a long context share"),
+    "max_target_length": ((int,), "what the tokenizer takes", "tokens of a text that is to be written"),
+    "prefix": ((str,), "", "what stands before every text of which another is made"),
     "limit": ((int,), "all", "train on so many rows, drawn by the seed"),
     "tune": ((str, dict), "full", "a strategy, or a table [tune]: strategy, and its options"),
     "resume": ((str,), "auto", "auto: go on from the newest checkpoint in output; never: refuse to"),

@@ -163,7 +163,7 @@ def _save_adapter(model: nn.Module, folder: Path, target: Path, tuning: Any, wra
             raise ValueError(f"PEFT does not save the head {lost[0]!r}; name it in the configuration's modules_to_save")
     else:
         own = {f"{name}.{part}" for name, adapter in adapters.adapters_of(model).items() for part in adapter.own()}
-        names = {name.removeprefix("encoder.") for name in tuning.names} | own
+        names = {*tuning.names, *(name.removeprefix("encoder.") for name in tuning.names)} | own
         state = tensors_of({PREFIX + n: p for n, p in model.named_parameters() if n in names or p.requires_grad})
         config = through_peft.peft_config(model, head_modules(model))
     prefix = "base_model." if wrapper is not None and wrapper.active_peft_config.is_prompt_learning else PREFIX
@@ -214,7 +214,8 @@ def _put_adapter(model: nn.Module, place: nn.Module, folder: Path, base: Any, no
     with said(f"{folder}: its settings make no adapter for this model; mend them"):
         tune(model, note["strategy"], **note["options"]) if ours else tune(model, through_peft.settings_in(folder))
     if ours:
-        wanted = {n.removeprefix("encoder.") for n in tuning_of(model).names if not n.startswith("heads.")}
+        above = "" if place is model else "encoder."  # of a model of several heads; T5's own encoder is another
+        wanted = {n.removeprefix(above) for n in tuning_of(model).names if not n.startswith("heads.")}
         got = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     else:
         import peft

@@ -212,7 +212,8 @@ def _check_weights(name, model, info: dict, kind, may_differ: bool) -> None:
         remedy = "num_labels of a saved head is what it was saved with; ignore_mismatched_sizes=True starts anew"
         raise ValueError(f"the weights of '{name}' do not fit ({'; '.join(sorted(other)[:3])}): {remedy}")
     prefix = f"{model.base_model_prefix}." if kind else ""
-    fresh = {*info["missing_keys"], *(key[0] for key in different)}
+    computed = {f"{n}.weight" for n, module in model.named_modules() if "Sinusoidal" in type(module).__name__}
+    fresh = {*info["missing_keys"], *(key[0] for key in different)} - computed  # Marian's and Pegasus' sines
     holes = sorted(key for key in fresh if key.startswith(prefix) and not re.search(_POOLER, key))
     if holes:
         lost = f"{len(holes)} weights of the encoder itself ({', '.join(holes[:3])}, …), which would start random"

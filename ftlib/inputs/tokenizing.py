@@ -69,8 +69,12 @@ def tokenize(
         raise ValueError(f"{name}={further[name]!r}: {no_use.get(name, 'only for text to text, of source and target')}")
     try:
         if record and record.rows:
-            named, to_none = {"text": text, "label": label}, label is not None and "label" not in record.reads
-            refuse((text_pair is not None or to_none, f"{task} reads no text_pair= and no label="))
+            named, columns = {"text": text, "label": label}, label is not None and not isinstance(label, str)
+            to_none = text_pair is not None or (label is not None and "label" not in record.reads)
+            refuse(
+                (to_none, f"{task} reads no text_pair= and no label="),
+                (columns, f"label={short(label)}: name one column, of the targets"),
+            )
             for split, part in parts.items():
                 done[split] = _made(part, tokenizer, record, named, max_length, truncation, further)
             return type(data)(done) if isinstance(data, dict) else done[""]

@@ -83,10 +83,12 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
         takes = ", ".join(known) or "no options"
         raise ValueError(f"unknown option {unknown[0]!r}: strategy {strategy!r} takes {takes}")
     base = anatomy.base_of(model)
+    words = getattr(model, "get_output_embeddings", lambda: None)()  # T5 with its head is its own base
+    bare, top = base is model and words is None, anatomy.head_modules(model)
     refuse(
         (adapters.adapters_of(model) or getattr(tuning_of(model), "peft", None) is not None,
          "the model has adapters already; ftlib.merge(model) folds them in, or load the model anew"),
-        ((base is model and strategy != "full") or (strategy == "head-only" and not anatomy.head_modules(model)),
+        ((bare and strategy != "full") or (strategy == "head-only" and not top),
          f"{strategy!r} needs a task head; load the model with task=... and num_labels=..."),
         (not named and hasattr(model, "heads"),
          "PEFT configurations are for models with one head; for several use 'lora' or an adapter"),

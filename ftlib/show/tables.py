@@ -146,12 +146,14 @@ def results_table(rows: Sequence[Mapping[str, Any]], columns: Any = None, *, dig
 
 
 def show_tokens(row: Mapping[str, Any], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-    """A tokenized row of a language model as text, what is trained between marks.
+    """A tokenized row of a language model as text, what is trained between marks, of text to text behind the source.
 
     Look at a row before a training that costs something: a prompt inside the marks is trained to be said, and an end
     token outside them never.  row: `input_ids` and `labels`, -100 where nothing is trained.
     """
-    labels = [-100, *row["labels"], -100]
+    ids, labels = row["input_ids"], [-100, *row["labels"], -100]
+    if len(labels) - 2 != len(ids) or any(one not in (-100, own) for one, own in zip(labels[1:], ids, strict=False)):
+        return f"{tokenizer.decode(ids)} {marks[0]}{tokenizer.decode([one for one in labels if one != -100])}{marks[1]}"
     edges = [i for i, (a, b) in enumerate(pairwise(labels)) if (a == -100) != (b == -100)]
     parts = [tokenizer.decode(row["input_ids"][a:b]) for a, b in pairwise([0, *edges, len(row["labels"])])]
     return "".join(f"{marks[0]}{part}{marks[1]}" if i % 2 else part for i, part in enumerate(parts))

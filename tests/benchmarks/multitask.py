@@ -9,7 +9,6 @@ tasks until the best is inside; then five seeds, tested on the corpora's own tes
   passes over its rows with a partner as alone; and two controls, alone for as many updates as a pair: on half batches
   (what a task gets in a pair) and on whole ones (as many rows as the pair).
 - balancing: 300 rows of each of the three together, tasks drawn alike, every method, at the rate of fixed weights.
-- unlike: three tasks of different sizes, alone, and together for the updates of all three, at two temperatures.
 Similarity is standardized: its labels have mean 0 and standard deviation 1 in the training split.  All is computed in
 bf16, with float32 weights.
 Without a pack of its own (part 5 of the GPU day, gpu_day.py) the corpora come from data/cache.
@@ -39,14 +38,13 @@ METHODS: dict[str, dict[str, Any]] = {  # of TrainConfig
 }
 CORPORA = {"sentiment": "rotten-tomatoes", "similarity": "stsb", "intents": "banking77"}
 SCORE = {"similarity": "pearson", "slots": "f1"}  # accuracy for the others
-PARTS = ("atis", "transfer", "balancing", "unlike")
+PARTS = ("atis", "transfer", "balancing")
 ATIS = ("intent", "slots")
-ROWS, UNLIKE = 600, {"sentiment": 300, "similarity": 150, "intents": 600}  # training rows; to balance half, of atis all
+ROWS = 600  # training rows of a task; to balance half, of atis all
 STEPS, ATIS_STEPS = 150, 1200  # updates: of a task alone, of every model on atis
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TEST: int | None = None  # rows of the other splits; None: all
-TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "UNLIKE": {"sentiment": 8, "similarity": 4, "intents": 16}, "STEPS": 2,
-       "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
+TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "STEPS": 2, "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
 
 
 class Way(NamedTuple):
@@ -66,12 +64,6 @@ def ways(part: str) -> dict[str, Way]:
         even, rows = {"task_sampler": "uniform"}, dict.fromkeys(CORPORA, ROWS // 2)
         rate_of = lambda method: None if method == "fixed" else "fixed"  # noqa: E731
         return {name: Way(rows, STEPS, how | even, rate_of(name)) for name, how in METHODS.items()}
-    if part == "unlike":
-        steps = {task: max(1, STEPS * size // ROWS) for task, size in UNLIKE.items()}
-        found = {task: Way({task: size}, steps[task]) for task, size in UNLIKE.items()}
-        return found | {
-            f"together, T = {t:g}": Way(UNLIKE, sum(steps.values()), {"temperature": t}) for t in (1.0, 5.0)
-        }
     found = {}
     for task in CORPORA:
         found[task] = Way({task: ROWS}, STEPS)

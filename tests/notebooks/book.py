@@ -21,7 +21,7 @@ import cells
 
 BUILD = cells.ROOT / "build"
 FRONT = "README"
-READMES = ("ftlib/README", "tests/benchmarks/README", "data/README")
+READMES = ("notebooks/README", "ftlib/README", "tests/benchmarks/README", "data/README")
 REMOTE_IMAGE = re.compile(r"\[?!\[[^\]]*\]\(https?://[^)]*\)(?:\]\([^)]*\))?")
 SETTINGS = {
     "project": "ftlib",
@@ -48,7 +48,7 @@ def contents() -> dict[str, list[str]]:
     pages = [path.relative_to(cells.ROOT).with_suffix("").as_posix() for path in cells.find_notebooks()]
     solutions = [page for page in pages if "/solutions/" in page]
     series = [page for page in pages if page not in solutions]
-    return {"The series": series, "Solutions": solutions, "Package, measurements, data": list(READMES)}
+    return {"The series": series, "Solutions": solutions, "Guides, measurements, data": list(READMES)}
 
 
 def anchor(fragment: str) -> str:

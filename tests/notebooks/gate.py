@@ -84,6 +84,8 @@ def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
             yield "a widget output", refresh
         elif cells.is_progress_bar(text):
             yield "a progress bar in the output", refresh
+        if re.match(r'<img\b(?![^>]*\bsrc="data:image/png;base64,)', "".join(data.get("text/html", ""))):
+            yield "an <img> that is no PNG inside the notebook", "show figures with ftlib.show_figure"
         if figures := {mime for mime in data if mime.startswith(("image/", "application/pdf"))} - {
             "image/png"
         }:
@@ -106,12 +108,21 @@ def check_outputs(cell: dict) -> Iterator[tuple[str, str]]:
         yield from check_compared(outputs)
 
 
+def alt_text(output: dict) -> str | None:
+    """What a figure says to those who can't see it, "" where it says nothing; None for an output that is no figure."""
+    data = output.get("data", {})
+    if (html := "".join(data.get("text/html", ""))).startswith("<img"):  # as ftlib.show_figure shows one
+        found = re.match(r'<img alt="([^"]*)"', html)
+        return found[1].strip() if found else ""
+    return output.get("metadata", {}).get("image/png", {}).get("alt", "").strip() if "image/png" in data else None
+
+
 def check_compared(outputs: list[dict]) -> Iterator[tuple[str, str]]:
     """An output that CI compares letter by letter."""
     text = "\n".join(cells.output_text(output) for output in outputs)
     if not text.strip():
         yield "a compared cell without output", "print what is to be compared, or drop nbval-check-output"
-    if any("image/png" in output.get("data", {}) for output in outputs):
+    if any(alt_text(output) is not None for output in outputs):
         yield "a figure in a compared output", "compare text in a cell of its own"
     if found := re.search(r"0x[0-9a-fA-F]{4,}", text):
         yield f"a memory address ({found.group()}) in a compared output", "print a name or a shape instead"
@@ -135,8 +146,16 @@ def check_title(notebook: dict, path: Path, relative: str, url: str, is_solution
     if first["cell_type"] != "markdown" or not re.match(rf"# {number} \S", text):
         yield 1, "no title", f"start the first markdown cell with `# {number} Title`"
         return
-    if cells.badge(url, relative) not in text:
-        yield 1, "the Colab badge is missing or has another address than pyproject.toml", "run `make url`"
+    badges = [line for line in text.splitlines() if line.startswith(cells.BADGE_START)]
+    if badges != [cells.badge(url, relative)] * bool(url):
+        what = "is missing or has another address than pyproject.toml" if url else "leads nowhere, no address is set"
+        yield 1, f"the Colab badge {what}", "run `make url`"
+    written = [part for part in text.split("\n\n") if part not in cells.without_contents(text).split("\n\n")]
+    if "\n\n".join(written) != cells.contents(notebook):
+        yield 1, "the contents differ from the headings, or their time from the length", "run `make url`"
+    for heading in cells.headings(notebook):
+        if not heading.isascii() or set(heading) & set("$[]%"):
+            yield None, f"the heading `{heading}`, to which no link leads in JupyterLab", "write it in plain letters"
     if is_solution:
         if not text.splitlines()[0].endswith(": solutions"):
             yield 1, "the title does not end in `: solutions`", f"write `# {number} Title: solutions`"
@@ -205,12 +224,20 @@ def check_sections(notebook: dict, measured: bool) -> Iterator[Finding]:
 
 
 def check_figures(notebook: dict) -> Iterator[Finding]:
-    """A markdown cell that starts with `*Figure` beside each cell that shows a figure."""
-    kinds = []
-    for cell in notebook["cells"]:
-        shows = any("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
+    """A markdown cell that starts with `*Figure` beside each cell that shows a figure, and alt texts.
+
+    Where a notebook uses ftlib.show_figure, every one of its figures needs an alt text.
+    """
+    kinds, bare, moved = [], [], False
+    for number, cell in enumerate(notebook["cells"], 1):
+        figures = [output for output in cell.get("outputs", ()) if alt_text(output) is not None]
         caption = cell["cell_type"] == "markdown" and cells.source(cell).lstrip().startswith("*Figure")
-        kinds.append("figure" if shows else "caption" if caption else "")
+        kinds.append("figure" if figures else "caption" if caption else "")
+        bare += [number] * any(not alt_text(figure) for figure in figures)
+        moved |= cell["cell_type"] == "code" and "show_figure" in cells.source(cell)
+        moved |= any("text/html" in figure["data"] for figure in figures)
+    for number in bare if moved else ():
+        yield number, "a figure without an alt text", "say what it shows: ftlib.show_figure(figure, 'what it shows')"
     for index, kind in enumerate(kinds):
         if kind != "figure":
             continue
@@ -238,7 +265,7 @@ def check_file(path: Path, notebook: dict) -> Iterator[Finding]:
         yield None, f"format 4.{notebook.get('nbformat_minor')}", "run `make refresh`"
     if notebook.get("metadata") != cells.METADATA:
         extra = set(notebook.get("metadata", {})) - set(cells.METADATA) or {"kernelspec or language_info"}
-        yield None, f"metadata of one machine or editor ({', '.join(sorted(extra))})", "run `make refresh`"
+        yield None, f"metadata of one machine or editor ({', '.join(sorted(extra))})", "run `make url`"
     ids = [cell.get("id") for cell in notebook["cells"]]
     if None in ids or len(set(ids)) != len(ids):
         yield None, "a cell without an id of its own", "run `make refresh`"
@@ -263,14 +290,14 @@ def check_cells(notebook: dict, source: Source) -> Iterator[Finding]:
         for what, remedy in check_text(text):
             yield number, what, remedy
         if extra := set(cell.get("metadata", {})) - {"tags"}:
-            yield number, f"cell metadata {', '.join(sorted(extra))}", "run `make refresh`"
+            yield number, f"cell metadata {', '.join(sorted(extra))}", "run `make url`"
         if unknown := tagged - KNOWN_TAGS:
             yield (
                 number,
                 f"unknown tag {', '.join(sorted(unknown))}",
                 f"use one of {', '.join(sorted(KNOWN_TAGS))}",
             )
-        if (lines := text.count("\n") + 1) > MAX_LINES:
+        if (lines := (cells.without_contents(text) if number == 1 else text).count("\n") + 1) > MAX_LINES:
             yield number, f"{lines} lines", f"split the cell: {MAX_LINES} lines at most"
         if cell["cell_type"] != "code":
             continue

@@ -259,13 +259,12 @@ def indent(text: str) -> str:
 
 def clean(notebook: dict) -> dict:
     """A notebook without what differs from machine to machine or from run to run: editor metadata, widgets,
-    stderr, progress bars, the folders in tracebacks. Cell ids come from the cells' content."""
-    notebook = dict(notebook, metadata=cells.METADATA, nbformat=4, nbformat_minor=5)
+    stderr, progress bars, the folders in tracebacks. The list of parts is renewed; cell ids come from the content."""
+    notebook = cells.without_editor(notebook)
     for cell in notebook["cells"]:
-        kept = cell.get("metadata", {}).get("tags")
-        cell["metadata"] = {"tags": kept} if kept else {}
         if cell["cell_type"] == "code":
             cell["outputs"] = [tidy(output) for output in merge_streams(cell["outputs"]) if keeps(output)]
+    cells.add_contents(notebook)
     cells.name_cells(notebook)
     return notebook
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import textwrap
 
 import cells
@@ -15,6 +16,12 @@ FIGURE = {
     "metadata": {},
     "data": {"image/png": "iVBOR", "text/plain": "<Figure>"},
 }
+
+
+def html_figure(alt):
+    """A figure as ftlib.show_figure shows it."""
+    html = f'<img alt="{alt}" width="9" src="data:image/png;base64,iVBOR">'
+    return {"output_type": "display_data", "metadata": {}, "data": {"text/html": html, "text/plain": alt}}
 
 
 def markdown(text):
@@ -122,6 +129,7 @@ def numbered(*some_cells):
             count += 1
             cell["execution_count"] = count
     notebook = {"cells": list(some_cells), "metadata": cells.METADATA, "nbformat": 4, "nbformat_minor": 5}
+    cells.add_contents(notebook)
     cells.name_cells(notebook)
     return copy.deepcopy(notebook)
 
@@ -189,6 +197,25 @@ def test_a_table_of_a_gpu_passes(place, project, capsys):
     assert findings(project, capsys) == []
 
 
+def test_a_figure_of_show_figure_passes(project, capsys):
+    notebook = lesson()
+    shown(3, html_figure("A line that falls, &quot;slowly&quot;."))(notebook)
+    save(project, notebook, solutions())
+    assert findings(project, capsys) == []
+
+
+def test_a_bare_png_passes_until_the_notebook_has_moved_to_show_figure(project, capsys):
+    """The lesson's own PNG has no alt text, and passes; beside a figure of show_figure it does not."""
+    notebook, bare = lesson(), "notebooks/01_counting.ipynb: cell 4: a figure without an alt text: say what it shows"
+    notebook["cells"][3]["outputs"] = [FIGURE, html_figure("A line.")]
+    save(project, notebook, solutions())
+    assert [line[: len(bare)] for line in findings(project, capsys)] == [bare]
+    with_alt = {**FIGURE, "metadata": {"image/png": {"alt": "A line."}}}
+    notebook["cells"][3]["outputs"] = [with_alt, html_figure("A line.")]
+    save(project, notebook, solutions())
+    assert findings(project, capsys) == []
+
+
 def test_results_of_a_gpu_belie_that_there_are_none(project, capsys):
     (project / "tests/benchmarks/results").mkdir(parents=True)
     (project / "tests/benchmarks/results/speed-cpu.json").write_text("{}")
@@ -234,6 +261,13 @@ LESSON = {
     "time": (text(0, "2 min 3 s and", "soon and"), "cell 1: no line `**Time and memory:** …`"),
     "memory": (text(0, "1.2 GB", "little"), "cell 1: no line `**Time and memory:** …`"),
     "badge": (text(0, "OWNER", "SOMEONE"), "cell 1: the Colab badge"),
+    "contents": (text(0, "- [Recap](#Recap)", "- [Recap](#recap)"), "cell 1: the contents differ"),
+    "no contents": (lambda n: text(0, cells.contents(n), "")(n), "cell 1: the contents differ"),
+    "contents by hand": (text(0, "Count to", "**Contents:** one · two\n\nCount to"), "cell 1: the contents differ"),
+    "new heading": (text(9, "## Exercises", "## Exercises\n\n## More"), "cell 1: the contents differ"),
+    "reading time": (text(0, "about 5 minutes", "about 10 minutes"), "cell 1: the contents differ"),
+    "heading without a link": (text(5, "dividing", "÷"), "the heading `What goes wrong: ÷`, to which no link leads"),
+    "long title": (text(0, "Count to three.", "Count to three." + "\n" * 26), "cell 1: 3"),
     "no set-up": (tag(1), "set-up cells at []"),
     "late set-up": (lambda n: (tag(1)(n), tag(2, "setup")(n)), "set-up cells at [3]"),
     "set-up text": (text(1, "seed=0", "seed=1"), "cell 2: the set-up cell differs"),
@@ -290,6 +324,22 @@ LESSON = {
     "compared time": (shown(2, stream("took 2.1 s")), "cell 3: a time (1 s)"),
     "compared warning": (shown(2, stream("UserWarning: hm")), "cell 3: a warning (UserWarning)"),
     "caption": (put(4, source="A line."), "cell 4: a figure without a caption"),
+    "caption of an html figure": (
+        lambda n: (shown(3, html_figure("A line."))(n), put(4, source="A line.")(n)),
+        "cell 4: a figure without a caption",
+    ),
+    "empty alt text": (shown(3, html_figure("")), "cell 4: a figure without an alt text"),
+    "blank alt text": (shown(3, html_figure(" ")), "cell 4: a figure without an alt text"),
+    "no alt text": (
+        shown(3, {**FIGURE, "data": {"text/html": html_figure("")["data"]["text/html"].replace('alt="" ', "")}}),
+        "cell 4: a figure without an alt text",
+    ),
+    "bare PNG by show_figure": (put(3, source="ftlib.show_figure"), "cell 4: a figure without an alt text"),
+    "remote image": (
+        shown(3, {**FIGURE, "data": {"text/html": '<img alt="A line." src="https://x.org/a.png">', "text/plain": ""}}),
+        "cell 4: an <img> that is no PNG inside the notebook",
+    ),
+    "compared html figure": (shown(2, html_figure("A line.")), "cell 3: a figure in a compared output"),
     "section": (text(5, "What goes wrong", "Trouble"), "0 cells that start with `## What goes wrong`"),
     "section twice": (text(9, "## Exercises", "## Recap"), "2 cells that start with `## Recap`"),
     "section order": (
@@ -482,11 +532,87 @@ def test_present_address_mends_a_badge_and_changes_a_good_notebook_not_at_all(pr
     assert (project / "notebooks/01_counting.ipynb").read_bytes() == good
 
 
+def test_without_an_address_nothing_shows_one_and_the_first_one_reaches_all(project, capsys):
+    markers = "<!-- address: make url -->\n", "<!-- end of address -->\nmore\n"
+    (project / "pyproject.toml").write_text("[project.urls]\n# the one place\n\n[tool.x]\n")
+    (project / "README.md").write_text("".join(markers))
+    assert len(findings(project, capsys)) == 4  # two badges that lead nowhere, two set-up cells
+    assert url.main([], project) == 0
+    assert "no address yet: 2 files changed" in capsys.readouterr().out
+    assert findings(project, capsys) == []
+    assert "github.com" not in (project / "notebooks/01_counting.ipynb").read_text()
+    assert (project / "README.md").read_text() == "".join(markers)
+    text(0, "Count to three.", f"Count.\n\n{cells.badge(URL, 'notebooks/01_counting.ipynb')}")(notebook := lesson())
+    save(project, notebook, solutions())
+    assert "cell 1: the Colab badge leads nowhere, no address is set: run `make url`" in findings(project, capsys)[0]
+
+    new = "https://github.com/me/lessons"
+    assert url.main([new], project) == 0
+    assert (project / "pyproject.toml").read_text() == (
+        f'[project.urls]\n# the one place\nRepository = "{new}"\n\n[tool.x]\n'
+    )
+    capsys.readouterr()
+    assert findings(project, capsys) == []
+    assert cells.badge(new, "notebooks/01_counting.ipynb") in (project / "notebooks/01_counting.ipynb").read_text()
+    front = (project / "README.md").read_text()
+    assert front.startswith(markers[0]) and front.endswith(markers[1])
+    assert f"\ngit clone {new} && cd lessons\n" in front and "colab.research.google.com/github/me/lessons/blob" in front
+    assert url.main([new + "2"], project) == 0
+    assert (project / "README.md").read_text() == front.replace("lessons", "lessons2")
+
+
 @pytest.mark.parametrize("address", ["https://example.org/ftlib", "github.com/a/b", "https://github.com/a"])
 def test_an_address_colab_cannot_open_is_refused(address, project, capsys):
     assert url.main([address], project) == 2
     assert "Colab opens notebooks from https://github.com" in capsys.readouterr().err
     assert cells.project_url(project / "pyproject.toml") == URL
+
+
+def test_contents_have_every_heading_and_the_time_to_read():
+    first = "# 01 T\n\nDo it.\n\n**Contents:** one · two ·\nthree\n\n" + cells.badge(URL, "notebooks/01_t.ipynb")
+    body = f"## A, b: `c`?\n\n{'word ' * 993}\n\n| table | 1 |\n\n$$x y z$$\n\n```bash\n## no heading\n```\n\n## 2. D"
+    lines = "\n\n".join(["x = 1"] * 99)
+    notebook = numbered(markdown(first), code(cells.setup_cell(""), "setup"), markdown(body), code(lines))
+    # words: T, Do, it, A, b, c, D and 993 of the body; 1,000 / 200 + 99 / 20 minutes is 9.95
+    assert cells.source(notebook["cells"][0]) == (
+        "# 01 T\n\nDo it.\n\n**Contents**, about 10 minutes to read:\n\n"
+        "- [A, b: `c`?](#A,-b:-c?)\n- [2. D](#2.-D)\n\n" + cells.badge(URL, "notebooks/01_t.ipynb")
+    )
+    before = copy.deepcopy(notebook)
+    cells.add_contents(notebook)
+    assert notebook == before
+
+
+def vs_code_fragment(text):
+    """What VS Code makes of a heading, and of the fragment of a link (extensions/markdown-language-features)."""
+    return re.sub(r"""[][!/'"#$%&()*+,.:;<=>?@\\^{|}~`]""", "", re.sub(r"\s+", "-", text.strip().lower())).strip("-")
+
+
+@pytest.mark.parametrize("path", cells.find_notebooks(solutions=False), ids=lambda path: path.stem)
+def test_links_of_the_contents_lead_to_their_headings(path):
+    """In nbconvert's HTML by its own function; in VS Code by the rule above; in JupyterLab the text with hyphens."""
+    strings = pytest.importorskip("nbconvert.filters.strings")
+    headings = cells.headings(cells.read(path))
+    assert len(set(map(vs_code_fragment, headings))) == len(headings)
+    for heading in headings:
+        shown, fragment = heading.replace("`", ""), cells.anchor(heading)
+        assert f'id="{fragment}"' in strings.add_anchor(f"<h2>{shown}</h2>")
+        assert vs_code_fragment(shown) == vs_code_fragment(fragment)
+        assert fragment == shown.replace(" ", "-")
+
+
+def test_the_table_of_notebooks_says_their_times(tmp_path):
+    def notebook(name, time):
+        cells.write(tmp_path / name, {"cells": [markdown(f"# T\n\n**Time and memory:** {time}.")], "nbformat": 4})
+
+    notebook("01_a.ipynb", "45 s and 1.2 GB on 2 CPU cores")
+    notebook("02_b.ipynb", "5 min 14 s and 900 MB on 2 busy CPU cores")
+    notebook("03_c.ipynb", "soon")
+    rows = "| [A](01_a.ipynb) | x | {} |\n| [B](02_b.ipynb) | y | {} |\n| [C](03_c.ipynb) | 1 s |\n| [D](04.ipynb) | |"
+    times = "45 s, 1.2 GB", "5 min 14 s (busy machine), 900 MB"
+    assert url.with_times(rows.format("9 s, 9 GB", "?"), tmp_path) == rows.format(*times)
+    page = (cells.NOTEBOOKS / "README.md").read_text("utf8")
+    assert url.with_times(page, cells.NOTEBOOKS) == page, "run `make url`"
 
 
 def test_ids_come_from_content_and_differ():

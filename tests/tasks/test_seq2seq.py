@@ -25,6 +25,14 @@ def test_a_row_is_source_and_target_with_an_end():
     assert seq2seq.pair(row) == (row["input_ids"], row["labels"])
 
 
+def test_a_row_is_shown_as_source_and_target():
+    [row] = made([{"source": "ab", "target": "c"}])
+    assert ftlib.show_tokens(row, TOKENIZER) == "<s>ab</s> ⟦<s>c</s>⟧"
+    alike = {"input_ids": [2, 5, 1], "labels": [2, 6, 1]}  # as long, and another text
+    shown = [TOKENIZER.decode(ids) for ids in alike.values()]
+    assert ftlib.show_tokens(alike, TOKENIZER) == f"{shown[0]} ⟦{shown[1]}⟧"
+
+
 def test_an_end_is_put_where_the_tokenizer_puts_none():
     plain = byte_tokenizer()
     plain.backend_tokenizer.post_processor = None
