@@ -28,7 +28,8 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "core": "anatomy batches device loop sampling",
     "tasks": "answers classification language_modeling metrics overlap relations seq2seq tagging task",
     "show": "comparing diagrams logging measuring plots setup sheet tables",
-    "inputs": "agreement assets corpora documents files pretrained reading rows sdist sentence_folders tokenizing",
+    "inputs": "agreement assets converting corpora documents files pretrained reading rows sdist sentence_folders "
+    "tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",
     "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "

@@ -48,6 +48,8 @@ SNIPPETS = {
     "show/setup.py": "assert setup(3).device.type in ('cpu', 'cuda', 'mps')",
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
     "inputs/assets.py": "assert is_safe('a/b') and not is_safe('../b')",
+    "inputs/converting.py": "(folder / 'x').write_bytes(bytes([58, 10, 42, 8, 16, 1, 66, 1, 119, 34, 1, 0]))\n"
+    "try: read_onnx(folder / 'x')\nexcept ValueError as error: assert 'buffer size' in str(error)",
     "inputs/corpora.py": "assert callable(load_corpus)",
     "inputs/documents.py": "(folder / 'x.txt').write_text('A/DT cat/NN')\n"
     "assert read_oanc(folder / 'x.txt')[0]['tags'] == ['DT', 'NN'] and set(READERS) > {'squad-v2'}",

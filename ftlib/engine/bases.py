@@ -21,7 +21,8 @@ from ..methods import adapters
 PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _HELD = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")  # in names: what an adapter holds
 _FREE = ("_name_or_path", "architectures", "is_encoder_decoder", "dtype", "torch_dtype", "transformers_version",
-         "id2label", "label2id", "num_labels", "problem_type", "vocab_size", "use_cache", "return_dict")  # fmt: skip
+         "id2label", "label2id", "num_labels", "problem_type", "vocab_size", "use_cache", "return_dict",
+         "tie_word_embeddings")  # fmt: skip
 
 
 def _own(base: nn.Module) -> dict[str, torch.Tensor]:

@@ -104,7 +104,8 @@ def _opened(folder: Path, **options: Any) -> tuple[nn.Module, list[str]]:
     kind, options = refuse_sizes(folder), {"use_safetensors": True, "trust_remote_code": False} | options
     with said(f"{folder}: can't read the weights; damaged, or not those of config.json"):
         model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    return model, sorted(str(name) for how in ("missing", "mismatched") for name in info[f"{how}_keys"])
+    wrong = sorted(str(name) for how in ("missing", "mismatched") for name in info[f"{how}_keys"])
+    return pretrained.say_ties(model), wrong
 
 
 def _save_whole(model: nn.Module, folder: Path) -> None:

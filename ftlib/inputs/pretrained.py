@@ -86,6 +86,17 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
         torch.default_generator.manual_seed(seed)  # the CPU's alone: CUDA is not started, nor its state touched
         model, info = auto.from_pretrained(place, **options)
     _check_weights(name, model, info, kind, kwargs.get("ignore_mismatched_sizes", False))
+    return say_ties(model)
+
+
+def say_ties(model):
+    """The model, whose config says if its output layer has weights of its own: T5Config never does.
+
+    `tie_weights`, which resizing the embeddings calls, would else put the embedding in the place of such a layer.
+    """
+    out, words = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
+    if out is not None and words is not None and out.weight is not words.weight:
+        model.config.tie_word_embeddings = False
     return model
 
 
@@ -143,8 +154,8 @@ def _models() -> dict[str, str]:
 
 
 def public_name(place: str) -> str | None:
-    """What the place a model came from is called elsewhere: an asset's hub id, a folder's full path, a hub id."""
-    hubs = {str(assets.cache_dir() / name): hub for name, hub in _models().items()}
+    """What the place a model came from is called elsewhere: an asset's hub id or name, a folder's path, a hub id."""
+    hubs = {str(assets.cache_dir() / name): hub or name for name, hub in _models().items()}
     return hubs.get(place) or (os.path.abspath(place) if os.path.isdir(place) else place) or None
 
 
@@ -172,11 +183,16 @@ def _explain(name, place):
 
 @contextlib.contextmanager
 def quiet():
-    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs."""
+    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs.
+
+    Nor its warning of a layer that is not tied, as T5 1.1's: what it says to do, T5Config undoes; see `say_ties`.
+    """
     from transformers.utils import logging as theirs
 
     def wanted(record: logging.LogRecord) -> bool:
-        return record.funcName != "log_state_dict_report" or "CONVERSION" in record.getMessage()
+        said = record.getMessage()
+        table = record.funcName == "log_state_dict_report" and "CONVERSION" not in said
+        return not table and not (record.funcName == "tie_weights" and "NOT tie" in said)
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(wanted)

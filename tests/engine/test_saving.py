@@ -154,6 +154,28 @@ def test_our_lora_opens_in_peft(base, tmp_path, model_type, options):
     assert_close(logits(auto), logits(model), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_an_output_layer_of_its_own_is_not_tied_by_loading_nor_later(tmp_path, caplog, own):
+    """T5Config says tied whatever the file says, and `resize_token_embeddings` would then tie: the weights decide."""
+    kinds = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if own else {}
+    config = transformers.T5Config(
+        vocab_size=30, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, **kinds
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    if own:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(30, 16))
+    ids = torch.tensor([[5, 6, 1]])
+    save(model, tmp_path / "m")
+    for again in (load(tmp_path / "m"), load(save(load(tmp_path / "m"), tmp_path / "n"))):
+        with torch.no_grad():
+            assert torch.equal(again(ids, labels=ids).logits, model(ids, labels=ids).logits)
+        assert again.config.tie_word_embeddings is not own and again.config.scale_decoder_outputs is not own
+        again.resize_token_embeddings(32)
+        assert (again.lm_head.weight is not again.shared.weight) == own
+        assert again.shared.weight is again.encoder.embed_tokens.weight is again.decoder.embed_tokens.weight
+    assert not [record for record in caplog.records if record.funcName == "tie_weights"]
+
+
 def test_a_tagger_and_the_labels_names(base, tmp_path):
     from ftlib.inputs.pretrained import load_model
 

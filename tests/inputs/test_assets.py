@@ -623,8 +623,10 @@ def mistakes(entries: dict):
         files = entry.get("files") or {"": {}}
         sizes_of = {"wheel_size": entry.get("wheel_size")}
         sizes_of |= {f"files.{file}": files[file].get("size") for file in files}
-        if "made_size" in entry or any(file.endswith(".gguf") for file in files):  # others are made of the one file
-            sizes_of["made_size"] = entry.get("made_size") if [Path(f).suffix for f in files] == [".gguf"] else None
+        kinds = [Path(file).suffix for file in files]
+        if "made_size" in entry or {".gguf", ".onnx"} & {*kinds}:  # others are made of these files alone
+            whole = kinds == [".gguf"] or sorted(kinds) == [".json", ".onnx", ".onnx"]
+            sizes_of["made_size"] = entry.get("made_size") if whole else None
         for key, size in sizes_of.items():
             if type(size) is not int or size < 0:
                 yield name, key
@@ -658,6 +660,7 @@ def test_the_committed_manifest_is_well_formed():
         ({"made_size": 7}, "made_size"),
         ({"files": {"a.gguf": {"size": 1, "sha256": "0" * 64}}}, "made_size"),
         ({"files": {f"{n}.gguf": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
+        ({"files": {f"{n}.onnx": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
     ],
 )
 def test_the_check_of_the_manifest_names_asset_and_key(shop, change, key):
@@ -878,7 +881,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
-    names += " bc5cdr oanc-pos squad-v2"
+    names += " bc5cdr oanc-pos squad-v2 flan-t5-titles"
     assert set(names.split()) <= entries.keys()
     rows = assets.describe()
     assert [row["name"] for row in rows] == list(entries)

@@ -1,0 +1,176 @@
+"""Weights in other programs' files, written anew as the folder that Transformers opens: llama.cpp's GGUF, 8-bit ONNX.
+
+To copy: this file alone, torch and transformers (for a GGUF file also gguf).
+
+An ONNX file is a protocol buffer.  The little of it that weights need is read here, and nothing in it is run.
+Sources: protobuf.dev/programming-guides/encoding; onnx.proto and the operator DequantizeLinear of ONNX 1.17.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def from_gguf(folder: Path, gguf: str) -> None:
+    """Write the language model in a GGUF file of llama.cpp as Transformers' files in its place.
+
+    The weights are the float32 numbers that the 4-bit ones stand for: loaded again they are those, bit for bit.
+    """
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with redirect_stderr(io.StringIO()):  # three bars
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        # llama.cpp's way to split a text called smollm: GPT-2's, as Transformers has it, after digits were set apart
+        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        # <|endoftext|>: as padding, the end of a turn, which it is in the file, would get no gradient as an input
+        tokenizer.pad_token, model.config.pad_token_id = tokenizer.unk_token, tokenizer.unk_token_id
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.generation_config = GenerationConfig(**ends, pad_token_id=tokenizer.pad_token_id)
+        model.hf_quantizer = None  # it and its config refuse to be saved, but the weights are float32 by now
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / gguf).unlink()
+
+
+def from_onnx(folder: Path, *files: str) -> None:
+    """Write the T5 in a folder's ONNX files, encoder and decoder, as Transformers' files in their place.
+
+    tokenizer.json lies beside them.  The sizes are those of the weights; what these do not tell (gated GELU, distances
+    up to 128) is as in T5 1.1.  The output layer has weights of its own, the embeddings of both sides are one.
+    """
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    weights = {}
+    for file in files:
+        weights |= {re.sub(r"^enc\.", "encoder.", n).removeprefix("m."): w for n, w in read_onnx(folder / file).items()}
+    words, first = weights["shared.weight"], "encoder.block.0.layer."
+    if not np.array_equal(words, weights.setdefault("encoder.embed_tokens.weight", words)):
+        raise ValueError(f"{' and '.join(files)} have two sets of embeddings")
+    weights["decoder.embed_tokens.weight"] = words
+    buckets, heads = weights[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
+    layers = [sum(bool(re.fullmatch(rf"{s}\.block\.\d+\.layer\.0\.SelfAttention\.q.*", n)) for n in weights)
+              for s in ("encoder", "decoder")]  # fmt: skip
+    config = T5Config(
+        vocab_size=len(words), d_model=words.shape[1], num_layers=layers[0], num_decoder_layers=layers[1],
+        num_heads=heads, d_kv=len(weights[f"{first}0.SelfAttention.q.weight"]) // heads, decoder_start_token_id=0,
+        d_ff=len(weights[f"{first}1.DenseReluDense.wi_0.weight"]), relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, assign=True)
+    model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
+    config.tie_word_embeddings = False  # T5Config says True, whatever it is given, which would tie the output layer
+    model.generation_config = GenerationConfig(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words.no_truncation()  # the file says 48
+    words.no_padding()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **special)
+    with redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for file in files:
+        (folder / file).unlink()
+
+
+def read_onnx(path: Path) -> dict[str, np.ndarray]:
+    """The weights in an ONNX file as {name: float32 array}; 8-bit ones are (number - zero point) * scale.
+
+    A matrix of (inputs, outputs) that has only a number for a name, as exporters leave it, gets the name of the layer
+    that multiplies by it, and torch's form, (outputs, inputs).
+    Raises ValueError, naming the file, for one that is damaged or keeps its weights elsewhere.
+    """
+    try:
+        graph = dict(_fields(memoryview(path.read_bytes())))[7]
+        tensors, layers = {}, {}
+        for number, value in _fields(graph):
+            if number == 5:
+                name, tensors[name] = _tensor(value)
+            elif number == 1:
+                step = [(n, str(v, "utf-8")) for n, v in _fields(value) if n in (1, 3, 4)]
+                inputs, (name, kind) = [text for n, text in step if n == 1], [text for n, text in step if n != 1]
+                if kind.startswith("MatMul"):
+                    layers |= dict.fromkeys(inputs, name.lstrip("/").rpartition("/")[0].replace("/", "."))
+        found = {}
+        for name, numbers in tensors.items():
+            plain = re.sub("_(quantized|scale|zero_point)$", "", name)
+            if f"{plain}_quantized" in tensors:
+                if name != f"{plain}_quantized":
+                    continue
+                zero = tensors[f"{plain}_zero_point"].astype(np.int32)
+                numbers = (numbers.astype(np.int32) - zero).astype(np.float32) * tensors[f"{plain}_scale"]
+            named = "::" not in plain
+            found[plain if named else f"{layers[name]}.weight"] = numbers if named else numbers.T
+        return found
+    except (TypeError, LookupError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is no whole ONNX file ({type(error).__name__}: {error})") from error
+
+
+_KINDS = {1: (np.float32, 4), 2: (np.uint8, 5), 3: (np.int8, 5)}  # of TensorProto: data_type -> type, its own field
+
+
+def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
+    """Name and numbers of a TensorProto, from raw_data or the field of its type."""
+    shape: list[int] = []
+    held: dict[int, Any] = {}
+    for number, value in _fields(message):
+        if number == 1:
+            shape += [value] if isinstance(value, int) else _whole(value)
+        else:
+            held[number] = value
+    if held.get(14) or held[2] not in _KINDS:
+        raise ValueError(f"weights in another file, or of data type {held[2]}")
+    kind, own = _KINDS[held[2]]
+    if own == 5 and 9 not in held:  # int32_data: each number a varint
+        numbers = np.array(_whole(held[5]), np.uint64).astype(kind)  # negative ones have 64 bits
+    else:
+        numbers = np.frombuffer(held.get(9, held.get(4)), np.dtype(kind).newbyteorder("<"))
+    return str(held[8], "utf-8"), numbers.reshape(shape)
+
+
+def _whole(packed: memoryview) -> list[int]:
+    numbers, at = [], 0
+    while at < len(packed):
+        number, at = _varint(packed, at)
+        numbers.append(number)
+    return numbers
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The number that starts at a byte, seven bits a byte, the lowest first; and where the next one starts."""
+    number = shift = 0
+    while shift < 70:
+        number |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 128:
+            return number, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a message: an int where it is a varint, else its bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        if key & 7 == 0:
+            value, at = _varint(data, at)
+        else:
+            size, at = _varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = data[at : at + size], at + size
+        if at > len(data):
+            raise ValueError("cut short")
+        yield key >> 3, value
