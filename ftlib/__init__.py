@@ -26,14 +26,14 @@ _PUBLIC = {  # room and module -> the public names it defines
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
-    "tasks": "answers classification language_modeling metrics overlap relations seq2seq tagging task",
+    "tasks": "answers classification language_modeling masked metrics overlap relations seq2seq tagging task",
     "show": "comparing diagrams logging measuring plots setup sheet tables",
     "inputs": "agreement assets converting corpora documents files pretrained reading rows sdist sentence_folders "
     "tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",
-    "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
-    "recovery runfile saving settings task_gradients untrusted",
+    "engine": "answering bases checkpoints compiling distributed entities feeding filling fit generation prediction "
+    "range_test recovery runfile saving settings task_gradients untrusted",
 }
 _ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}

@@ -3,7 +3,7 @@
 Batches are of about one length, padded in front, for an encoder behind.
 
 To copy: this file, core/anatomy.py, core/batches.py, inputs/agreement.py, methods/speedups.py, tasks/, torch and
-transformers (engine/prediction.py and what it imports to find a tokenizer by the model's name).
+transformers (inputs/pretrained.py and what it names, to find a tokenizer by the model's name).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,9 +57,9 @@ def generate(
     refuse((tokens and stop, f"stop={stop!r}: is of texts; leave it out with tokens=True"))
     record = _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
     if tokenizer is None:
-        from .prediction import _tokenizer_of
+        from ..inputs.pretrained import tokenizer_of
 
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # in front of the padding
     ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual, record)
     # any padding will do in front, where the mask hides it, and behind an end token, where it is cut off

@@ -45,6 +45,13 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
+def tokenizer_of(model):
+    """The tokenizer of a model that was loaded by name; ValueError for another."""
+    if not (name := getattr(model.config, "_name_or_path", None)):
+        raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
+    return load_tokenizer(name)
+
+
 def load_model(name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed=0, **kwargs):
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
