@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # room and module -> the public names it defines
     "inputs.corpora": "load_corpus", "inputs.pretrained": "load_tokenizer load_model", "inputs.tokenizing": "tokenize",
+    "inputs.pretraining": "PackedText sentence_pairs corrupt_spans", "methods.vocabulary": "add_tokens masked_head",
     "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
     "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
@@ -28,10 +29,10 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "core": "anatomy batches device loop sampling",
     "tasks": "answers classification language_modeling masked metrics overlap relations seq2seq tagging task",
     "show": "comparing diagrams logging measuring plots setup sheet tables",
-    "inputs": "agreement assets converting corpora documents files pretrained reading rows sdist sentence_folders "
-    "tokenizing",
+    "inputs": "agreement assets converting corpora documents files pretrained pretraining reading rows sdist "
+    "sentence_folders tokenizing",
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
-    "regularization sequences speedups through_peft token_losses tuning unpadding",
+    "regularization sequences speedups through_peft token_losses tuning unpadding vocabulary",
     "engine": "answering bases checkpoints compiling distributed entities feeding filling fit generation prediction "
     "range_test recovery runfile saving settings task_gradients untrusted",
 }

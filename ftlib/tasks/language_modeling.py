@@ -81,11 +81,6 @@ def rows(
     }
 
 
-def block(tokenizer: Any, ids: list[int], where: str) -> dict[str, list[int]]:
-    """A row of a packed text: every token is trained, and sees those of other texts before it."""
-    return {"input_ids": ids, "labels": list(ids)}
-
-
 def prompt_ids(tokenizer: Any, prompt: Any, where: str) -> list[int]:
     """The tokens after which a model is to go on: a text's, or those of messages and the template's prompt for more."""
     if isinstance(prompt, str):

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from ..core.batches import IGNORE, Row, number
+from ..core.batches import IGNORE, Row, number, short
 from .language_modeling import _text
 from .tagging import check_tags
 
-FORMS = (("text",),)
+PAIRS = ("next_sentence_label", "sentence_order_label")  # 0: they belong together, 1: they don't
+FORMS = (*(("text", "text_pair", name) for name in PAIRS), ("text", "text_pair"), ("text",))  # columns of a dataset
 READS = {"text": "text"}
 OPTIONS = ("mask_probability", "whole_words")
-PAIRS = ("next_sentence_label", "sentence_order_label")  # 0: they belong together, 1: they don't
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 COLUMNS = ("masking", "begins")  # of a row, beside token ids and labels
 
 
@@ -49,15 +50,6 @@ def settings(tokenizer: Any, mask_probability: float = 0.15) -> list[float]:
     return [float(tokenizer.mask_token_id), float(len(tokenizer)), float(share)]
 
 
-def labels_of(tokenizer: Any, ids: Sequence[int], where: str) -> list[int]:
-    """The tokens that may be masked, -100 at special and unknown ones; ValueError for none."""
-    special = {*tokenizer.all_special_ids}
-    labels = [IGNORE if token in special else token for token in ids]
-    if all(label == IGNORE for label in labels):
-        raise ValueError(f"{where}: no token can be masked, all are special or unknown; drop the row")
-    return labels
-
-
 def word_begins(encoded: Any, i: int) -> list[int]:
     """1 at the first token of every word of row i, 0 at its others: as the tokenizer splits words, and at white space.
 
@@ -75,28 +67,30 @@ def rows(
     tokenizer: Any, columns: dict[str, list], wheres: Sequence[str], max_length: int | None, truncation: bool,
     mask_probability: float = 0.15, whole_words: bool = False,
 ) -> dict[str, list]:  # fmt: skip
-    """Token ids, labels and `masking`, as `tokenize` asks for them; with whole_words also `begins`.
+    """Token ids, labels and `masking`, as `tokenize` asks for them; with whole_words also `begins`; of pairs the label.
 
-    Raises ValueError, TypeError naming the row for what is empty, no text, too long, or has nothing to mask.
+    Raises ValueError, TypeError naming the row for what is empty, no text, no label of a pair, or too long.
     """
-    texts = [_text(text, f"{at}, column 'text'") for text, at in zip(columns["text"], wheres, strict=True)]
+    texts = [
+        [_text(text, f"{at}, column {name!r}") for text, at in zip(columns[name], wheres, strict=True)]
+        for name in FORMS[2] if name in columns
+    ]  # fmt: skip
+    pairs = {name: columns[name] for name in PAIRS if name in columns}
+    for name, value, at in ((n, v, at) for n, own in pairs.items() for v, at in zip(own, wheres, strict=True)):
+        if value not in (0, 1):
+            raise ValueError(f"{at}, column {name!r}: {short(value)}; 0 if the texts belong together, 1 if not")
     masking, limit = settings(tokenizer, mask_probability), max_length or tokenizer.model_max_length
     if whole_words and not tokenizer.is_fast:
         raise ValueError("whole_words=True needs a fast tokenizer, which knows the words of its tokens")
     cut = truncation and limit <= 1_000_000  # more is the library's "no limit known"
-    encoded = tokenizer(texts, truncation=cut, max_length=limit if cut else None, verbose=False)
+    encoded = tokenizer(*texts, truncation=cut, max_length=limit if cut else None, verbose=False)
     for ids, at in zip(encoded["input_ids"], wheres, strict=True):
         if len(ids) > limit:
             raise ValueError(f"{at}: {len(ids)} tokens, the limit is {limit}; cut it or set truncation=True")
-    made = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    pairs = zip(encoded["input_ids"], wheres, strict=True)
-    made |= {"labels": [labels_of(tokenizer, ids, at) for ids, at in pairs], "masking": [masking] * len(texts)}
-    return made | ({"begins": [word_begins(encoded, i) for i in range(len(texts))]} if whole_words else {})
-
-
-def block(tokenizer: Any, ids: list[int], where: str) -> Row:
-    """A row of a packed text: see inputs/pretraining.py."""
-    return {"input_ids": ids, "labels": labels_of(tokenizer, ids, where), "masking": settings(tokenizer)}
+    made, special = {name: encoded[name] for name in INPUTS if name in encoded}, {*tokenizer.all_special_ids}
+    made["labels"] = [[IGNORE if token in special else token for token in ids] for ids in encoded["input_ids"]]
+    made |= {"begins": [word_begins(encoded, i) for i in range(len(wheres))]} if whole_words else {}
+    return made | {"masking": [masking] * len(wheres)} | pairs
 
 
 def mask(row: Mapping[str, Any], key: Sequence[int]) -> Row:

@@ -66,7 +66,6 @@ class Task:
     encoder_decoder: bool = False  # a label is a row of its own, which a decoder writes
     prompt: Callable | None = None  # (tokenizer, prompt, where) -> token ids after which a model writes
     answer: Callable | None = None  # row -> (token ids of such a prompt, of the answer wanted)
-    block: Callable | None = None  # (tokenizer, token ids, where) -> row of a text that was cut into equal parts
     draw: Callable | None = None  # (rows, keys) -> rows as the model reads them, where this is new each time
     measures: Callable | None = None  # row -> names of what evaluation counts beside the loss, of such a task
 
@@ -119,14 +118,14 @@ TASKS: dict[str, Task] = {
         decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "causal-lm"),
         stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
         forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation", reads={"text": "text"},
-        prompt=language_modeling.prompt_ids, answer=language_modeling.last_answer, block=language_modeling.block,
+        prompt=language_modeling.prompt_ids, answer=language_modeling.last_answer,
     ),
     "masked-lm": Task(
         auto="AutoModelForMaskedLM", architecture=("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"),
         peft_type="FEATURE_EXTRACTION", check=masked.check_tokens, items=masked.items, divergence=None, smooths=True,
         loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1), labelled=False, a_token=True,
         score=partial(compute_metrics, "token-classification"), stack=partial(padded, fill=IGNORE), use="fill-mask",
-        forms=masked.FORMS, rows=masked.rows, reads=masked.READS, options=masked.OPTIONS, block=masked.block,
+        forms=masked.FORMS, rows=masked.rows, reads=masked.READS, options=masked.OPTIONS,
         draw=masked.draw, measures=masked.measures,
     ),
     "seq2seq-lm": Task(
