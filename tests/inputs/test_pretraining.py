@@ -1,5 +1,6 @@
 """Text for pretraining: a stream cut into rows of one length, pairs of sentences, T5's spans."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -7,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import tiny_config
-from text_to_text import WORDS
+from text_to_text import tiny
 from transformers import BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import ftlib
@@ -20,8 +21,6 @@ TEXTS = ["the film is good", "a dull plot and unfun films", " ", "we book a flig
 @pytest.fixture
 def ended(tiny_tokenizer):
     """A tokenizer whose texts end with a token."""
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = "[SEP]"
     return tokenizer
@@ -51,7 +50,7 @@ def test_rows_are_the_text_cut_anywhere_as_transformers_examples_group_it(task, 
     labels = list(itertools.chain(*made["labels"]))
     assert [row["labels"] for row in rows] == [labels[i : i + 16] for i in range(0, len(labels) - 15, 16)]
     assert all(row.keys() - {"input_ids", "labels"} == ({"masking"} if task == "masked-lm" else set()) for row in rows)
-    assert flat.count(3) == (1 if task == "causal-lm" else 1) * 3 * 40  # an end a text
+    assert flat.count(3) == 3 * 40  # an end a text
 
 
 def test_texts_come_from_any_iterable_and_are_read_when_they_are_needed(ended):
@@ -135,8 +134,8 @@ def parts(row):
 
 
 def test_pairs_for_next_sentences(tiny_tokenizer):
-    rows = [row for seed in range(20) for row in
-            ftlib.sentence_pairs(DOCUMENTS, tiny_tokenizer, label="next_sentence_label", max_length=32, seed=seed)]  # fmt: skip
+    options = dict(label="next_sentence_label", max_length=32)
+    rows = [row for seed in range(20) for row in ftlib.sentence_pairs(DOCUMENTS, tiny_tokenizer, **options, seed=seed)]
     labels = Counter(row["next_sentence_label"] for row in rows)
     assert labels[1] / len(rows) == pytest.approx(0.5, abs=0.1)
     for row in rows:
@@ -233,15 +232,9 @@ def test_as_many_tokens_are_left_out_as_t5_says(size, noise, spans):
     assert row == ftlib.corrupt_spans(list(range(100, 100 + size)), Marks(), (0,))
 
 
-def test_spans_train_t5(tmp_path):
-    import text_to_text
-
-    model = text_to_text.tiny("t5") if hasattr(text_to_text, "tiny") else None
+def test_spans_train_t5():
     rows = [ftlib.corrupt_spans(list(range(100, 140)), Marks(), (0, 0, i)) for i in range(8)]
-    assert all(max(row["input_ids"]) < WORDS for row in rows)
-    if model is not None:
-        run = fit(model, rows, config=ftlib.TrainConfig(epochs=1, batch_size=4, progress=False))
-        assert run.steps == 2
+    assert fit(tiny("t5"), rows, config=ftlib.TrainConfig(epochs=1, batch_size=4, progress=False)).steps == 2
 
 
 def test_what_has_no_spans():
@@ -257,5 +250,6 @@ def test_what_has_no_spans():
 
 def test_masked_rows_of_a_stream_train(tiny_tokenizer):
     packed = ftlib.PackedText(Source(500), tiny_tokenizer, 24, task="masked-lm")
-    run = fit(BertForMaskedLM(tiny_config()), packed, config=ftlib.TrainConfig(max_steps=4, batch_size=4, progress=False))
+    config = ftlib.TrainConfig(max_steps=4, batch_size=4, progress=False)
+    run = fit(BertForMaskedLM(tiny_config()), packed, config=config)
     assert run.steps == 4 and all(IGNORE < record["loss"] < 5 for record in run.history)
