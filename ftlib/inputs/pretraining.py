@@ -1,6 +1,6 @@
 """Text for pretraining: a stream cut into rows of equal length, pairs of sentences, spans to be filled in.
 
-To copy: this file, inputs/rows.py and what it names.
+To copy: this file, inputs/{agreement,rows}.py, core/{anatomy,batches}.py and tasks/.
 Source: Devlin et al. 2019 (BERT, arXiv:1810.04805); Lan et al. 2020 (ALBERT, arXiv:1909.11942); Raffel et al. 2020 (T5,
 arXiv:1910.10683).
 """
