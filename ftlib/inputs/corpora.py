@@ -28,7 +28,7 @@ _HELD_OUT = {
     "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
     "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
     "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10), "squad-v2": (5, 10),
-    "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000),
+    "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000), "wikitext-2": (0, 0),
 }  # fmt: skip
 
 # Label names in the order of the original corpus; None: read from the rows and sorted.
@@ -54,7 +54,7 @@ def load_corpus(name: str, *, source: str = "auto"):
     Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
     (List(ClassLabel), BIO), intent (ClassLabel); oanc-pos text, tokens, tags; bc5cdr these and starts, entities,
     relations, document; squad-v2 question, context, answers, title, id. Offsets are characters, an end excluded.
-    pubmed-titles abstract, title; tatoeba-en-es en, es; tatoeba-en-fr en, fr.
+    pubmed-titles abstract, title; tatoeba-en-es en, es; tatoeba-en-fr en, fr; wikitext-2 title, text.
     source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
     splits, so other numbers), "auto" is "wheel" for our names. Then comes a folder or file (`reading.load_folder`),
     as it is, and then a hub id with a slash.
@@ -209,7 +209,7 @@ def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
 
 
 def _clean(row: dict) -> dict:
-    columns = [] if "starts" in row else _TEXTS[:2]  # a row that counts characters keeps them all
+    columns = [] if "document" in row else _TEXTS[:2]  # documents keep every character, or saw to it
     cleaned = {key: " ".join(row[key].split()) for key in columns if key in row}
     if "intent" in row:
         # "atis_flight;atis_airfare" and "atis_airfare;atis_flight" are one double intent: airfare+flight.

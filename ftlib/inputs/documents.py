@@ -137,9 +137,20 @@ def read_pairs(language: str, path: Path) -> list[dict]:
     return [row | {"document": top(("en", row["en"].casefold()))} for row in rows]
 
 
+def read_wikitext(path: Path) -> list[dict]:
+    """An article a row, of a file of WikiText: its paragraphs, a line each, without the headings between them."""
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        _, *parts = re.split(r" \n = ([^=\n]+) = \n \n", stream.read())
+    rows = [{"title": title, "document": title, "label": ""} for title in parts[::2]]
+    for row, body in zip(rows, parts[1::2], strict=True):
+        row["text"] = "\n".join(re.findall(r"(?m)^ (?!= )(.*\S)", body))
+    return rows
+
+
 READERS = {
     "bc5cdr": read_cdr, "oanc-pos": read_oanc, "squad-v2": read_squad, "pubmed-titles": read_pubmed,
     "tatoeba-en-es": partial(read_pairs, "es"), "tatoeba-en-fr": partial(read_pairs, "fr"),
+    "wikitext-2": read_wikitext,
 }  # fmt: skip
 
 
@@ -148,7 +159,7 @@ def features(name: str, rows: list[dict]) -> dict:
     from datasets import ClassLabel, List, Value
 
     text, whole = Value("string"), Value("int32")
-    if name in ("pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr"):
+    if name in ("pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr", "wikitext-2"):
         return {column: text for column in rows[0] if column not in ("document", "label")}
     if name == "squad-v2":
         answers = {"text": List(text), "answer_start": List(whole)}

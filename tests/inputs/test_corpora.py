@@ -30,7 +30,7 @@ NAMES = [
 ]
 PAIRS = ["stsb", "mrpc", "qnli", "qqp", "mnli"]
 DOCUMENTS = ["bc5cdr", "oanc-pos", "squad-v2"]  # more in test_corpora_documents.py
-SEQUENCES = ["pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr"]  # more in test_corpora_sequences.py
+SEQUENCES = ["pubmed-titles", "tatoeba-en-es", "tatoeba-en-fr", "wikitext-2"]  # more in test_corpora_sequences.py
 
 load = functools.cache(corpora.load_corpus)
 

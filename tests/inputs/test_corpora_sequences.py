@@ -155,6 +155,34 @@ def test_pubmed_rules_by_hand(tmp_path):
         documents.read_pubmed(tmp_path / "x.gz")
 
 
+# ---- articles ----
+
+
+def test_wikitext_is_the_original_without_its_headings():
+    own, labels = card("wikitext-2")
+    files = dict(zip(corpora.SPLITS, ("train", "valid", "test"), strict=True))
+    kept = words = 0
+    for split, file in files.items():
+        lines = gzip.decompress((assets.path("wikitext-2") / f"{file}.raw.gz").read_bytes()).decode().split("\n")
+        plain_lines = sorted(line.strip() for line in lines if line.strip() and not line.startswith(" = "))
+        found = [line for text in load("wikitext-2")[split]["text"] for line in text.split("\n")]
+        assert sorted(found) == plain_lines
+        titles = load("wikitext-2")[split]["title"]
+        assert {f" = {title} = " for title in titles} <= {*lines} and len({*titles}) == len(titles)
+        kept, words = kept + len(found), sum(len(line.split()) for line in found)
+        assert f"{words:,}" in own
+    assert labels == f"{kept:,} paragraphs"
+
+
+def test_wikitext_rules_by_hand(tmp_path):
+    made = " \n = A b = \n \n One , two . \n \n = = Head = = \n \n = 2 = \n Three . \n \n = C = \n \n Four . \n \n"
+    (tmp_path / "x.gz").write_bytes(gzip.compress(made.encode()))
+    found = documents.read_wikitext(tmp_path / "x.gz")
+    assert [(row["title"], row["text"]) for row in found] == [("A b", "One , two .\nThree ."), ("C", "Four .")]
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"no title"))
+    assert documents.read_wikitext(tmp_path / "x.gz") == []
+
+
 # ---- translations ----
 
 

@@ -485,3 +485,10 @@ def test_flan_t5_titles_writes_what_its_onnx_files_do(titler):
 def test_the_letters_that_flan_t5_titles_can_not_write(titler, letters, lost):
     unknown = [letter for letter in letters if 2 in titler[1](letter)["input_ids"]]
     assert "".join(sorted(unknown)) == "".join(sorted(lost))
+
+
+def test_the_chinese_albert_is_what_the_card_says():
+    model, tokenizer = load_model("albert-tiny-zh", "masked-lm"), load_tokenizer("albert-tiny-zh")
+    assert model.num_parameters() == 4_044_312 and len(tokenizer) == 21_128
+    (((best,),),) = ftlib.predict(model, ["北[MASK]是中國的首都。"], tokenizer=tokenizer, top_k=1)
+    assert best["text"] == "京"
