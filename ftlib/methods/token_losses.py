@@ -266,7 +266,8 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
             remedy = "load a decoder, or the model with is_decoder=True"
             raise ValueError(f"{anatomy.kind_of(lm)}: a token sees those after it, the answer among them; {remedy}")
         if not abs(own - ours) < (1e-4 if lm.dtype == torch.float32 else 1e-2) * abs(own):
-            what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy here {ours:.5g}"
+            of = "as next tokens" if both or shift else "of masked tokens"
+            what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy {of} {ours:.5g}"
             raise ValueError(f"{anatomy.kind_of(lm)}: {what}, so it can't be computed in chunks")
         _COMPARED.add(lm)
     return anatomy.forwards({lm: partial(_forward, lm.forward, reduce)})
