@@ -17,6 +17,7 @@ _PUBLIC = {  # room and module -> the public names it defines
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
+    "engine.search": "search",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
     "engine.saving": "save load",
     "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
@@ -33,7 +34,7 @@ _ROOMS = {  # what stands where; a module whose name no function above has is an
     "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
     "regularization sequences speedups through_peft token_losses tuning unpadding",
     "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
-    "recovery runfile saving settings task_gradients untrusted",
+    "recovery runfile saving search settings task_gradients untrusted",
 }
 _ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}

@@ -108,6 +108,7 @@ SNIPPETS = {
     "for kind in ('lora', 'houlsby', 'pfeiffer'):\n"
     "    tune(adapted := load(folder / 'saved'), kind); save(adapted, folder / kind)\n"
     "    assert type(load(folder / kind)) is type(model) and not (folder / kind / 'base').exists()",
+    "engine/search.py": "assert rungs(None, 1, 9) == [(9, 1), (3, 3), (1, 9)]",
     "engine/untrusted.py": "assert list(whole_numbers({'a': 3}))",
 }  # fmt: skip
 
