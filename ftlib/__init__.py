@@ -14,12 +14,12 @@ _PUBLIC = {  # room and module -> the public names it defines
     "inputs.corpora": "load_corpus", "inputs.pretrained": "load_tokenizer load_model", "inputs.tokenizing": "tokenize",
     "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
     "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
-    "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
+    "methods.unpadding": "unpad repad", "methods.tuning": "tune merge",
+    "methods.augmentation": "augment mixup", "methods.regularization": "r_drop",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
-    "engine.search": "search",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
-    "engine.saving": "save load",
+    "engine.saving": "save load", "engine.search": "search",
     "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
     "show.comparing": "Difference against bootstrap paired",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
@@ -27,12 +27,12 @@ _PUBLIC = {  # room and module -> the public names it defines
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 _ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
     "core": "anatomy batches device loop sampling",
-    "tasks": "answers classification language_modeling metrics overlap relations seq2seq tagging task",
+    "tasks": "answers calibration classification language_modeling metrics overlap relations seq2seq tagging task",
     "show": "comparing diagrams logging measuring plots setup sheet tables",
-    "inputs": "agreement assets converting corpora documents files pretrained reading rows sdist sentence_folders "
-    "tokenizing",
-    "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
-    "regularization sequences speedups through_peft token_losses tuning unpadding",
+    "inputs": "agreement assets cleaning converting corpora documents files pretrained reading rows sdist "
+    "sentence_folders tokenizing",
+    "methods": "adapters attention augmentation balancing features losses masking multitask optimizing packing "
+    "preferences regularization sequences speedups through_peft token_losses tuning unpadding",
     "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
     "recovery runfile saving search settings task_gradients untrusted",
 }
