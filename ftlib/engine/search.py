@@ -139,15 +139,12 @@ def _checked(space: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(space: dict[str, Any], count: int | None, seed: int) -> list[dict[str, Any]]:
     """The whole grid (None), or so many settings, each once; where all are lists no more than there are."""
-    generator, found = np.random.default_rng(seed), {}
+    generator = np.random.default_rng(seed)
     if all(isinstance(how, list) for how in space.values()):
         grid = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
         return grid if count is None else [grid[place] for place in generator.permutation(len(grid))[:count]]
-    for _ in range(100 * (count or 0)):
-        if len(found) < (count or 0):
-            one = {name: _value(how, generator) for name, how in space.items()}
-            found.setdefault(_key(one, None), one)
-    return list(found.values())
+    drawn = ({name: _value(how, generator) for name, how in space.items()} for _ in range(10 * (count or 0) + 100))
+    return list({_key(one, None): one for one in drawn}.values())[:count]
 
 
 def _value(how: Any, generator: np.random.Generator) -> Any:
@@ -217,9 +214,9 @@ class _Trials:
     def __init__(self, file: str | os.PathLike | None, names: set[str]):
         self.path, self.names, self.lock = file and Path(file), names, None
         self.rows: dict[str, dict[str, Any]] = {}
-        if self.path and fcntl:
+        if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = self.path.with_name(f"{self.path.name}.lock").open("ab")
+            self.lock = fcntl and self.path.with_name(f"{self.path.name}.lock").open("ab")
 
     def close(self) -> None:
         self.lock and self.lock.close()
@@ -268,10 +265,7 @@ class _Trials:
             raise ValueError(f"{self.path} line {number}: {short(line)} is {need}")
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        with self.held(0):
-            self.read()
-            self.rows[key] = row
-            if self.path:
-                aside = self.path.with_name(f"{self.path.name}.new")  # a file is whole at any moment
-                aside.write_text("".join(json.dumps(one) + "\n" for one in self.rows.values()), "utf-8")
-                aside.replace(self.path)
+        self.rows[key] = row
+        if self.path:
+            with self.held(0), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")

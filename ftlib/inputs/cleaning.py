@@ -1,6 +1,6 @@
 """What is wrong with rows: texts that occur twice, or nearly, across splits; labels that predictions contradict.
 
-To copy: this file and tasks/calibration.py.
+To copy: this file and tasks/calibration.py (scikit-learn for `near_duplicates`).
 """
 
 from collections.abc import Sequence
