@@ -18,8 +18,8 @@ def near_duplicates(
 
     Similarity is Jaccard's: of the stretches of `n` characters in either text the share that is in both; capitals and
     white space don't count, a shorter text is one stretch.  second: another split; None: pairs within `first`.
-    Exact: with scikit-learn's counts and sparse products, of each text's rarest stretches first, as two texts that are
-    alike have one of these in common (Chaudhuri et al. 2006; Bayardo et al. 2007, prefix filtering).
+    Exact: with scikit-learn's counts and sparse products, of each text's rarest stretches first, of which two
+    texts that are alike share some (prefix filtering: Bayardo et al. 2007; several shared: Wang et al. 2012).
 
     >>> near_duplicates(["A good film.", "Dull"], ["a  good film!", "dull"], least=0.6)
     [(1, 1, 1.0), (0, 0, 0.7777777777777778)]
@@ -41,16 +41,18 @@ def near_duplicates(
     row = np.repeat(np.arange(len(texts)), sizes)
     order = np.lexsort((rank[counts.indices], row))  # of each text the rarest first
     place = np.arange(len(row)) - counts.indptr[row]
-    kept = place <= sizes[row] - np.ceil(least * sizes[row] - 1e-9)
+    common = np.ceil(min(least, 0.1) * sizes - 1e-9)  # of the rarest of two texts that are alike so many are shared
+    kept = place < (sizes - np.ceil(least * sizes - 1e-9) + common)[row]
     rare = csr_array((np.ones(kept.sum(), np.int32), (row[kept], counts.indices[order][kept])), counts.shape)
-    a, b = (rare[: len(first)] @ rare[start:].T).tocoo().coords
-    a, b = a[a < b + start], b[a < b + start] + start
     found = []
-    for i in range(0, len(a), 4096):
-        own, other = a[i : i + 4096], b[i : i + 4096]
-        shared = counts[own].multiply(counts[other]).sum(1)
-        alike = shared / (sizes[own] + sizes[other] - shared)
-        found += zip(own.tolist(), (other - start).tolist(), alike.tolist(), strict=True)
+    for begin in range(0, len(first), 256):
+        likely = (rare[begin : min(begin + 256, len(first))] @ rare[start:].T).tocoo()
+        a, b = likely.coords[0] + begin, likely.coords[1] + start
+        keep = (a < b) & (likely.data >= np.minimum(common[a], common[b]))
+        a, b = a[keep], b[keep]
+        shared = counts[a].multiply(counts[b]).sum(1)
+        alike = shared / (sizes[a] + sizes[b] - shared)
+        found += zip(a.tolist(), (b - start).tolist(), alike.tolist(), strict=True)
     return sorted((pair for pair in found if pair[2] >= least), key=lambda pair: (-pair[2], *pair[:2]))
 
 

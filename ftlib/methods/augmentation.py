@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core import anatomy
-from ..core.batches import number, refuse, whole
+from ..core.batches import number, refuse, short, whole
 from ..inputs.reading import as_dataset
 from ..inputs.rows import checked_text, token_limit
 from ..tasks.task import TASKS, kind_of, task_loss
@@ -74,6 +74,7 @@ def masked_words(
         ids.setdefault(word.lower(), []).append(i)
 
     def change(text: str, generator: np.random.Generator) -> str:
+        refuse((tokenizer.mask_token in text, f"a text has {tokenizer.mask_token} in it: {short(text)}"))
         parts = [re.fullmatch(r"(\W*)(.*?)(\W*)", word, re.DOTALL).groups() for word in text.split()]
         free = [i for i, (_, word, _) in enumerate(parts) if word and word.lower() not in kept]
         count = min(changes(len(parts), rate), len(free))
