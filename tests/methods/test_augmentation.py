@@ -141,7 +141,7 @@ def test_a_tokenizer_without_a_mask_is_refused(masked_model, tiny_tokenizer):
     other.mask_token = None
     with pytest.raises(ValueError, match="no mask token"):
         masked_words(masked_model, other)
-    with pytest.raises(ValueError, match="has .MASK. in it: 'a .MASK. film'"):
+    with pytest.raises(ValueError, match=r"has .MASK. in it: 'a .MASK. film'"):
         masked_words(masked_model, tiny_tokenizer)("a [MASK] film", rng())
 
 
