@@ -1,7 +1,4 @@
-"""The inside of any Transformers model: its base, its layers, head and embeddings, and who answers a module's calls.
-
-To copy: this file alone.
-"""
+"""Base, layers, head, embeddings of any Transformers model; who answers a module's calls.  To copy: this file alone."""
 
 import functools
 import inspect

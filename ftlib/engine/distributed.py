@@ -47,10 +47,7 @@ def explained() -> Iterator[None]:
 
 
 def start() -> None:
-    """Join the process group that torchrun announces in the environment; alone, do nothing.
-
-    Takes the GPU numbered LOCAL_RANK and NCCL, or, without GPUs, gloo.  Raises ValueError where there are too few.
-    """
+    """Join the process group that torchrun announces, if any; ValueError for a process that would have no GPU."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
     local, count, device = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), None
@@ -143,10 +140,7 @@ def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
 
 @contextmanager
 def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    """The model to train: with "fsdp" and several processes a sharded copy, whose weights come back at the end.
-
-    The model is then on `device`.  After an error it is as it came: the weights of a lost run are its checkpoints'.
-    """
+    """The model to train: with "fsdp" a sharded copy, whose weights come back at the end, but not after an error."""
     with explained():
         if how != "fsdp" or world_size() == 1:
             yield model

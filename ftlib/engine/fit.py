@@ -1,7 +1,4 @@
-"""`fit`: a `for` over `core.loop.steps`, on any model with a task head.
-
-What happens between two steps, evaluation, checkpoints, progress, is its body.  To take home: core/loop.py, alone.
-"""
+"""`fit`: a `for` over `core.loop.steps`; its body is what happens between steps.  To take home: core/loop.py, alone."""
 
 import hashlib
 import math
@@ -13,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core.batches import refuse
 from ..core.device import choose_device, choose_precision, computing
@@ -301,8 +299,6 @@ class Training:
         return self.result.steps == self.total or self.result.steps % (every or self.epoch) == 0
 
     def _progress(self, first: int) -> Any:
-        from tqdm.auto import tqdm
-
         hidden = not self.config.progress or distributed.rank() > 0
         if not hidden and self.result.precision != "fp32":
             tqdm.write(f"precision {self.result.precision}: {self.result.reason}")

@@ -133,10 +133,7 @@ class Losses:
 
 
 class Joint:
-    """A step: `begin`, `add` for every micro-batch, `join` where gradients are `apart`, `end` when the weights moved.
-
-    Raises ValueError for settings that need each task's gradients where they can't be had.
-    """
+    """A step: `begin`, `add` for every micro-batch, `join` where gradients are `apart`, `end` when weights moved."""
 
     def __init__(self, model: nn.Module, config: Any, precision: str, epoch: int):
         asked = config.task_weighting

@@ -1,7 +1,4 @@
-"""Folders that appear whole or not at all; JSON and safetensors read with a word on what is wrong.
-
-To copy: this file alone.
-"""
+"""Folders that appear whole or not at all; JSON and safetensors, with helpful errors.  To copy: this file alone."""
 
 import errno
 import hashlib

@@ -45,6 +45,13 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
+def tokenizer_of(model):
+    """The tokenizer of a model that was loaded by name; ValueError for another."""
+    if not (name := getattr(model.config, "_name_or_path", None)):
+        raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
+    return load_tokenizer(name)
+
+
 def load_model(name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed=0, **kwargs):
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
@@ -90,10 +97,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
 
 
 def say_ties(model):
-    """The model, whose config says if its output layer has weights of its own: T5Config never does.
-
-    `tie_weights`, which resizing the embeddings calls, would else put the embedding in the place of such a layer.
-    """
+    """The model, its config saying if its output layer has weights of its own, which `tie_weights` would replace."""
     out, words = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
     if out is not None and words is not None and out.weight is not words.weight:
         model.config.tie_word_embeddings = False
@@ -183,10 +187,7 @@ def _explain(name, place):
 
 @contextlib.contextmanager
 def quiet():
-    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs.
-
-    Nor its warning of a layer that is not tied, as T5 1.1's: what it says to do, T5Config undoes; see `say_ties`.
-    """
+    """Without Transformers' bars over tensors, table of new weights, and warning of T5 1.1's untied layer."""
     from transformers.utils import logging as theirs
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import anatomy
 from ..core.batches import collate, one_of, refuse, split_by_size, to_device
@@ -148,7 +149,7 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     """The encoder, its tokenizer, and how vectors are made of what it computes."""
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     if name is not None or tokenizer is None:
-        from ..inputs.pretrained import _locate, load_model, load_tokenizer
+        from ..inputs.pretrained import _locate, load_model, load_tokenizer, tokenizer_of
     recipe = recipe_of(_locate(name, {})) if name is not None else Recipe()
     if name is not None:
         model = load_model(name := recipe.place or name)
@@ -163,8 +164,6 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
          "this model's decoder, which is not done here; pass the model for its encoder's vectors"),
         (getattr(model, "prompt_encoder", None) is not None, "the prompts live around the encoder, whose features "
          "would be those without; take the hidden states of model(..., output_hidden_states=True)"),
-        (tokenizer is None and not known, "the model was not loaded by name, so its tokenizer is unknown; pass "
-         "tokenizer=..."),
     )  # fmt: skip
     said = recipe_of(known) if name is None and pooling is None and os.path.isdir(known) else Recipe()
     for odd, what in (
@@ -175,7 +174,9 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     ):  # fmt: skip
         if odd:
             warnings.warn(what, stacklevel=3)
-    return base, load_tokenizer(known) if tokenizer is None else tokenizer, recipe
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name) if name else tokenizer_of(base)
+    return base, tokenizer, recipe
 
 
 def _check_out(out: Any, size: int, shape: tuple[int, ...]) -> None:
@@ -245,8 +246,6 @@ def _vectors(
     dense: nn.Module, unit: bool, size: int | None, progress: bool,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Chunks of vectors in the order of the texts: float32 (texts in the chunk, *shape); one copy from the GPU each."""
-    from tqdm.auto import tqdm
-
     last, device = (-1, base.config.num_hidden_layers), next(base.parameters()).device
     typed = "token_type_ids" in inspect.signature(type(base).forward).parameters
     start = done = 0

@@ -174,10 +174,7 @@ def _both(lm: nn.Module) -> bool:
 
 
 def decoder_ids(lm: nn.Module, labels: Tensor) -> Tensor:
-    """What a decoder beside an encoder reads, (batch, tokens): the labels one place later, by the model's own rule.
-
-    ValueError where nothing says what comes before them.
-    """
+    """What a decoder beside an encoder reads, (batch, tokens): the labels one later; ValueError without a start."""
     config, own = lm.config, getattr(lm, "prepare_decoder_input_ids_from_labels", None)
     try:
         if own is not None:
