@@ -113,10 +113,9 @@ def checkpoint_layers(model: nn.Module) -> None:
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the layers are compiled, one by one: all run the same code, so one compiled graph serves all of them.
 
-    Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
-    dimension of exactly 1, for evaluation and for a batch without padding.  Dropping padding, and hooks on layers, stay
-    as they are.  Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of
-    layers is compiled whole.
+    Lengths and batch sizes are symbols in it, so ragged batches compile nothing new, except for a dimension of 1, for
+    evaluation and for a batch without padding.  Unpadding and hooks on layers stay.  Dropout draws other numbers than
+    uncompiled, the same for the same seed.  A model without a list of layers is compiled whole.
     """
     layers = [layer for stack in anatomy.stacks(model) for layer in stack] or [model]
     compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}

@@ -165,11 +165,10 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the model for training, its weights spread over all processes.
+    """A copy of the model for training, its weights spread over all processes, those of process 0 at first.
 
-    Every layer is a unit, the rest of the model one more.  The model passed in stays whole, where it is.  All processes
-    start from the weights of process 0.  dtype: to compute and to send weights in, None for their own; gradients are
-    summed up in float32.  Raises ValueError for a model with several heads.
+    Every layer is a unit, the rest one more; the model given stays whole.  dtype: to compute and to send weights in,
+    None for their own; gradients are summed up in float32.  Raises ValueError for a model with several heads.
     """
     if hasattr(model, "tasks"):  # of which the processes may use other heads, and would sum them up out of step
         raise ValueError("distributed='fsdp' trains models with one head; use distributed='ddp'")

@@ -1,9 +1,8 @@
 """Rows of the corpora made of documents: abstracts with mentions or titles, articles, sentences that translate others.
 
-To copy: this file alone; datasets for `features`.
-
 Every character of a text with offsets stays as the source has it, white space included. Beside its columns a row has
 `document`, what a split holds whole or not at all, and `label`, what copies of it must agree on.
+To copy: this file alone; datasets for `features`.
 """
 
 import gzip

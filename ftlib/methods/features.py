@@ -1,8 +1,7 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-To copy: this file, methods/speedups.py, inputs/agreement.py, inputs/files.py, inputs/rows.py,
-inputs/sentence_folders.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py, core/device.py, tasks/, torch and
-transformers (inputs/pretrained.py and what it names to load by name).
+To copy: this file, methods/speedups.py, inputs/{agreement,files,rows,sentence_folders,tokenizing}.py,
+core/{anatomy,batches,device}.py, tasks/, torch and transformers (inputs/pretrained.py and what it names, for names).
 """
 
 import copy

@@ -3,8 +3,8 @@
 Most strategies set `requires_grad`, nothing else.  What gradual unfreezing, layer-wise learning rates and L2-SP need of
 the training loop stands in `model.tuning`, for `ftlib.fit` and, by `optimizing.trainer_options`, the stock `Trainer`.
 
-To copy: this file, methods/adapters.py, methods/through_peft.py, methods/optimizing.py, methods/regularization.py,
-methods/speedups.py, core/anatomy.py, core/batches.py and torch (peft and tasks/ for PEFT configurations).
+To copy: this file, methods/{adapters,through_peft,optimizing,regularization,speedups}.py, core/{anatomy,batches}.py and
+torch (peft and tasks/ for PEFT configurations).
 """
 
 from dataclasses import dataclass

@@ -3,10 +3,6 @@
 `unpad(model)` hooks the model: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
 an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
-In a decoder a token sees its own example up to itself, and positions start at 0 in every example.  Asked for a cache
-(`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.  Of an encoder with a decoder
-both sides are packed, and a token of the target sees the source of its own example.
-
 To copy: this file, methods/packing.py, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
@@ -207,13 +203,12 @@ def unpad(model: nn.Module) -> nn.Module:
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
     positions the hidden states are zero; a stock question-answering head reads them, so its loss differs, and so does
     a language model's where padding has labels.  A decoder's row gives what it gives alone, unless `position_ids` say
-    otherwise (a stock model counts padding on the left).  With a cache, a mask that isn't (batch, tokens), or packed
-    examples told apart by `position_ids`, a decoder runs as it came: exact, and padded.
+    otherwise (a stock model counts padding on the left); of an encoder with a decoder both sides are packed.  With a
+    cache (`generate`), a mask that isn't (batch, tokens), or packed examples told apart by `position_ids`, a decoder
+    runs as it came: exact, and padded.
 
     Raises ValueError naming the model type for what can't be unpadded: a decoder alone that has cross-attention,
-    relative position biases.
-    The unpadded model raises it for `output_attentions`, and an encoder for an attention_mask that isn't
-    (batch, tokens).
+    relative position biases; unpadded, for `output_attentions`, and an encoder's mask that isn't (batch, tokens).
     """
     base = _base_of(model)
     if why := _obstacle(base):
