@@ -213,6 +213,5 @@ def _refuse_another_run(theirs: Any, ours: dict, folder: Path) -> None:
 
 
 def _print(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

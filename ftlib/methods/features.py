@@ -183,17 +183,12 @@ def _check_out(out: Any, size: int, shape: tuple[int, ...]) -> None:
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file")
     path = os.fspath(out)
-    folder, aside, error = os.path.dirname(os.path.abspath(path)), f"{path}.part", None
     if os.path.lexists(path):
-        error = errno.EEXIST, "out exists already; delete it or choose another name", path
-    elif os.path.lexists(aside):
-        error = errno.EEXIST, "a run writes this file, or was killed and left it; delete it", aside
-    elif not os.path.isdir(folder):
-        error = errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder
-    elif (need := 4 * int(np.prod(shape)) * size) > (free := shutil.disk_usage(folder).free):
-        error = errno.ENOSPC, f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", path
-    if error:
-        raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
+        raise FileExistsError(errno.EEXIST, "out exists already; delete it or choose another name", path)
+    need, free = 4 * int(np.prod(shape)) * size, shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    if need > free:
+        said = f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        raise OSError(errno.ENOSPC, said, path)
 
 
 def _batches(

@@ -91,21 +91,15 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(base).forward(base, *args, **kwargs)
     if args:
         kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
-    _refuse_attentions(base, kwargs)
-    if base.config.model_type in _BOTH:
-        return forward_both(base, kwargs)
-    output = type(base).forward(base, **_checked(base, kwargs))
-    packing = vars(_encoder_of(base)).pop("_packing", None)
-    if packing is None:
-        return output
-    return padded(output, packing)
-
-
-def _refuse_attentions(base: nn.Module, kwargs: dict) -> None:
     kind, asked = base.config.model_type, kwargs.get("output_attentions")
     if asked or (asked is None and base.config.output_attentions):
         remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
         raise ValueError(f"output_attentions=True: an unpadded {kind} keeps no attention weights; {remedy}")
+    if kind in _BOTH:
+        return forward_both(base, kwargs)
+    output = type(base).forward(base, **_checked(base, kwargs))
+    packing = vars(_encoder_of(base)).pop("_packing", None)
+    return output if packing is None else padded(output, packing)
 
 
 def _checked(base: nn.Module, kwargs: dict) -> dict:
@@ -263,7 +257,6 @@ def _remove_hooks(base: nn.Module) -> None:
 
 
 def is_unpadded(model: nn.Module) -> bool:
-    """Whether `unpad` is on."""
     base = _base_of(model)
     config, forward = getattr(base, "config", None), anatomy.taken_by(base)  # a config may be that of several models
     on = getattr(config, "_attn_implementation", None) == NAME and config.model_type in _KNOWN
