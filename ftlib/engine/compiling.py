@@ -94,13 +94,10 @@ def _cast(dtype: torch.dtype, module: nn.Module, *given: Any) -> tuple:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Keep only the input of every layer for the backward pass, which computes the layer again: less memory, more time.
-
-    What Transformers' own switch sets, which has had two names and can't say how things were before.
-    Raises ValueError for a model type without it, and for prefix tuning, whose prefix the layers would then leave out.
-    """
+    """Keep every layer's input alone, and compute it again in the backward pass; ValueError for a model that can't."""
     if getattr(tuning_of(model), "strategy", None) in ("PrefixTuningConfig", "CartridgeConfig"):
         raise ValueError("gradient_checkpointing=True drops the prefix of prefix tuning; leave it off")
+    # what Transformers' own switch sets, which has had two names and can't say how things were before
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not layers:
         raise ValueError(f"gradient_checkpointing=True: {anatomy.kind_of(model)} models have no gradient checkpointing")

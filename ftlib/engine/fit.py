@@ -185,7 +185,10 @@ class Training:
         first = (self.kept.resume() or 0) if config.resume else 0
         self.feed.start(first, self.total)
         self.begin = time.perf_counter() - run.seconds
-        bar = self._progress(first)
+        hidden = not config.progress or distributed.rank() > 0
+        if not hidden and run.precision != "fp32":
+            tqdm.write(f"precision {run.precision}: {run.reason}")
+        bar = tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
         self.model.train()
         try:
             unfinished = first > 0 and "loss" in run.history[-1]  # interrupted while it evaluated: that comes first
@@ -297,12 +300,6 @@ class Training:
 
     def _due(self, every: int | None) -> bool:
         return self.result.steps == self.total or self.result.steps % (every or self.epoch) == 0
-
-    def _progress(self, first: int) -> Any:
-        hidden = not self.config.progress or distributed.rank() > 0
-        if not hidden and self.result.precision != "fp32":
-            tqdm.write(f"precision {self.result.precision}: {self.result.reason}")
-        return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
 
 def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list, parts: list) -> None:

@@ -135,12 +135,10 @@ def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int, re
 
 @contextmanager
 def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Iterator[None]:
-    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills what is open.
-
-    Autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token.
-    """
+    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills gaps."""
     inner = anatomy.unwrapped(model)
     before, weights = inner.generation_config, model.parameters() if autocast else ()
+    # autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token
     frozen = [weight for weight in weights if weight.dtype == torch.float32 and not weight.requires_grad]
     try:
         inner.generation_config = config

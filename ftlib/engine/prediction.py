@@ -141,16 +141,13 @@ def scores(
         if sum(items):
             # fsum: the same bits whoever computed which batch
             mean = math.fsum(losses) / sum(items)
-            more = {"perplexity": _exp(mean)} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
+            exp = math.exp(mean) if mean < 700 else math.inf
+            more = {"perplexity": exp} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
             own = {"loss": mean} | more
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     if not results and parts:
         raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
     return results
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:

@@ -41,13 +41,19 @@ def load_corpus(name: str):
     After our names comes a folder or file (`reading.load_folder`), as it is, and then a hub id with a slash.
     Raises ValueError for an unknown name, RuntimeError when nothing can be fetched.
     """
-    from . import reading  # here, where datasets is loaded next: a list of the corpora needs no torch
+    from datasets import Dataset, DatasetDict, Features, load_dataset
+
+    from . import reading  # here: a list of the corpora needs no torch
 
     name, known = os.path.expanduser(name), corpus_names()
     if name in known:
         if os.path.exists(name):
             warnings.warn(f"{name!r} is a corpus of ftlib; the {name} of this folder is './{name}'", stacklevel=2)
-        return _to_datasets(name, *_prepare(name))
+        splits, _ = _prepare(name)
+        rows = [row for split in SPLITS for row in splits[split]]
+        features = Features((documents.features if name in documents.READERS else _features)(name, rows))
+        columns = {split: {key: [row[key] for row in own] for key in features} for split, own in splits.items()}
+        return DatasetDict({split: Dataset.from_dict(own, features=features) for split, own in columns.items()})
     if name in assets.manifest():
         raise ValueError(f"'{name}' is a model; load it with load_model('{name}')")
     if os.path.exists(name):
@@ -55,9 +61,7 @@ def load_corpus(name: str):
     if name.startswith((".", os.sep)) or name.lower().endswith(reading.SUFFIXES):
         raise ValueError(f"there is no file or folder {name!r} in {os.getcwd()}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        import datasets
-
-        return datasets.load_dataset(name)
+        return load_dataset(name)
     raise ValueError(f"{assets.unknown_name(name, known)} (for a data set on the hub give its full id, owner/name)")
 
 
@@ -238,15 +242,6 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
         dropped["sentence shared with a held-out pair"] += len(rows) - len(splits[split])
         seen.update(*map(_key, rows))
     return splits
-
-
-def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
-    from datasets import Dataset, DatasetDict, Features
-
-    rows = [row for split in SPLITS for row in splits[split]]
-    features = (documents.features if name in documents.READERS else _features)(name, rows)
-    columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
-    return DatasetDict({s: Dataset.from_dict(rows, features=Features(features)) for s, rows in columns.items()})
 
 
 def _features(name: str, rows: list[dict]) -> dict:

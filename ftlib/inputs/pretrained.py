@@ -1,10 +1,6 @@
 """Pretrained tokenizers and models by short name, folder or hub id; what comes back is plain Transformers.
 
-    tokenizer = load_tokenizer("minilm")
-    model = load_model("minilm", task="sequence-classification", num_labels=2)
-
 To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
-
 Weights are float32, the model in eval mode, unless you ask otherwise. No remote code is run; safetensors come first.
 """
 

@@ -195,10 +195,7 @@ def _batches(
     part: tuple, *, tokenizer: Any, padding: Padding, known: int | None, batch_size: int | None, max_tokens: int,
     **options: Any,
 ) -> list[tuple[int, dict[str, torch.Tensor]]]:  # fmt: skip
-    """(texts in the chunk, batch) with `places`, int64 (batch,): where in the chunk each of the batch's texts is.
-
-    part: texts in the chunk, and of a slice the places in it, the rows, and the texts.
-    """
+    """(texts in the chunk, batch with `places`, int64 (batch,), in it); part: these texts, places, numbers, texts."""
     count, places, indices, texts = part
     rows = encode_texts(texts, tokenizer, indices=indices, **options)
     for row, i, place in zip(rows, indices, places, strict=True):
@@ -213,8 +210,7 @@ def _batches(
 def _ahead(texts: Iterator[Any], recipe: Recipe, work: Callable) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Batches, tokenized in a background thread before they are asked for, of texts that are read in this one.
 
-    So a database's cursor can be read, a text that does not come can be interrupted, and errors are raised where they
-    are made.  Closing this iterator ends the thread, after the slice it is at, and closes a generator of texts.
+    So a database's cursor can be read, a text that does not come be interrupted.  Closing this ends thread and texts.
     """
     start, pool, ready = 0, ThreadPoolExecutor(1, "ftlib-features"), deque()
     try:
