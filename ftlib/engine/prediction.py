@@ -222,8 +222,6 @@ def predict(
     tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
     also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
-
-    An encoder-decoder model's answers to sources, or to a table's column `source`, are texts: see `ftlib.generate`.
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -233,12 +231,6 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
-    if TASKS[kind].encoder_decoder:
-        odd = [n for n, on in (("output", output != "labels"), ("max_length", max_length), ("shared", shared)) if on]
-        refuse((odd, f"{', '.join(odd)}: a model that makes texts of texts gives texts; see ftlib.generate"))
-        given = _listed(data, TASKS[kind])
-        sources = given if _are_texts(given) else [row["input_ids"] for row in given]
-        return generation.generate(model, sources, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     record, names = TASKS[kind], names_of(model, task)
@@ -284,8 +276,7 @@ def _listed(data: Any, record: Any) -> Any:
         table = bool(data and isinstance(data[0], Mapping) and data[0] and "input_ids" not in data[0])
     data = as_dataset(data) if table else data
     names = data.column_names if table else {}  # of a DatasetDict a dict
-    usual = ("source",) if record.encoder_decoder else ("tokens", "text")
-    columns = [name for name in usual if name in names][:: 1 if record.a_token else -1]
+    columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
     if "input_ids" in names or isinstance(names, dict) or not columns or record.windows:
         return data
     pairs = columns[0] == "text" and "text_pair" in names
