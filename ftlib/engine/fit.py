@@ -57,13 +57,11 @@ def fit(
     weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
-    for name, value, right, need in (
-        ("config", config, isinstance(config, TrainConfig), "ftlib.TrainConfig(...)"),
-        ("loss", loss, loss is None or callable(loss), "a function, see the docstring of fit"),
-        ("on_record", on_record, on_record is None or callable(on_record), "a function, see the docstring of fit"),
-    ):
-        if not right:
-            raise TypeError(f"{name} is {value!r}; pass {need}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {config!r}; pass ftlib.TrainConfig(...)")
+    for name, value in (("loss", loss), ("on_record", on_record)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is {value!r}; pass a function, see the docstring of fit")
     distributed.start()
     names: dict[str, list[str]] = {}  # of the classes, for a model without, and for both datasets alike
     parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None, names=names)
