@@ -1,7 +1,4 @@
-"""What a notebook asks of the machine it runs on: `setup` seeds, and says and returns where the notebook runs.
-
-To copy: this file, core/batches.py, core/device.py and torch.
-"""
+"""Seed, and say where a notebook runs: `setup`.  To copy: this file, core/batches.py, core/device.py and torch."""
 
 from __future__ import annotations
 
