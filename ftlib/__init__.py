@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # room and module -> the public names it defines
     "inputs.corpora": "load_corpus", "inputs.pretrained": "load_tokenizer load_model", "inputs.tokenizing": "tokenize",
+    "inputs.pretraining": "PackedText sentence_pairs corrupt_spans", "methods.vocabulary": "add_tokens masked_head",
     "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
     "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge",

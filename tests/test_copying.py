@@ -30,6 +30,8 @@ SNIPPETS = {
     "tasks/language_modeling.py": "tokenizer.eos_token = '[UNK]'\n"
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
     "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
+    "tasks/masked.py": "row = {'input_ids': [0, 1], 'labels': [-100, 1], 'masking': [2, 3, 1.0]}\n"
+    "assert mask(row, [0])['labels'] == [-100, 1] and items(torch.tensor([-100, 1])) == 1",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
     "tasks/overlap.py": "assert callable(bleu) and callable(rouge)",
     "tasks/seq2seq.py": "tokenizer.eos_token = '[UNK]'\n"
@@ -59,6 +61,8 @@ SNIPPETS = {
     "assert read_json(folder / 'x' / 'a.json') == {}",
     "inputs/pretrained.py": "model.save_pretrained(folder / 'm'); kind = 'sequence-classification'\n"
     "assert type(load_model(folder / 'm', task=kind)) is type(model)",
+    "inputs/pretraining.py": "tokenizer.mask_token = '[UNK]'\n"
+    "(row,) = PackedText(['a b', 'b'], tokenizer, 3, task='masked-lm'); assert row['input_ids'] == [1, 2, 2]",
     "inputs/agreement.py": "assert agree(model) == Padding(0, 'right', False) and inputs_of(model) > {'position_ids'}",
     "inputs/rows.py": "assert checked(ROWS, Door({'': ('sequence-classification', 2)}))[0]['labels'] == 1",
     "inputs/sentence_folders.py": "assert recipe_of(str(folder)).pooling == 'mean'",
@@ -89,6 +93,7 @@ SNIPPETS = {
     "    n_layer=1, n_head=2)); ids = torch.tensor([[5, 6, 7]])\n"
     "with in_chunks(gpt):\n    assert gpt(input_ids=ids, labels=ids).loss > 0",
     "methods/tuning.py": "assert tune(model, 'lora', rank=2).trainable; assert merge(model) is model",
+    "methods/vocabulary.py": "assert add_tokens(model, tokenizer, ['c']) == [3]",
     "methods/unpadding.py": "ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])\n"
     "before = model(ids, mask).logits; unpad(model)\n"
     "assert torch.allclose(model(ids, mask).logits, before, atol=1e-5); repad(model)",
@@ -102,6 +107,9 @@ SNIPPETS = {
     "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
+    "engine/filling.py": "tokenizer.add_special_tokens({'mask_token': '[MASK]'})\n"
+    "m = transformers.BertForMaskedLM(model.config); m.resize_token_embeddings(40)\n"
+    "assert len(fill(m, ['a [MASK]'], tokenizer, 2)[0][0]) == 2",
     "engine/generation.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"
     "    n_layer=1, n_head=2)); options = dict(tokenizer=tokenizer, max_new_tokens=2)\n"
     "assert len(generate(gpt, ['a b', 'b'], **options)) == 2",

@@ -70,11 +70,10 @@ def embeddings(model: nn.Module) -> list[nn.Parameter]:
 
 def head_modules(model: nn.Module) -> list[str]:
     """The names of what stands above the layers: the base's pooler and the task head; [] for a model without a head."""
-    base = base_of(model)
-    if base is model:
+    base, words = base_of(model), getattr(model, "get_output_embeddings", lambda: None)()
+    if base is model or words is not None:  # a language model's output layer: pretrained, tied or not
         return []
-    words = getattr(model, "get_output_embeddings", lambda: None)()  # a decoder's output layer: pretrained, tied or not
-    shared = {id(p) for part in (base, *(m for m in model.children() if m is words)) for p in part.parameters()}
+    shared = {id(p) for p in base.parameters()}
     parts = [(name, child) for name, child in model.named_children() if base not in child.modules()]
     outside = [name for name, child in parts if any(id(p) not in shared for p in child.parameters())]
     pooler = getattr(base, "pooler", None)

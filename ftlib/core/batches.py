@@ -15,7 +15,7 @@ import torch
 
 IGNORE = -100  # the label PyTorch's and our losses skip
 Row = dict[str, Any]
-NOT_INPUTS = ("labels", "attention_mask", "word_starts")  # columns of a row that collate makes itself, or leaves out
+NOT_INPUTS = ("labels", "attention_mask", "word_starts", "masking", "begins")  # collate makes them, or leaves them out
 
 
 def collate(

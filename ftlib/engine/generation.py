@@ -3,7 +3,7 @@
 Batches are of about one length, padded in front, for an encoder behind.
 
 To copy: this file, core/anatomy.py, core/batches.py, inputs/agreement.py, methods/speedups.py, tasks/, torch and
-transformers (inputs/pretrained.py and what it names to find a tokenizer by the model's name).
+transformers (inputs/pretrained.py and what it names, to find a tokenizer by the model's name).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

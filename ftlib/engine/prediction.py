@@ -22,8 +22,8 @@ from ..inputs.tokenizing import encode_texts
 from ..methods import token_losses
 from ..methods.speedups import shortcuts
 from ..tasks import language_modeling
-from ..tasks.task import TASKS, given_names, names_of, tasks_of
-from . import answering, distributed, generation
+from ..tasks.task import TASKS, formed, given_names, names_of, tasks_of
+from . import answering, distributed, filling, generation
 
 OUTPUTS = ("labels", "names", "probabilities", "logits")
 
@@ -45,12 +45,15 @@ def batches_of(
     batches = split_by_size(range(len(places)), lengths, batch_size=batch_size, alike=pad.alike)
     world = distributed.world_size() if shared and places else 1
     plan = distributed.evened([batches[i::world] for i in range(world)]) if world > 1 else [(b, 1.0) for b in batches]
-    several, tokens = hasattr(model, "tasks") and not task, _of_tokens(model)
+    several, record = hasattr(model, "tasks") and not task, _record(model)
+    tokens = not record.labelled
     stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
-    with anatomy.evaluating(model), shortcuts(model), token_losses.in_chunks(model) if tokens else nullcontext():
+    summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens else nullcontext()
+    with anatomy.evaluating(model), shortcuts(model), summing:
         for indices, counts in tqdm(plan, desc="predict", unit="batch", leave=False, disable=not progress):
             rows = take(numbered, [places[i] for i in indices])
+            rows = record.draw(rows, [(0, *places[i]) for i in indices]) if record.draw else rows
             plain = rows if several or tokens else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
             batch = collate(plain, pad_token_id=pad.id, padding_side=pad.side, stack=stack)
             if not tokens:
@@ -62,9 +65,9 @@ def batches_of(
             yield (indices if counts else []), rows, found
 
 
-def _of_tokens(model: nn.Module) -> bool:
-    """Whether this is a language model, whose labels are tokens."""
-    return any(not TASKS[kind].labelled for kind, _ in tasks_of(model).values())
+def _record(model: nn.Module) -> Any:
+    """The first task's; a language model, whose labels are tokens, has one."""
+    return next(TASKS[kind] for kind, _ in tasks_of(model).values())
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
@@ -102,11 +105,11 @@ def evaluate(
     padding = agree(model, tokenizer, batch_size != 1 and sum(map(len, parts)) > 1)
     options = dict(batch_size=batch_size, progress=progress, shared=shared, autocast=autocast and (lambda: autocast))
     found = scores(model, parts, padding=padding, **options)
-    tokens = _of_tokens(model)
-    if generate is not None and (tokenizer is None or not tokens):
-        raise ValueError("generate= needs tokenizer=" if tokens else "generate= is for language models")
-    if tokens and tokenizer is not None:
-        skipped = 0 if TASKS[tasks_of(model)[""][0]].encoder_decoder else 1
+    record = _record(model)
+    if generate is not None and (tokenizer is None or not record.prompt):
+        raise ValueError("generate= needs tokenizer=" if record.prompt else "generate= is for language models")
+    if record.prompt and tokenizer is not None:
+        skipped = 0 if record.encoder_decoder else 1
         predicted = (row["labels"][skipped:] for row in parts[0])
         found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, predicted)
     options = {"progress": progress, "autocast": autocast, **(generate or {})}
@@ -120,10 +123,15 @@ def scores(
     tasks = tasks_of(model)
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
     sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
-    tokens = _of_tokens(model)
+    tokens = not (record := _record(model)).labelled
+    more = record.measures(parts[0][0]) if record.measures and parts else ()
+    sums |= {name: [] for name in more}
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
-        if indices and tokens:  # the logits are the summed loss
-            sums[""].append((float(logits), sum(int(TASKS[tasks[""][0]].items(np.asarray(r["labels"]))) for r in rows)))
+        if indices and tokens:  # the logits are the summed loss, and what is counted beside it
+            count = sum(int(record.items(np.asarray(row["labels"]))) for row in rows)
+            counts = (count, count, len(rows), len(rows))
+            for name, value, n in zip(("", *more), logits.reshape(-1).tolist(), counts, strict=False):
+                sums[name].append((value, n))
         for task, (kind, _) in tasks.items() if indices and not tokens else ():
             own = [i for i, row in enumerate(rows) if not task or task in row["labels"]]
             if own:
@@ -134,20 +142,26 @@ def scores(
                 found[task] |= zip((indices[i] for i in own), zip(decided, labels, strict=True), strict=True)
     results: dict[str, float] = {}
     for task, (kind, _) in tasks.items():
-        pairs, every = found[task], {distributed.rank(): sums[task]}
-        if shared:
-            pairs, every = distributed.all_joined(pairs), distributed.all_joined(every)
-        losses, items = zip((0.0, 0), *(batch for batches in every.values() for batch in batches), strict=True)
-        if sum(items):
-            # fsum: the same bits whoever computed which batch
-            mean = math.fsum(losses) / sum(items)
+        pairs, mean = distributed.all_joined(found[task]) if shared else found[task], _mean(sums[task], shared)
+        if mean is not None:
             exp = math.exp(mean) if mean < 700 else math.inf
-            more = {"perplexity": exp} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
-            own = {"loss": mean} | more
+            scored = {"perplexity": exp} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
+            own = {"loss": mean} | scored
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     if not results and parts:
         raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
+    results |= {name: _mean(sums[name], shared) for name in more}
+    if "pair_loss" in more:  # what is trained is their sum
+        results["loss"] += results["pair_loss"]
     return results
+
+
+def _mean(batches: list[tuple[float, int]], shared: bool) -> float | None:
+    """Of (sum, items) of batches, by fsum: the same bits whoever computed which; None without items."""
+    every = {distributed.rank(): batches}
+    every = distributed.all_joined(every) if shared else every
+    sums, items = zip((0.0, 0), *(batch for own in every.values() for batch in own), strict=True)
+    return math.fsum(sums) / sum(items) if sum(items) else None
 
 
 def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:
@@ -184,7 +198,8 @@ def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
 
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
-    found = ["loss", "perplexity"] if _of_tokens(model) else []
+    more = record.measures(parts[0][0]) if (record := _record(model)).measures else ()
+    found = [] if record.labelled else ["loss", "perplexity", *more]
     for task, (kind, count) in labelled(model, parts).items() if not found else ():
         decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
         decided = [decided] if TASKS[kind].a_token else decided
@@ -198,7 +213,7 @@ def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
 def predict(
     model: nn.Module, data: Any, *, tokenizer: Any = None, task: str | None = None, output: str = "labels",
     batch_size: int = 64, max_length: int | None = None, progress: bool = False, shared: bool = False,
-    stride: int | None = None, max_answer: int | None = None, no_answer: float | None = None,
+    stride: int | None = None, max_answer: int | None = None, no_answer: float | None = None, top_k: int = 5,
 ) -> Any:  # fmt: skip
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
@@ -222,6 +237,8 @@ def predict(
     tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
     also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
+    Of texts with masked tokens: for every text a list with an entry a mask, the `top_k` likeliest tokens there,
+    [{"token", "text", "score"}, ...], each mask by itself.
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -231,6 +248,9 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
+    if TASKS[kind].draw:
+        given = _listed(data, TASKS[kind])
+        return filling.fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     record, names = TASKS[kind], names_of(model, task)
@@ -255,12 +275,12 @@ def predict(
         return read(logits)
     if not record.a_token and not record.windows:
         stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
-        return _formed(stacked, output, record, names)
+        return formed(stacked, output, record, names)
     for i, (values, row) in enumerate(zip(logits, rows, strict=True)):
         if "word_starts" in row:  # texts: one prediction a word
             absent = np.full_like(values[0], np.nan)
             logits[i] = np.stack([absent if k is None else values[k] for k in row["word_starts"]])  # (words, classes)
-    return [_formed(values, output, record, names) for values in logits]
+    return [formed(values, output, record, names) for values in logits]
 
 
 def _listed(data: Any, record: Any) -> Any:
@@ -299,16 +319,3 @@ def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max
             data = [text.split() or text if isinstance(text, str) else text for text in data]
         data = encode_texts(data, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))
     return checked(data, Door.of(model, "data", labels_needed=False)) if len(data) else []
-
-
-def _formed(values: np.ndarray, output: str, record: Any, names: dict[int, str]) -> Any:
-    """Logits, (texts, classes) or a text's (tokens, classes), in the form asked for."""
-    if output == "logits" or (record.probabilities is None and output != "labels"):
-        return values
-    scored = torch.from_numpy(values)
-    if output == "probabilities":
-        return record.probabilities(scored).numpy()
-    decided = record.decide(scored).numpy()  # (texts,), (texts, labels) or (tokens,)
-    if record.a_token:
-        decided = np.where(np.isnan(values).all(-1), IGNORE, decided)
-    return decided if output == "labels" else record.named(decided, names)

@@ -54,7 +54,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     name: a short name ("minilm"), an existing folder, or a hub id. task: a kind of task, "sequence-classification" say.
     num_labels may come from `label_names` (which fill config.id2label); regression defaults to 1; a folder saved with a
     head for this task keeps its own. New head weights are drawn from `seed`; the global random state is left alone.
-    A "causal-lm" has its vocabulary for labels, and a head that was trained; "question-answering" has start and end.
+    "causal-lm", "masked-lm" have their vocabulary for labels, and a trained head; "question-answering" start and end.
     `kwargs` go to from_pretrained: dtype, attn_implementation, values of the config.
 
     Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
@@ -220,7 +220,10 @@ def _check_weights(name, model, info: dict, kind, may_differ: bool) -> None:
     tokens = model.get_input_embeddings().num_embeddings
     causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     lost = f"lacks {', '.join(sorted(fresh)[:3])}: a head that starts random over {tokens} tokens is no language model"
+    masks, of = kind.draw is not None, type(model).__name__
+    remedy = "start one on an encoder: ftlib.masked_head" if masks else "load one that predicts the next token"
     refuse(
-        (fresh, f"the checkpoint '{name}' {lost}; load one that was trained to predict the next token"),
-        (causal == {False}, f"'{name}' is no language model: in {type(model).__name__} each token sees all others"),
+        (fresh, f"the checkpoint '{name}' {lost}; {remedy}"),
+        (masks and not of.endswith(kind.architecture), f"'{name}' is a {of}, which predicts no masked tokens"),
+        (causal == {False} and not masks, f"'{name}' is no language model: in {of} each token sees all others"),
     )

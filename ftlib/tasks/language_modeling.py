@@ -245,6 +245,8 @@ def _joined(tokenizer: Any, pieces: list[str], special: bool, where: str) -> lis
         own = _ids(tokenizer, text, special)
         return own[: len(own) - behind]
 
+    if len(pieces) == 1:
+        return [ids(pieces[0])]
     whole, parts = ids("".join(pieces)), [ids(pieces[0]), *(_ids(tokenizer, piece, False) for piece in pieces[1:])]
     if (joined := [token for part in parts for token in part]) == whole:
         return parts
