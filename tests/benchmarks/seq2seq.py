@@ -18,6 +18,7 @@ The grid takes about an hour of one core of an AMD EPYC with AVX512_BF16 (estima
 half as long with two free ones: 15 searched ways and rates, 15 tests.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -99,10 +100,15 @@ def loaded(seed: int) -> Any:
     return T5ForConditionalGeneration(T5Config(**sizes, **like))
 
 
+@functools.cache  # of a process: to read one again takes seconds
+def loaded_corpus(name: str) -> Any:
+    return ftlib.load_corpus(name)
+
+
 def rows_of(name: str, split: str, count: int, seed: int) -> list[dict[str, str]]:
     """`source` and `target` texts."""
     part = part_of(name)
-    drawn = subset(ftlib.load_corpus(part.corpus)[split], None, seed)
+    drawn = subset(loaded_corpus(part.corpus)[split], None, seed)
     short = (row for row in drawn if len(row[part.source].split()) <= part.longest)
     return [
         {"source": row[part.source], "target": row[part.target].translate(part.letters)}
