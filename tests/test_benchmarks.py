@@ -583,9 +583,17 @@ def test_profile_program_at_toy_size(tmp_path):
         assert sum(row["groups"].values()) == pytest.approx(row["profiled_seconds_a_step"], rel=0.3)
 
 
-def test_what_ties_with_the_best(program):
-    points = {"best": (0.80, 0.02), "near": (0.77, 0.01), "far": (0.75, 0.02), "sure": (0.79, 0.0)}
-    assert program("report").ties(points) == {"best", "near", "sure"}
+def test_arrows_show_what_differs_from_the_base(program):
+    rows = [
+        {"way": way, "seed": seed, "value": value}
+        for way, values in {"base": (1, 2, 3), "up": (2.1, 3, 4.1), "odd": (0, 4, 2), "part": (9,)}.items()
+        for seed, value in reversed([*enumerate(values)])
+    ]
+    report = program("report")
+    runs = report.runs_of(rows, "way", lambda row: row["value"])
+    assert runs["up"] == [2.1, 3, 4.1]
+    shown = report.compared(runs, "base")
+    assert shown == {"base": "2.000 ± 1.000", "up": "3.067 ± 1.002 ↑", "odd": "2.000 ± 2.000"}  # "part" is on its way
 
 
 def test_training_texts_of_every_class(program):
