@@ -606,7 +606,7 @@ def test_training_texts_of_every_class(program):
 
 def test_a_rate_is_searched_with_two_seeds_until_it_is_inside(program, monkeypatch, tmp_path):
     strategies, record = program("strategies"), program("record")
-    scores = {100: {5e-4: 0.9, 1.5e-4: 0.8, 5e-5: 0.8}, 101: {1.5e-4: 0.7, 5e-5: 0.85, 2e-5: 0.6}}  # 100 alone: 5e-4
+    scores = {100: {5e-5: 0.8, 1.5e-4: 0.85, 5e-4: 0.9, 1.5e-3: 0.88}, 101: {1.5e-3: 0.9}}  # 100 alone: 5e-4
 
     def fit(model, rows, config):
         model.update(config)
@@ -622,8 +622,9 @@ def test_a_rate_is_searched_with_two_seeds_until_it_is_inside(program, monkeypat
     strategies.accuracies((0, 1), ["full"], tokens, table, {4: (2, 10, "fp32")})
     of = {part: [(row["rate"], row["seed"], row["steps"]) for row in table.content["rows"] if row["part"] == part]
           for part in ("rates", "twice", "accuracy")}  # fmt: skip
-    assert {rate for rate, *_ in of["rates"]} == {2e-5, 5e-5, 1.5e-4, 5e-4} and len(of["rates"]) == 8
-    assert of["twice"] == [(5e-5, 100, 20)] and of["accuracy"] == [(5e-5, 0, 10), (5e-5, 1, 10)]
+    assert {rate for rate, seed, _ in of["rates"] if seed == 100} == {5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3}
+    assert {rate for rate, seed, _ in of["rates"] if seed == 101} == {1.5e-4, 5e-4, 1.5e-3} and len(of["rates"]) == 8
+    assert of["twice"] == [(1.5e-3, 100, 20)] and of["accuracy"] == [(1.5e-3, 0, 10), (1.5e-3, 1, 10)]
 
 
 def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
