@@ -8,10 +8,10 @@ for GPUs), each method in the precision it has as it comes: float32, and bf16 fo
 CPU multiplies that fast; for the best settings of the others both are tried.  Fine-tuning: one pass in batches of 32,
 dropout on; every method sees the same sentences and makes the same number of steps, in its own order; the mean loss of
 all steps is stored.  The Trainer's best settings are searched first, and the search is stored.  Features: every method
-returns the mean over the tokens of the last layer; the smallest cosine to the first method's vectors is stored.  Titles:
-flan-t5-small learns titles from abstracts of pubmed-titles, 8 a step, against Seq2SeqTrainer; unpad refuses T5, so that
-`fit` gains by precision, by faster products and by micro-batches of like lengths (max_tokens) alone.  Peak memory is
-measured in a process of its own for each method.
+returns the mean over the tokens of the last layer; the smallest cosine to the first method's vectors is stored.
+Titles: flan-t5-small learns titles from abstracts of pubmed-titles, 8 a step, against Seq2SeqTrainer; unpad refuses
+T5, so that `fit` gains by precision, by faster products and by micro-batches of like lengths (max_tokens) alone.  Peak
+memory is measured in a process of its own for each method.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, help="sentences, or abstracts; default: 640, of titles 96")
-    parser.add_argument("--toy", action="store_true", help="64 sentences (or --count), one round, no compile: does it run?")
+    parser.add_argument("--toy", action="store_true", help="one round of 64 (or --count): does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--one", help="run this method once and print its peak memory")
     parser.add_argument("--settings", type=ast.literal_eval, default={}, help="of the Trainer, with --one")
