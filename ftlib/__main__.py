@@ -120,7 +120,8 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
         limit = run.get("max_length") or ftlib.rows.token_limit(usual, tokenizer, settings)
         limit = run.get("max_length") if record.encoder_decoder else limit  # which cuts only where it is asked to
         options = dict(max_length=limit, task=run["task"])
-        options |= {key: run.get(key) for key in ("stride", "max_target_length", "prefix")}
+        further = {key for one in ftlib.task.TASKS.values() for key in one.options}  # which other tasks refuse
+        options |= {key: run.get(key) for key in further}
         tokens = ftlib.tokenize(parts, tokenizer, **columns, **options)
     feature, label = tokens["train"].features["labels"], column_of(run, "label", data) if classes else ""
     names = label if isinstance(label, list) else getattr(getattr(feature, "feature", feature), "names", None)

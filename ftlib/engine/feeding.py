@@ -44,7 +44,7 @@ class Step(list):
     def __init__(self, feed: "Feed", number: int, places: list[Place]):
         super().__init__()
         self.feed, self.number, self.places = feed, number, places
-        self.rows = take(feed.parts, places)
+        self.rows = feed.as_read(take(feed.parts, places), number, places)
         self.items, self.shares, labels = {}, {}, [row["labels"] for row in self.rows]
         for task, (kind, _) in feed.tasks.items():
             own = [label[task] for label in labels if task in label] if task else labels
@@ -122,6 +122,15 @@ class Feed:
             self.number += 1
             self.step = step  # that is being taken
             yield step
+
+    def as_read(self, rows: list[Row], number: int, places: list[Place]) -> list[Row]:
+        """The rows of step `number` as the model reads them: new ones in every epoch, by seed, epoch and row."""
+        for draw in {TASKS[kind].draw for kind, _ in self.tasks.values()} - {None}:
+            seed, (size, *_) = self.run.config.seed % 2**63, (*self.rows.values(), 0)
+            epoch = number // -(-size // self.run.config.batch_size) if size else number  # of a stream the step
+            keys = [(seed, epoch, place if size else i) for i, (_, place) in enumerate(places)]
+            rows = draw(rows, keys)
+        return rows
 
     def ahead(self) -> None:
         """Make the next step, if there is one; what goes wrong is for that step: this one is to be finished first."""

@@ -1,7 +1,4 @@
-"""Run a trained model: logits, predictions, metrics.
-
-Rows are sorted by length, so that padding stays low, and results come back in the order given.
-"""
+"""Run a trained model: logits, predictions, metrics; rows sorted by length, results in the order given."""
 
 import math
 import os
@@ -12,21 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import anatomy
 from ..core.batches import IGNORE, collate, one_of, refuse, split_by_size, to_device
 from ..core.loop import logits_of as read_logits
 from ..inputs.agreement import Padding, agree
+from ..inputs.pretrained import tokenizer_of
 from ..inputs.reading import SUFFIXES, as_dataset
 from ..inputs.rows import Door, Rows, checked, is_stream, listed, rows_for, take, token_limit
 from ..inputs.tokenizing import encode_texts
 from ..methods import token_losses
 from ..methods.speedups import shortcuts
 from ..tasks import language_modeling
-from ..tasks.task import TASKS, given_names, names_of, tasks_of
-from . import answering, distributed, generation
+from ..tasks.task import TASKS, formed, given_names, names_of, tasks_of
+from . import answering, distributed, filling, generation
 
-OUTPUTS = ("labels", "names", "probabilities", "logits", "entities")
+OUTPUTS = ("labels", "names", "probabilities", "logits")
 
 
 def batches_of(
@@ -45,39 +44,34 @@ def batches_of(
     device = next(model.parameters()).device
     batches = split_by_size(range(len(places)), lengths, batch_size=batch_size, alike=pad.alike)
     world = distributed.world_size() if shared and places else 1
-    plan: Any = [(batch, 1.0) for batch in batches]
-    if world > 1:
-        plan = distributed.evened([batches[i::world] for i in range(world)])
-    if progress:
-        from tqdm.auto import tqdm
-
-        plan = tqdm(plan, desc="predict", unit="batch", leave=False)
-    several, tokens = hasattr(model, "tasks") and not task, _of_tokens(model)
+    plan = distributed.evened([batches[i::world] for i in range(world)]) if world > 1 else [(b, 1.0) for b in batches]
+    several, record = hasattr(model, "tasks") and not task, _record(model)
+    tokens = not record.labelled
     stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
-    with anatomy.evaluating(model), shortcuts(model), token_losses.in_chunks(model) if tokens else nullcontext():
-        for indices, counts in plan:
+    summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens else nullcontext()
+    with anatomy.evaluating(model), shortcuts(model), summing:
+        for indices, counts in tqdm(plan, desc="predict", unit="batch", leave=False, disable=not progress):
             rows = take(numbered, [places[i] for i in indices])
+            rows = record.draw(rows, [(0, *places[i]) for i in indices]) if record.draw else rows
             plain = rows if several or tokens else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
             batch = collate(plain, pad_token_id=pad.id, padding_side=pad.side, stack=stack)
             if not tokens:
                 batch.pop("labels", None)
+            batch = to_device(batch, device)
             with (autocast or nullcontext)():
-                output = model(**(batch := to_device(batch, device)), **named)
+                output = model(**batch, **named)
             found = output if several or task else output.loss if tokens else read_logits(output, batch)
             yield (indices if counts else []), rows, found
 
 
-def _of_tokens(model: nn.Module) -> bool:
-    """Whether this is a language model, whose labels are tokens."""
-    return any(not TASKS[kind].labelled for kind, _ in tasks_of(model).values())
+def _record(model: nn.Module) -> Any:
+    """The first task's; a language model, whose labels are tokens, has one."""
+    return next(TASKS[kind] for kind, _ in tasks_of(model).values())
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
-    """The logits of every row, float32, in order; for tags and answers (tokens, classes), else (classes,).
-
-    options: those of `batches_of`.  With shared=True every process gets all of them.
-    """
+    """Every row's logits, float32: (classes,), of tags and answers (tokens, classes); options: of `batches_of`."""
     if not len(rows):
         return []
     rows = rows if isinstance(rows, Rows) else checked(rows, Door.of(model, "rows", labels_needed=False))
@@ -111,11 +105,11 @@ def evaluate(
     padding = agree(model, tokenizer, batch_size != 1 and sum(map(len, parts)) > 1)
     options = dict(batch_size=batch_size, progress=progress, shared=shared, autocast=autocast and (lambda: autocast))
     found = scores(model, parts, padding=padding, **options)
-    tokens = _of_tokens(model)
-    if generate is not None and (tokenizer is None or not tokens):
-        raise ValueError("generate= needs tokenizer=" if tokens else "generate= is for language models")
-    if tokens and tokenizer is not None:
-        skipped = 0 if TASKS[tasks_of(model)[""][0]].encoder_decoder else 1
+    record = _record(model)
+    if generate is not None and (tokenizer is None or not record.prompt):
+        raise ValueError("generate= needs tokenizer=" if record.prompt else "generate= is for language models")
+    if record.prompt and tokenizer is not None:
+        skipped = 0 if record.encoder_decoder else 1
         predicted = (row["labels"][skipped:] for row in parts[0])
         found["bits_per_byte"] = found["loss"] / math.log(2) * language_modeling.tokens_a_byte(tokenizer, predicted)
     options = {"progress": progress, "autocast": autocast, **(generate or {})}
@@ -129,10 +123,15 @@ def scores(
     tasks = tasks_of(model)
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
     sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
-    tokens = _of_tokens(model)
+    tokens = not (record := _record(model)).labelled
+    more = record.measures(parts[0][0]) if record.measures and parts else ()
+    sums |= {name: [] for name in more}
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
-        if indices and tokens:  # the logits are the summed loss
-            sums[""].append((float(logits), sum(int(TASKS[tasks[""][0]].items(np.asarray(r["labels"]))) for r in rows)))
+        if indices and tokens:  # the logits are the summed loss, and what is counted beside it
+            count = sum(int(record.items(np.asarray(row["labels"]))) for row in rows)
+            counts = (count, count, len(rows), len(rows))
+            for name, value, n in zip(("", *more), logits.reshape(-1).tolist(), counts, strict=False):
+                sums[name].append((value, n))
         for task, (kind, _) in tasks.items() if indices and not tokens else ():
             own = [i for i, row in enumerate(rows) if not task or task in row["labels"]]
             if own:
@@ -143,23 +142,26 @@ def scores(
                 found[task] |= zip((indices[i] for i in own), zip(decided, labels, strict=True), strict=True)
     results: dict[str, float] = {}
     for task, (kind, _) in tasks.items():
-        pairs, every = found[task], {distributed.rank(): sums[task]}
-        if shared:
-            pairs, every = distributed.all_joined(pairs), distributed.all_joined(every)
-        losses, items = zip((0.0, 0), *(batch for batches in every.values() for batch in batches), strict=True)
-        if sum(items):
-            # fsum: the same bits whoever computed which batch
-            mean = math.fsum(losses) / sum(items)
-            more = {"perplexity": _exp(mean)} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
-            own = {"loss": mean} | more
+        pairs, mean = distributed.all_joined(found[task]) if shared else found[task], _mean(sums[task], shared)
+        if mean is not None:
+            exp = math.exp(mean) if mean < 700 else math.inf
+            scored = {"perplexity": exp} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
+            own = {"loss": mean} | scored
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     if not results and parts:
         raise ValueError(f"every label is {IGNORE} (ignored): nothing to score")
+    results |= {name: _mean(sums[name], shared) for name in more}
+    if "pair_loss" in more:  # what is trained is their sum
+        results["loss"] += results["pair_loss"]
     return results
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _mean(batches: list[tuple[float, int]], shared: bool) -> float | None:
+    """Of (sum, items) of batches, by fsum: the same bits whoever computed which; None without items."""
+    every = {distributed.rank(): batches}
+    every = distributed.all_joined(every) if shared else every
+    sums, items = zip((0.0, 0), *(batch for own in every.values() for batch in own), strict=True)
+    return math.fsum(sums) / sum(items) if sum(items) else None
 
 
 def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:
@@ -196,7 +198,8 @@ def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
 
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
-    found = ["loss", "perplexity"] if _of_tokens(model) else []
+    more = record.measures(parts[0][0]) if (record := _record(model)).measures else ()
+    found = [] if record.labelled else ["loss", "perplexity", *more]
     for task, (kind, count) in labelled(model, parts).items() if not found else ():
         decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
         decided = [decided] if TASKS[kind].a_token else decided
@@ -210,7 +213,7 @@ def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
 def predict(
     model: nn.Module, data: Any, *, tokenizer: Any = None, task: str | None = None, output: str = "labels",
     batch_size: int = 64, max_length: int | None = None, progress: bool = False, shared: bool = False,
-    stride: int | None = None, max_answer: int | None = None, no_answer: float | None = None,
+    stride: int | None = None, max_answer: int | None = None, no_answer: float | None = None, top_k: int = 5,
 ) -> Any:  # fmt: skip
     """Predictions for texts, or for a tokenized dataset, in the order given.
 
@@ -221,7 +224,7 @@ def predict(
         task: which one, for a MultiTaskModel.
         output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
             names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
-            there both give the logits.  "entities", of strings and a tagger: what `ftlib.entities` gives.
+            there both give the logits.
         shared: processes that are all given the same share the work, and each gets all predictions.
 
     For tags the result is a list with an entry a text, each with one prediction a word (a string is split at white
@@ -234,8 +237,8 @@ def predict(
     tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
     also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
-
-    An encoder-decoder model's answers to sources, or to a table's column `source`, are texts: see `ftlib.generate`.
+    Of texts with masked tokens: for every text a list with an entry a mask, the `top_k` likeliest tokens there,
+    [{"token", "text", "score"}, ...], each mask by itself.
     """
     one_of("output", output, OUTPUTS)
     tasks = tasks_of(model)
@@ -245,21 +248,11 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
-    if TASKS[kind].encoder_decoder:
-        odd = [n for n, on in (("output", output != "labels"), ("max_length", max_length), ("shared", shared)) if on]
-        refuse((odd, f"{', '.join(odd)}: a model that makes texts of texts gives texts; see ftlib.generate"))
+    if TASKS[kind].draw:
         given = _listed(data, TASKS[kind])
-        sources = given if _are_texts(given) else [row["input_ids"] for row in given]
-        return generation.generate(model, sources, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
+        return filling.fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
-    if output == "entities":
-        from .entities import entities  # which needs this file
-
-        options = {"progress": progress, "shared": shared, **({} if stride is None else {"stride": stride})}
-        tokenizer = tokenizer or _tokenizer_of(model)
-        options |= {"batch_size": batch_size, "max_length": max_length, "task": task}
-        return entities(model, data, tokenizer=tokenizer, **options)
     record, names = TASKS[kind], names_of(model, task)
     data, read = _listed(data, record), None
     table = record.windows and {*record.forms[-1]} <= {*getattr(data, "column_names", ())}
@@ -270,7 +263,7 @@ def predict(
         (table and output != "labels", f"output={output!r}: to questions there are answers; leave it out"),
     )
     if tokenizer is None and (table or _are_texts(data)):
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
     if table:
         rows, read = answering.questions(model, data, tokenizer, max_length=max_length, **given)
     else:
@@ -282,12 +275,12 @@ def predict(
         return read(logits)
     if not record.a_token and not record.windows:
         stacked = np.stack(logits) if logits else np.empty((0, count), dtype=np.float32)
-        return _formed(stacked, output, record, names)
+        return formed(stacked, output, record, names)
     for i, (values, row) in enumerate(zip(logits, rows, strict=True)):
         if "word_starts" in row:  # texts: one prediction a word
             absent = np.full_like(values[0], np.nan)
             logits[i] = np.stack([absent if k is None else values[k] for k in row["word_starts"]])  # (words, classes)
-    return [_formed(values, output, record, names) for values in logits]
+    return [formed(values, output, record, names) for values in logits]
 
 
 def _listed(data: Any, record: Any) -> Any:
@@ -303,8 +296,7 @@ def _listed(data: Any, record: Any) -> Any:
         table = bool(data and isinstance(data[0], Mapping) and data[0] and "input_ids" not in data[0])
     data = as_dataset(data) if table else data
     names = data.column_names if table else {}  # of a DatasetDict a dict
-    usual = ("source",) if record.encoder_decoder else ("tokens", "text")
-    columns = [name for name in usual if name in names][:: 1 if record.a_token else -1]
+    columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
     if "input_ids" in names or isinstance(names, dict) or not columns or record.windows:
         return data
     pairs = columns[0] == "text" and "text_pair" in names
@@ -313,14 +305,6 @@ def _listed(data: Any, record: Any) -> Any:
 
 def _are_texts(data: Any) -> bool:
     return isinstance(data, list) and bool(data) and not isinstance(data[0], Mapping)
-
-
-def _tokenizer_of(model: nn.Module) -> Any:
-    from ..inputs.pretrained import load_tokenizer
-
-    if not (name := getattr(model.config, "_name_or_path", None)):
-        raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
-    return load_tokenizer(name)
 
 
 def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max_length: int | None) -> Any:
@@ -335,16 +319,3 @@ def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max
             data = [text.split() or text if isinstance(text, str) else text for text in data]
         data = encode_texts(data, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))
     return checked(data, Door.of(model, "data", labels_needed=False)) if len(data) else []
-
-
-def _formed(values: np.ndarray, output: str, record: Any, names: dict[int, str]) -> Any:
-    """Logits, (texts, classes) or a text's (tokens, classes), in the form asked for."""
-    if output == "logits" or (record.probabilities is None and output != "labels"):
-        return values
-    scored = torch.from_numpy(values)
-    if output == "probabilities":
-        return record.probabilities(scored).numpy()
-    decided = record.decide(scored).numpy()  # (texts,), (texts, labels) or (tokens,)
-    if record.a_token:
-        decided = np.where(np.isnan(values).all(-1), IGNORE, decided)
-    return decided if output == "labels" else record.named(decided, names)

@@ -29,6 +29,8 @@ _KEYS = {  # key: (types, default, meaning)
     "stride": ((int,), "128, at most a third of max_length", "tokens that windows on a long context share"),
     "max_target_length": ((int,), "what the tokenizer takes", "tokens of a text that is to be written"),
     "prefix": ((str,), "", "what stands before every text of which another is made"),
+    "mask_probability": ((float,), "0.15", "share of tokens that are masked and predicted"),
+    "whole_words": ((bool,), "false", "mask all tokens of a word together"),
     "limit": ((int,), "all", "train on so many rows, drawn by the seed"),
     "tune": ((str, dict), "full", "a strategy, or a table [tune]: strategy, and its options"),
     "resume": ((str,), "auto", "auto: go on from the newest checkpoint in output; never: refuse to"),
@@ -50,12 +52,12 @@ def read_run(path: str | Path) -> dict[str, Any]:
     _refuse_unknown(path, run, _KEYS)
     for key, value in run.items():
         kinds = _KEYS[key][0]
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        fits = isinstance(value, kinds) and isinstance(value, bool) <= (bool in kinds)
         columns = isinstance(value, list) and not (value and all(isinstance(name, str) for name in value))
         refuse(
             (not fits, f"a {' or a '.join(kind.__name__ for kind in kinds)}"),
             (columns, "a str or a list of names of columns"),
-            (isinstance(value, int) and value < 1, "at least 1"),
+            (type(value) is int and value < 1, "at least 1"),
             (isinstance(value, float) and not 0 < value < 1, "a share between 0 and 1, or the name of a split"),
             what=f"{path}: {key} = {value!r} must be ",
         )

@@ -103,7 +103,8 @@ _SIZES = {  # inputs with a value a token, and the config's name for the number 
 }  # fmt: skip
 A_TOKEN = frozenset(_SIZES)
 _OF_TOKENIZERS = frozenset(  # what tokenizers make for every model, for other models, or for people
-    "attention_mask input_ids labels offset_mapping special_tokens_mask token_type_ids word_ids word_starts".split()
+    "attention_mask begins input_ids labels masking offset_mapping special_tokens_mask token_type_ids word_ids "
+    "word_starts".split()
 )
 
 

@@ -1,10 +1,6 @@
 """Pretrained tokenizers and models by short name, folder or hub id; what comes back is plain Transformers.
 
-    tokenizer = load_tokenizer("minilm")
-    model = load_model("minilm", task="sequence-classification", num_labels=2)
-
 To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
-
 Weights are float32, the model in eval mode, unless you ask otherwise. No remote code is run; safetensors come first.
 """
 
@@ -45,13 +41,20 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
+def tokenizer_of(model):
+    """The tokenizer of a model that was loaded by name; ValueError for another."""
+    if not (name := getattr(model.config, "_name_or_path", None)):
+        raise ValueError("the model was not loaded by name, so its tokenizer is unknown; pass tokenizer=...")
+    return load_tokenizer(name)
+
+
 def load_model(name, task: str | None = None, num_labels: int | None = None, *, label_names=None, seed=0, **kwargs):
     """A Transformers model: the pretrained encoder with a new head for `task` (None or "encoder": no head).
 
     name: a short name ("minilm"), an existing folder, or a hub id. task: a kind of task, "sequence-classification" say.
     num_labels may come from `label_names` (which fill config.id2label); regression defaults to 1; a folder saved with a
     head for this task keeps its own. New head weights are drawn from `seed`; the global random state is left alone.
-    A "causal-lm" has its vocabulary for labels, and a head that was trained; "question-answering" has start and end.
+    "causal-lm", "masked-lm" have their vocabulary for labels, and a trained head; "question-answering" start and end.
     `kwargs` go to from_pretrained: dtype, attn_implementation, values of the config.
 
     Raises ValueError for an unknown task or name, a missing or contradictory number of labels, weights that do not
@@ -90,10 +93,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
 
 
 def say_ties(model):
-    """The model, whose config says if its output layer has weights of its own: T5Config never does.
-
-    `tie_weights`, which resizing the embeddings calls, would else put the embedding in the place of such a layer.
-    """
+    """The model, its config saying if its output layer has weights of its own, which `tie_weights` would replace."""
     out, words = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
     if out is not None and words is not None and out.weight is not words.weight:
         model.config.tie_word_embeddings = False
@@ -183,10 +183,7 @@ def _explain(name, place):
 
 @contextlib.contextmanager
 def quiet():
-    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs.
-
-    Nor its warning of a layer that is not tied, as T5 1.1's: what it says to do, T5Config undoes; see `say_ties`.
-    """
+    """Without Transformers' bars over tensors, table of new weights, and warning of T5 1.1's untied layer."""
     from transformers.utils import logging as theirs
 
     def wanted(record: logging.LogRecord) -> bool:
@@ -223,7 +220,10 @@ def _check_weights(name, model, info: dict, kind, may_differ: bool) -> None:
     tokens = model.get_input_embeddings().num_embeddings
     causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     lost = f"lacks {', '.join(sorted(fresh)[:3])}: a head that starts random over {tokens} tokens is no language model"
+    masks, of = kind.draw is not None, type(model).__name__
+    remedy = "start one on an encoder: ftlib.masked_head" if masks else "load one that predicts the next token"
     refuse(
-        (fresh, f"the checkpoint '{name}' {lost}; load one that was trained to predict the next token"),
-        (causal == {False}, f"'{name}' is no language model: in {type(model).__name__} each token sees all others"),
+        (fresh, f"the checkpoint '{name}' {lost}; {remedy}"),
+        (masks and not of.endswith(kind.architecture), f"'{name}' is a {of}, which predicts no masked tokens"),
+        (causal == {False} and not masks, f"'{name}' is no language model: in {of} each token sees all others"),
     )

@@ -83,8 +83,9 @@ class Door:
             hint = "; rename the column 'label' to 'labels'" if "label" in row else ""
             hint += ", or answers to its questions" * any(TASKS[kind].windows for kind, _ in self.tasks.values())
             raise ValueError(f"{where}: no 'labels'; tokenize a dataset that has a label column: label=...{hint}")
-        if "word_starts" in row:
-            out["word_starts"] = row["word_starts"]
+        for name, cut in (("word_starts", slice(None)), ("masking", slice(None)), ("begins", kept)):
+            if row.get(name) is not None:
+                out[name] = row[name][cut]
         return out
 
     def learn(self, dataset: Any) -> "Door":
@@ -131,7 +132,7 @@ class Rows(Sequence):
             lists = [name for name, kind in source.features.items() if hasattr(kind, "feature")]  # no pictures, say
             for row in source.select_columns(lists).take(1) if len(source) else ():
                 agreement.warn_of_unread(row, door.inputs, door.name)
-            wanted = {"input_ids", "attention_mask", "label", "labels", *door.inputs}
+            wanted = {"input_ids", "attention_mask", "label", "labels", "masking", "begins", *door.inputs}
             self.table = source.select_columns([c for c in source.column_names if c in wanted]).with_format("arrow")
         else:
             self.kept = [door.row(row, i) for i, row in enumerate(source)]

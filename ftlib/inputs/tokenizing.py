@@ -24,6 +24,7 @@ def tokenize(
     dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: bool = True, text: str | None = None,
     text_pair: str | None = None, label: str | dict[str, str] | None = None, task: str | None = None,
     stride: int | None = None, max_target_length: int | None = None, prefix: str | None = None,
+    mask_probability: float | None = None, whole_words: bool | None = None,
 ) -> Any:  # fmt: skip
     """Turn a table of texts into a Dataset of token ids, for any task; a DatasetDict where there are several splits.
 
@@ -44,11 +45,13 @@ def tokenize(
             `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py;
             "question-answering" reads `question`, `context` and, where it is there, `answers`, and makes a row of at
             most `max_length` tokens (default 384) of every window on a context: see tasks/answers.py;
-            "seq2seq-lm" reads `source` and `target`, or the columns that text= and label= name: see tasks/seq2seq.py.
+            "seq2seq-lm" reads `source` and `target`, or the columns that text= and label= name: see tasks/seq2seq.py;
+            "masked-lm" reads `text`; masks are drawn when a step reads the row: see tasks/masked.py.
         stride: tokens of a context that its next window has again; default 128, at most a third of max_length.
         max_target_length, prefix: of text to text: longest target, its end token included, default what the tokenizer
             takes, a longer one is an error; and what stands before every source.  There a source is cut only where
             max_length is given, and how many were is said.
+        mask_probability, whole_words: share of tokens (0.15), or of words, that "masked-lm" chooses.
 
     Returns a dataset with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels`.
     Labels that are text are numbered, over all splits together, in the order of their names (the tag O first, whole
@@ -63,10 +66,11 @@ def tokenize(
     parts = data if isinstance(data, dict) else {"": data}
     record = TASKS[one_of("task", task, TASKS)] if task is not None else None
     further = {"stride": stride, "max_target_length": max_target_length, "prefix": prefix}
+    further |= {"mask_probability": mask_probability, "whole_words": whole_words}
     further, found, done, split = {name: value for name, value in further.items() if value is not None}, {}, {}, ""
-    no_use = {"stride": "only long contexts are cut into windows"}
     for name in [name for name in further if not (record and name in record.options)]:
-        raise ValueError(f"{name}={further[name]!r}: {no_use.get(name, 'only for text to text, of source and target')}")
+        takes = ", ".join(kind for kind, one in TASKS.items() if name in one.options)
+        raise ValueError(f"{name}={further[name]!r}: only for task={takes}")
     try:
         if record and record.rows:
             named, columns = {"text": text, "label": label}, label is not None and not isinstance(label, str)
@@ -259,11 +263,6 @@ def encode_texts(
 
     Lists of words also give `word_starts`: the position of each word's first piece, None for a word that was cut off.
     Raises ValueError or TypeError naming the row (its number in `indices`, else its place), as `tokenize` does.
-
-    >>> encode_texts(["", "b"], None)
-    Traceback (most recent call last):
-    ...
-    ValueError: row 0, column 'text': the text is empty; drop the row or give it text
     """
     texts = list(text_iterator(texts))
     indices = range(len(texts)) if indices is None else indices

@@ -1,12 +1,14 @@
 """The loss of language models in chunks: head and cross-entropy never hold (tokens, vocabulary) at once.
 
 The logits of 4,096 tokens and 152,000 words are 2.5 GB in float32, and a plain loss holds them two or three times.
-Here a chunk of tokens goes through the head, leaves its gradient behind and is forgotten.
+Here a chunk of tokens goes through the head, leaves its gradient behind and is forgotten.  Of masked tokens too, whose
+labels stand at their own place; a model that also tells pairs of sentences adds that loss, see tasks/masked.py.
 
 To copy: this file, core/anatomy.py and torch.
 Source: Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989): gradients on the way forward.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import anatomy
 
 IGNORE = -100
+_PAIRS = {"next_sentence_label": "seq_relationship_logits", "sentence_order_label": "sop_logits"}  # label: logits
 _COMPARED: WeakSet = WeakSet()  # models whose own loss is the one here
 Head = Callable[[Tensor], Tensor]  # (rows, hidden) -> logits (rows, vocabulary), every row by itself
 
@@ -131,13 +134,13 @@ class _Answered:
 def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> Any:
     """The model's forward, but that its loss is reduce(lm, output, head, hidden, targets, places).
 
-    What stands between body and logits, soft-capping say, is the model's own code: it runs for every chunk, on the
-    body's output with the chunk for its hidden states.  T5 has two bodies; that is its decoder's.
+    What stands between body and logits, soft-capping say, is its own code, run for every chunk.  T5 has two bodies.
     """
     if labels is None:
         return before(*args, **inputs)
     if hasattr(lm.config, "use_cache"):  # of keys and values, for generation
         inputs.setdefault("use_cache", False)
+    pair = {name: inputs.pop(name, None) for name in (*_PAIRS, "pair_weight")}
     found: dict[nn.Module, Any] = {}  # each body's output
     both = _both(lm)
     if both:
@@ -157,15 +160,42 @@ def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labe
 
     output = above()  # its logits are a sample of one row
     # (batch * tokens,): without a decoder's own row the token before predicts, and nothing a row's first
-    skipped = 0 if both else 1
+    skipped = _shift(lm)
     targets = F.pad(labels[:, skipped:], (skipped, 0), value=IGNORE).flatten()
     count = int((getattr(labels, "host", labels)[:, skipped:] != IGNORE).sum())
     places = (targets != IGNORE).nonzero_static(size=count)[:, 0]  # (labelled,)
     *_, last = found.values()
+    if (shape := last.last_hidden_state.shape[:2]) != labels.shape:
+        why = f"labels {tuple(labels.shape)} for {tuple(shape)} places; with a tuned prompt before the text use LoRA"
+        raise ValueError(f"{anatomy.kind_of(lm)}: {why}")
     hidden = last.last_hidden_state.flatten(0, 1).index_select(0, places - skipped)
-    output.loss = reduce(lm, output, lambda rows: above(rows).logits.squeeze(0), hidden, targets, places)
+    output.logits = _logits(output)
+    output.loss = reduce(lm, output, lambda rows: _logits(above(rows)).squeeze(0), hidden, targets, places)
+    for name in _PAIRS:
+        if pair[name] is not None:
+            output.loss = _with_pairs(output.loss, output[_PAIRS[name]], pair[name], pair["pair_weight"], count)
     output.logits = None
     return output
+
+
+def _logits(output: Any) -> Tensor:
+    return output.prediction_logits if "prediction_logits" in output else output.logits
+
+
+def _with_pairs(loss: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None, count: int) -> Tensor:
+    """A summed loss and that of pairs, each times its weight: by default so that both are means after a division.
+
+    Counted, (loss, right), it becomes (loss, right, loss of pairs, pairs that are right).
+    """
+    each = F.cross_entropy(logits.float(), labels, reduction="none")  # (batch,)
+    if loss.ndim:
+        return torch.cat((loss, torch.stack((each.sum(), (logits.argmax(-1) == labels).sum()))))
+    return loss + (each * (count / len(labels) if weight is None else weight)).sum()
+
+
+def _shift(lm: nn.Module) -> int:
+    """How many places a label is behind the prediction of it: 1, the next token; 0, the token itself, masked."""
+    return 0 if _both(lm) or type(lm).__name__.endswith(("ForMaskedLM", "ForPreTraining")) else 1
 
 
 def _both(lm: nn.Module) -> bool:
@@ -174,10 +204,7 @@ def _both(lm: nn.Module) -> bool:
 
 
 def decoder_ids(lm: nn.Module, labels: Tensor) -> Tensor:
-    """What a decoder beside an encoder reads, (batch, tokens): the labels one place later, by the model's own rule.
-
-    ValueError where nothing says what comes before them.
-    """
+    """What a decoder beside an encoder reads, (batch, tokens): the labels one later; ValueError without a start."""
     config, own = lm.config, getattr(lm, "prepare_decoder_input_ids_from_labels", None)
     try:
         if own is not None:
@@ -205,6 +232,15 @@ def _sum(lm, output, head, hidden, targets, places, smoothing=0.0) -> Tensor:
     return loss if router is None else loss + lm.router_aux_loss_coef * router * len(places)
 
 
+def _counted(lm, output, head, hidden, targets, places) -> Tensor:
+    """The summed loss, and how many of the likeliest tokens are right: float32 (2,)."""
+    found, chunk = hidden.new_zeros(2, dtype=torch.float32), _rows(output.logits)
+    for x, y in zip(hidden.split(chunk), targets[places].split(chunk), strict=True):
+        logits = head(x).float()
+        found += torch.stack((F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(-1) == y).sum()))
+    return found
+
+
 def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
     """`_forward` on the language model inside; ValueError where its loss is not that of the next token, unseen."""
     lm = anatomy.unwrapped(getattr(model, "module", model))  # in DDP, in PEFT
@@ -214,32 +250,47 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
     if lm not in _COMPARED and getattr(anatomy.taken_by(lm), "func", None) is not _forward:  # inside another: it was
         ids = torch.arange(1, 9, device=lm.get_input_embeddings().weight.device)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        both, asked = _both(lm), {"input_ids": ids}
+        both, shift, asked = _both(lm), _shift(lm), {"input_ids": ids}
+        inputs |= {n: ids[0, :1] for n in _PAIRS if n in inspect.signature(type(lm).forward).parameters}
         asked |= {"decoder_input_ids": decoder_ids(lm, ids)} if both else {}
         with anatomy.evaluating(lm):
             own = float(lm(**inputs).loss)
             with anatomy.forwards({lm: partial(_forward, lm.forward, _sum)}):
-                ours = float(lm(**inputs).loss) / (8 if both else 7)
-            before = [lm(**asked | {[*asked][-1]: ids[:, :n]}).logits[0, 0].float() for n in (4, 8)]
-        if not torch.allclose(*before, atol=1e-4 if lm.dtype == torch.float32 else 0.1, rtol=1e-2):
+                ours = float(lm(**inputs).loss) / (8 - shift)
+            before = [_logits(lm(**asked | {[*asked][-1]: ids[:, :n]}))[0, 0].float() for n in (4, 8)]
+        if (both or shift) and not torch.allclose(*before, atol=1e-4 if lm.dtype == torch.float32 else 0.1, rtol=1e-2):
             remedy = "load a decoder, or the model with is_decoder=True"
             raise ValueError(f"{anatomy.kind_of(lm)}: a token sees those after it, the answer among them; {remedy}")
         if not abs(own - ours) < (1e-4 if lm.dtype == torch.float32 else 1e-2) * abs(own):
-            what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy as next tokens {ours:.5g}"
+            of = "as next tokens" if both or shift else "of masked tokens"
+            what = f"its own loss of 8 tokens is {own:.5g}, and their mean cross-entropy {of} {ours:.5g}"
             raise ValueError(f"{anatomy.kind_of(lm)}: {what}, so it can't be computed in chunks")
         _COMPARED.add(lm)
     return anatomy.forwards({lm: partial(_forward, lm.forward, reduce)})
 
 
-def in_chunks(model: nn.Module, label_smoothing: float = 0.0) -> AbstractContextManager:
+def in_chunks(model: nn.Module, label_smoothing: float = 0.0, counted: bool = False) -> AbstractContextManager:
     """Inside, model(**inputs, labels=labels) has a `loss` summed over labelled tokens, in chunks, and no logits.
 
     labels: int64 (batch, tokens), -100 for none; a token's label is for the prediction before it, as in Transformers;
-    of an encoder with a decoder every label is predicted, from the labels before it and what the encoder has read.
+    of an encoder with a decoder every label is predicted, from the labels before it and what the encoder has read; of
+    masked tokens each at its own place.  counted: in place of the loss, without gradients, `_counted`.
     Without labels the model answers as always.  Works inside PEFT, DDP, FSDP2 and autocast.
     Raises ValueError, by the model's type, where its own loss, compared on 8 tokens, is another.
     """
-    return _answering(model, partial(_sum, smoothing=label_smoothing))
+    return _answering(model, _counted if counted else partial(_sum, smoothing=label_smoothing))
+
+
+def best_tokens(model: nn.Module, batch: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens where a batch has labels, whatever they are: probabilities, float32, and ids, (n, count)."""
+
+    def reduce(lm, output, head, hidden, targets, places):
+        parts = [head(x).float().softmax(-1).topk(count) for x in hidden.split(_rows(output.logits))]
+        return torch.stack([torch.cat([getattr(p, name).double() for p in parts]) for name in ("values", "indices")])
+
+    with _answering(model, reduce):
+        values, ids = model(**batch).loss
+    return values.float(), ids.long()
 
 
 def label_log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, padded, stacked
-from . import answers, classification, language_modeling, relations, seq2seq, tagging
+from . import answers, classification, language_modeling, masked, relations, seq2seq, tagging
 from .metrics import compute_metrics, mse
 
 
@@ -65,6 +66,8 @@ class Task:
     encoder_decoder: bool = False  # a label is a row of its own, which a decoder writes
     prompt: Callable | None = None  # (tokenizer, prompt, where) -> token ids after which a model writes
     answer: Callable | None = None  # row -> (token ids of such a prompt, of the answer wanted)
+    draw: Callable | None = None  # (rows, keys) -> rows as the model reads them, where this is new each time
+    measures: Callable | None = None  # row -> names of what evaluation counts beside the loss, of such a task
 
 
 def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
@@ -116,6 +119,14 @@ TASKS: dict[str, Task] = {
         stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
         forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation", reads={"text": "text"},
         prompt=language_modeling.prompt_ids, answer=language_modeling.last_answer,
+    ),
+    "masked-lm": Task(
+        auto="AutoModelForMaskedLM", architecture=("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"),
+        peft_type="FEATURE_EXTRACTION", check=masked.check_tokens, items=masked.items, divergence=None, smooths=True,
+        loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1), labelled=False, a_token=True,
+        score=partial(compute_metrics, "token-classification"), stack=partial(padded, fill=IGNORE), use="fill-mask",
+        forms=masked.FORMS, rows=masked.rows, reads=masked.READS, options=masked.OPTIONS,
+        draw=masked.draw, measures=masked.measures,
     ),
     "seq2seq-lm": Task(
         auto="AutoModelForSeq2SeqLM", architecture=("ForConditionalGeneration", "MTModel"), peft_type="SEQ_2_SEQ_LM",
@@ -192,6 +203,19 @@ def given_names(names: dict[int, str]) -> list[str] | None:
     """The names in order, None where nobody gave any."""
     ordered = [name for _, name in sorted(names.items())]
     return None if ordered == [f"LABEL_{i}" for i in range(len(ordered))] else ordered
+
+
+def formed(values: Any, output: str, record: Task, names: dict[int, str]) -> Any:
+    """Logits, an array (texts, classes) or a text's (tokens, classes), as labels, names, probabilities or logits."""
+    if output == "logits" or (record.probabilities is None and output != "labels"):
+        return values
+    scored = torch.from_numpy(values)
+    if output == "probabilities":
+        return record.probabilities(scored).numpy()
+    decided = record.decide(scored).numpy()  # (texts,), (texts, labels) or (tokens,)
+    if record.a_token:
+        decided = np.where(np.isnan(values).all(-1), IGNORE, decided)
+    return decided if output == "labels" else record.named(decided, names)
 
 
 def _record(task: str) -> Task:

@@ -207,7 +207,7 @@ def test_what_is_refused(rows, options, kind, message):
 
 def test_stride_is_for_windows(tiny_tokenizer):
     for task in (None, "sequence-classification", "causal-lm"):
-        with pytest.raises(ValueError, match="stride=3: only long contexts are cut into windows"):
+        with pytest.raises(ValueError, match="stride=3: only for task=question-answering"):
             ftlib.tokenize([{"text": "a b", "label": 1}], tiny_tokenizer, task=task, stride=3)
 
 

@@ -83,7 +83,7 @@ def test_nothing_is_said_where_nothing_is_cut():
         ({"source": None, "target": "b"}, {}, "row 1, source: expected text, got None"),
         ({"source": "a", "target": None}, {}, "row 1, target: expected text, got None"),
         ({"source": "a", "target": "b"}, {"max_target_length": 0}, "max_target_length=0: need a whole number"),
-        ({"source": "a", "target": "b"}, {"stride": 3}, "stride=3: only long contexts are cut into windows"),
+        ({"source": "a", "target": "b"}, {"stride": 3}, "stride=3: only for task=question-answering"),
         ({"source": "a", "target": "b"}, {"text_pair": "source"}, "reads no text_pair="),
         ({"source": "a", "target": "b"}, {"label": "title"},
          "the dataset has source, target; it needs source and title; name a column of texts: text=, and of targets"),
@@ -97,7 +97,7 @@ def test_what_is_refused_by_row_or_name(row, options, said):
 
 def test_options_of_text_to_text_are_not_for_other_tasks():
     for task in (None, "causal-lm", "sequence-classification"):
-        with pytest.raises(ValueError, match=r"prefix='x': only for text to text"):
+        with pytest.raises(ValueError, match="prefix='x': only for task=seq2seq-lm"):
             ftlib.tokenize([{"text": "a"}], TOKENIZER, task=task, prefix="x")
     with pytest.raises(ValueError, match="causal-lm reads no text_pair= and no label="):
         ftlib.tokenize([{"text": "a"}], TOKENIZER, task="causal-lm", label="text")
