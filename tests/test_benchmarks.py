@@ -614,9 +614,17 @@ def test_profile_program_at_toy_size(tmp_path):
         assert sum(row["groups"].values()) == pytest.approx(row["profiled_seconds_a_step"], rel=0.3)
 
 
-def test_what_ties_with_the_best(program):
-    points = {"best": (0.80, 0.02), "near": (0.77, 0.01), "far": (0.75, 0.02), "sure": (0.79, 0.0)}
-    assert program("report").ties(points) == {"best", "near", "sure"}
+def test_arrows_show_what_differs_from_the_base(program):
+    rows = [
+        {"way": way, "seed": seed, "value": value}
+        for way, values in {"base": (1, 2, 3), "up": (2.1, 3, 4.1), "odd": (0, 4, 2), "part": (9,)}.items()
+        for seed, value in reversed([*enumerate(values)])
+    ]
+    report = program("report")
+    runs = report.runs_of(rows, "way", lambda row: row["value"])
+    assert runs["up"] == [2.1, 3, 4.1]
+    shown = report.compared(runs, "base")
+    assert shown == {"base": "2.000 ± 1.000", "up": "3.067 ± 1.002 ↑", "odd": "2.000 ± 2.000"}  # "part" is on its way
 
 
 def test_training_texts_of_every_class(program):
@@ -629,7 +637,7 @@ def test_training_texts_of_every_class(program):
 
 def test_a_rate_is_searched_with_two_seeds_until_it_is_inside(program, monkeypatch, tmp_path):
     strategies, record = program("strategies"), program("record")
-    scores = {100: {5e-4: 0.9, 1.5e-4: 0.8, 5e-5: 0.8}, 101: {1.5e-4: 0.7, 5e-5: 0.85, 2e-5: 0.6}}  # 100 alone: 5e-4
+    scores = {100: {5e-5: 0.8, 1.5e-4: 0.85, 5e-4: 0.9, 1.5e-3: 0.88}, 101: {1.5e-3: 0.9}}  # 100 alone: 5e-4
 
     def fit(model, rows, config):
         model.update(config)
@@ -645,8 +653,9 @@ def test_a_rate_is_searched_with_two_seeds_until_it_is_inside(program, monkeypat
     strategies.accuracies((0, 1), ["full"], tokens, table, {4: (2, 10, "fp32")})
     of = {part: [(row["rate"], row["seed"], row["steps"]) for row in table.content["rows"] if row["part"] == part]
           for part in ("rates", "twice", "accuracy")}  # fmt: skip
-    assert {rate for rate, *_ in of["rates"]} == {2e-5, 5e-5, 1.5e-4, 5e-4} and len(of["rates"]) == 8
-    assert of["twice"] == [(5e-5, 100, 20)] and of["accuracy"] == [(5e-5, 0, 10), (5e-5, 1, 10)]
+    assert {rate for rate, seed, _ in of["rates"] if seed == 100} == {5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3}
+    assert {rate for rate, seed, _ in of["rates"] if seed == 101} == {1.5e-4, 5e-4, 1.5e-3} and len(of["rates"]) == 8
+    assert of["twice"] == [(1.5e-3, 100, 20)] and of["accuracy"] == [(1.5e-3, 0, 10), (1.5e-3, 1, 10)]
 
 
 def test_multitask_program_at_toy_size(program, monkeypatch, tmp_path):
