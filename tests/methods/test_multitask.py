@@ -253,11 +253,14 @@ STRUCTURES = {  # model type -> a tiny config
     "t5": _T5, "umt5": _T5, "bart": _PAIR, "mbart": _PAIR,
 }  # fmt: skip
 AUTO = {"tags": "AutoModelForTokenClassification"}
+FUNNEL = {  # whose classifiers stand on a part of it
+    "funnel": dict(vocab_size=64, d_model=32, n_head=2, d_head=16, d_inner=64, block_sizes=[1, 1], pad_token_id=0)
+}
 
 
 def structured(model_type, auto=None, seed=0, **options):
     """A tiny model of this type without dropout: the bare one, or that of an Auto class."""
-    config = transformers.AutoConfig.for_model(model_type, **STRUCTURES[model_type], **options)
+    config = transformers.AutoConfig.for_model(model_type, **(STRUCTURES | FUNNEL)[model_type], **options)
     config.update({key: 0.0 for key in config.to_dict() if "drop" in key and isinstance(getattr(config, key), float)})
     kind = transformers.AutoModel._model_mapping[type(config)]
     with torch.random.fork_rng():
