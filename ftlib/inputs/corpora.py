@@ -26,17 +26,17 @@ SPLITS = ("train", "validation", "test")
 # Rows to hold out where the source has no such split: (validation, test); whole documents of the last six.
 _HELD_OUT = {
     "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
-    "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
-    "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10), "squad-v2": (5, 10),
-    "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000),
+    "20newsgroups": (1000, 2000), "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000),
+    "qqp": (500, 1000), "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10),
+    "squad-v2": (5, 10), "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000),
 }  # fmt: skip
 
 # Label names in the order of the original corpus; None: read from the rows and sorted.
 _LABELS = {
-    "rotten-tomatoes": ["neg", "pos"], "imdb": ["neg", "pos"], "sms-spam": ["ham", "spam"], "banking77": None,
-    "atis": None, "mrpc": ["not_equivalent", "equivalent"], "qnli": ["entailment", "not_entailment"],
-    "qqp": ["not_duplicate", "duplicate"], "mnli": ["entailment", "neutral", "contradiction"],
-    "cola": ["unacceptable", "acceptable"],
+    "rotten-tomatoes": ["neg", "pos"], "imdb": ["neg", "pos"], "sms-spam": ["ham", "spam"], "atis": None,
+    "banking77": None, "20newsgroups": None, "mrpc": ["not_equivalent", "equivalent"],
+    "qnli": ["entailment", "not_entailment"], "qqp": ["not_duplicate", "duplicate"],
+    "mnli": ["entailment", "neutral", "contradiction"], "cola": ["unacceptable", "acceptable"],
 }  # fmt: skip
 
 _TEXTS = ("text", "text_pair", "question", "context", "abstract", "en", "es", "fr")  # rows alike in these are copies
@@ -115,15 +115,17 @@ def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
         return {"train": [{"text": row["text"], "label": _LABELS[name][int(row["label"])]} for row in chosen]}
     files = {
         "sms-spam": ["spam.csv"], "banking77": ["train.tsv", "dev.tsv", "test.tsv"],
+        "20newsgroups": ["train.tsv", "dev.tsv", "test.tsv"],
         "atis": ["train_dev", None, "test"], "stsb": ["sts-train.csv", "sts-dev.csv", "sts-test.csv"],
         "bc5cdr": ["CDR_TrainSet.BioC.xml.gz", None, "CDR_TestSet.BioC.xml.gz"],
     }.get(name, assets.asset(name)["files"])  # fmt: skip
-    read = {"sms-spam": _read_sms, "banking77": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
     read = (read | documents.READERS).get(name, functools.partial(_read_glue, name))
     return {split: read(folder / file) for split, file in zip(SPLITS, files, strict=False) if file}
 
 
 def _csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**20)  # one post of 20newsgroups has 753,268 characters
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
 
