@@ -6,6 +6,7 @@ which batches come, and how fast the step runs.  Names below are imported when t
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 __version__ = "0.1.0"
@@ -25,18 +26,11 @@ _PUBLIC = {  # room and module -> the public names it defines
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-_ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
-    "core": "anatomy batches device loop sampling",
-    "tasks": "answers calibration classification language_modeling metrics overlap relations seq2seq tagging task",
-    "show": "comparing diagrams logging measuring plots setup sheet tables",
-    "inputs": "agreement assets cleaning converting corpora documents files pretrained reading rows sdist "
-    "sentence_folders tokenizing",
-    "methods": "adapters attention augmentation balancing features losses masking multitask optimizing packing "
-    "preferences regularization sequences speedups through_peft token_losses tuning unpadding",
-    "engine": "answering bases checkpoints compiling distributed entities feeding fit generation prediction range_test "
-    "recovery runfile saving search settings task_gradients untrusted",
+# what stands where; a module whose name no function above has is an attribute of the package as well
+_ROOMS = {
+    room: tuple(module.name for module in iter_modules([f"{__path__[0]}/{room}"]))
+    for room in ("core", "tasks", "show", "inputs", "methods", "engine")
 }
-_ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}
 
 __all__ = ["__version__", *_HOME]

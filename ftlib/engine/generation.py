@@ -3,7 +3,7 @@
 Batches are of about one length, padded in front, for an encoder behind.
 
 To copy: this file, core/anatomy.py, core/batches.py, inputs/agreement.py, methods/speedups.py, tasks/, torch and
-transformers (engine/prediction.py and what it imports to find a tokenizer by the model's name).
+transformers (inputs/pretrained.py and what it names to find a tokenizer by the model's name).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..core import anatomy
@@ -57,9 +58,9 @@ def generate(
     refuse((tokens and stop, f"stop={stop!r}: is of texts; leave it out with tokens=True"))
     record = _check(model, whole("max_new_tokens", max_new_tokens), temperature, top_p, top_k, num_beams, stop)
     if tokenizer is None:
-        from .prediction import _tokenizer_of
+        from ..inputs.pretrained import tokenizer_of
 
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # in front of the padding
     ids = _ids(model, prompts, tokenizer, max_new_tokens + virtual, record)
     # any padding will do in front, where the mask hides it, and behind an end token, where it is cut off
@@ -75,13 +76,9 @@ def generate(
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    if progress:
-        from tqdm.auto import tqdm
-
-        batches = tqdm(batches, desc="generate", unit="batch", leave=False)
     answers, kind = [""] * len(ids), torch.float32 if device.type == "mps" else torch.float64
     with _answering(model, config, autocast):
-        for places in batches:
+        for places in tqdm(batches, desc="generate", unit="batch", leave=False, disable=not progress):
             rows = [{"input_ids": ids[i]} for i in places]
             batch = collate(rows, pad_token_id=pad.id, padding_side=pad.side)
             width = 1 if record.encoder_decoder else batch["input_ids"].shape[1]  # of what stands before an answer
@@ -138,12 +135,10 @@ def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int, re
 
 @contextmanager
 def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Iterator[None]:
-    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills what is open.
-
-    Autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token.
-    """
+    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills gaps."""
     inner = anatomy.unwrapped(model)
     before, weights = inner.generation_config, model.parameters() if autocast else ()
+    # autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token
     frozen = [weight for weight in weights if weight.dtype == torch.float32 and not weight.requires_grad]
     try:
         inner.generation_config = config
@@ -158,10 +153,7 @@ def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Ite
 
 
 def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform: Tensor) -> Callable:
-    """For Transformers: refuses nan and, given warpers, draws each row's token by its numbers in [0, 1).
-
-    uniform: (steps, batch, 1).
-    """
+    """For Transformers: refuses nan; given warpers, draws tokens by `uniform`, (steps, batch, 1) in [0, 1)."""
     numbers = iter(uniform)
 
     def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
