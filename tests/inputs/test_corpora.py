@@ -20,6 +20,7 @@ NAMES = [
     "imdb",
     "sms-spam",
     "banking77",
+    "20newsgroups",
     "atis",
     "stsb",
     "mrpc",
@@ -242,6 +243,15 @@ def test_sms_encoding_is_repaired():
 def test_banking_records_of_several_lines_are_whole():
     texts = [text for split in columns("banking77").values() for text in split["text"]]
     assert not any("\t" in text or "\n" in text or text.startswith('"') for text in texts)
+
+
+def test_posts_begin_with_the_name_of_their_group():
+    data = load("20newsgroups")
+    names, firsts = data["train"].features["label"].names, []
+    for split in columns("20newsgroups").values():
+        pairs = zip(split["text"], split["label"], strict=True)
+        firsts += [text.startswith((f"Newsgroup:{names[i]}", f"Newsgroup: {names[i]}")) for text, i in pairs]
+    assert len(names) == 20 and firsts.count(False) == 1  # that one has lost its line
 
 
 @pytest.mark.parametrize(("name", "more"), [("mrpc", "equivalent"), ("qqp", "duplicate"), ("qnli", "entailment")])
