@@ -6,6 +6,7 @@ which batches come, and how fast the step runs.  Names below are imported when t
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 __version__ = "0.1.0"
@@ -15,28 +16,22 @@ _PUBLIC = {  # room and module -> the public names it defines
     "inputs.pretraining": "PackedText sentence_pairs corrupt_spans", "methods.vocabulary": "add_tokens masked_head",
     "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
     "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
-    "methods.unpadding": "unpad repad", "methods.tuning": "tune merge", "methods.regularization": "r_drop",
+    "methods.unpadding": "unpad repad", "methods.tuning": "tune merge",
+    "methods.augmentation": "augment mixup", "methods.regularization": "r_drop",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
-    "engine.saving": "save load",
+    "engine.saving": "save load", "engine.search": "search",
     "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
     "show.comparing": "Difference against bootstrap paired",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-_ROOMS = {  # what stands where; a module whose name no function above has is an attribute of the package as well
-    "core": "anatomy batches device loop sampling",
-    "tasks": "answers classification language_modeling masked metrics overlap relations seq2seq tagging task",
-    "show": "comparing diagrams logging measuring plots setup sheet tables",
-    "inputs": "agreement assets converting corpora documents files pretrained pretraining reading rows sdist "
-    "sentence_folders tokenizing",
-    "methods": "adapters attention balancing features losses masking multitask optimizing packing preferences "
-    "regularization sequences speedups through_peft token_losses tuning unpadding vocabulary",
-    "engine": "answering bases checkpoints compiling distributed entities feeding filling fit generation prediction "
-    "range_test recovery runfile saving settings task_gradients untrusted",
+# what stands where; a module whose name no function above has is an attribute of the package as well
+_ROOMS = {
+    room: tuple(module.name for module in iter_modules([f"{__path__[0]}/{room}"]))
+    for room in ("core", "tasks", "show", "inputs", "methods", "engine")
 }
-_ROOMS = {room: tuple(modules.split()) for room, modules in _ROOMS.items()}
 _MODULES = {module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules if module not in _HOME}
 
 __all__ = ["__version__", *_HOME]

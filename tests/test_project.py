@@ -25,7 +25,6 @@ FILES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.glob("*/*.
 WITH_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "tqdm"}
 SLOW = {"datasets", "evaluate", "sklearn", "matplotlib", "transformers", "seqeval", "pandas", "peft"}
 SLOW |= {"sacrebleu", "rouge_score"}
-LONG = {"inputs/corpora.py": 357}  # over 350 lines: all the corpora's tables
 
 
 def tree(path: Path) -> ast.Module:
@@ -135,7 +134,7 @@ def test_every_module_is_an_attribute_of_the_package():
 # --------------------------------------------------------------------------------------------- the house
 
 
-def test_every_file_stands_in_the_list_of_its_room():
+def test_every_file_stands_in_a_room():
     rooms = {path.name: path for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert set(rooms) == set(ROOMS) == set(ftlib._ROOMS)
     for room, path in rooms.items():
@@ -198,12 +197,12 @@ def functions(path: Path):
 
 
 def test_files_are_short():
-    long = {name: size for name, path in FILES.items() if (size := lines(path)) > LONG.get(name, 350)}
+    long = {name: size for name, path in FILES.items() if (size := lines(path)) > 350}
     assert not long
 
 
 def test_the_whole_is_compact():
-    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 13_800  # 492 of them draw the diagrams
+    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 14_080  # 492 of them draw the diagrams
 
 
 def test_the_core_is_read_in_one_go():

@@ -1,7 +1,4 @@
-"""The inside of any Transformers model: its base, its layers, head and embeddings, and who answers a module's calls.
-
-To copy: this file alone.
-"""
+"""Base, layers, head, embeddings of any Transformers model; who answers a module's calls.  To copy: this file alone."""
 
 import functools
 import inspect
@@ -116,11 +113,22 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+_OURS = ("forward", "_replicate_for_data_parallel")  # what `put_forward` puts into a module
+
+
 def put_forward(module: nn.Module, function: Callable, *given: Any, signature: bool = False) -> None:
     """Let `function(module, *given, ...)` answer the module's calls; signature: show its own, for the Trainer."""
     module.forward = functools.partial(function, module, *given)
+    module._replicate_for_data_parallel = functools.partial(_replica, module, function, given, signature)
     if signature:
         module.forward.__signature__ = inspect.signature(type(module).forward.__get__(module))
+
+
+def _replica(module: nn.Module, function: Callable, given: tuple, signature: bool) -> nn.Module:
+    """The module's copy on another GPU, which answers for itself (nn.DataParallel: the Trainer in one process)."""
+    copy = type(module)._replicate_for_data_parallel(module)
+    put_forward(copy, function, *given, signature=signature)
+    return copy
 
 
 def taken_by(module: nn.Module) -> Any:
@@ -129,7 +137,8 @@ def taken_by(module: nn.Module) -> Any:
 
 
 def take_forward(module: nn.Module) -> None:
-    vars(module).pop("forward", None)
+    for name in _OURS:
+        vars(module).pop(name, None)
 
 
 @contextmanager
@@ -140,7 +149,7 @@ def forwards(functions: dict[nn.Module, Callable]) -> Iterator[None]:
     ...     double(3)
     6
     """
-    before = {module: taken_by(module) for module in functions}
+    before = {module: {name: vars(module)[name] for name in _OURS if name in vars(module)} for module in functions}
     try:
         for module, function in functions.items():
             put_forward(module, function)
@@ -148,4 +157,4 @@ def forwards(functions: dict[nn.Module, Callable]) -> Iterator[None]:
     finally:
         for module, own in before.items():
             take_forward(module)
-            vars(module).update({} if own is None else {"forward": own})
+            vars(module).update(own)

@@ -88,10 +88,7 @@ def stacked(values: list[Any], sizes: Sequence[int], side: str = "right") -> tor
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move a batch (tensors in nested dicts) to a device; to CUDA from pinned memory, so that nobody waits.
-
-    What was moved has the tensor it came from as `host`: whoever needs a number of it need not ask the GPU.
-    """
+    """Move a batch (nested dicts) to a device, without waiting; what was moved keeps what it came from as `host`."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if not isinstance(batch, torch.Tensor) or batch.device == device:

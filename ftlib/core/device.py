@@ -1,7 +1,4 @@
-"""Where to compute and how precisely, with the reason, for the caller to print.
-
-To copy: this file alone.
-"""
+"""Where to compute and how precisely, with the reason, for the caller to print.  To copy: this file alone."""
 
 import functools
 import os

@@ -1,7 +1,4 @@
-"""Which rows a step computes on: epochs in a new order each, several datasets mixed, streams shuffled in a buffer.
-
-To copy: this file alone.
-"""
+"""Which rows a step computes on: epochs, mixed datasets, streams in a buffer.  To copy: this file alone."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice

@@ -21,10 +21,7 @@ def questions(
     model: nn.Module, table: Any, tokenizer: Any, *, max_length: int | None = None, stride: int | None = None,
     max_answer: int = 30, no_answer: float = 0.0,
 ) -> tuple[Rows, Callable]:  # fmt: skip
-    """Checked rows, a window each, of a table with `question` and `context`; and what makes answers of their logits.
-
-    `predict` says what an answer is.  Raises ValueError or TypeError naming the row, as `tokenize` does.
-    """
+    """Checked rows, a window each, of a table with `question` and `context`; and what makes answers of logits."""
     whole("max_answer", max_answer)
     columns = {name: list(table[name]) for name in answers.FORMS[-1]}
     limit = max_length or min(answers.LENGTH, tokenizer.model_max_length)

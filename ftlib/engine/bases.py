@@ -57,10 +57,7 @@ def _differing(one: dict, other: dict) -> list[str]:
 
 
 def put_down(model: nn.Module, state: dict, folder: Path, target: Path) -> tuple[str | None, dict, dict]:
-    """(what an adapter calls its base, the base's identity, embeddings that go with the adapter), for a folder.
-
-    Frozen weights other than on disk, but for embeddings, go into `base/`, with a warning.  state: the adapter's.
-    """
+    """An adapter's name for its base, the base's identity, embeddings that go along; `base/` for one not on disk."""
     base, place, words = base_of(model), getattr(model.config, "_name_or_path", ""), {}
     (left, at, table), home = _rest(model, state), Path(place).resolve()
     top = target.parent if folder.name == "encoder" else target

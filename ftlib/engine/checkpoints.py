@@ -133,10 +133,7 @@ class Checkpoints:
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, step: int, best: int | None = None) -> Path:
-        """Write what the parts hold after so many steps; OSError where the disk is full.
-
-        Process 0 writes, whole tensors, and deletes older ones, except the last `keep_last` and that of step `best`.
-        """
+        """Write what the parts hold after so many steps; delete older ones but the last and that of step `best`."""
         folder = self.folder / f"step-{step:08d}"
         states = {name: part.state_dict() for name, part in self.parts.items()}
         tensors = {f"{n}.{k}": v for n, s in states.items() for k, v in s.items() if isinstance(v, torch.Tensor)}
@@ -161,10 +158,7 @@ class Checkpoints:
         return folder
 
     def resume(self) -> int | None:
-        """Load the newest whole checkpoint into the parts; returns its step, or None where there is none.
-
-        Damaged checkpoints are skipped with a warning that names the file; one of another run is refused.
-        """
+        """Load the newest whole checkpoint and return its step, None for none; damaged ones are skipped, and said."""
         step = None
         for folder in reversed(_folders(self.folder)):
             if problem := damage(folder):
@@ -219,6 +213,5 @@ def _refuse_another_run(theirs: Any, ours: dict, folder: Path) -> None:
 
 
 def _print(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

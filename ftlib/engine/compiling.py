@@ -94,13 +94,10 @@ def _cast(dtype: torch.dtype, module: nn.Module, *given: Any) -> tuple:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Keep only the input of every layer for the backward pass, which computes the layer again: less memory, more time.
-
-    What Transformers' own switch sets, which has had two names and can't say how things were before.
-    Raises ValueError for a model type without it, and for prefix tuning, whose prefix the layers would then leave out.
-    """
+    """Keep every layer's input alone, and compute it again in the backward pass; ValueError for a model that can't."""
     if getattr(tuning_of(model), "strategy", None) in ("PrefixTuningConfig", "CartridgeConfig"):
         raise ValueError("gradient_checkpointing=True drops the prefix of prefix tuning; leave it off")
+    # what Transformers' own switch sets, which has had two names and can't say how things were before
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not layers:
         raise ValueError(f"gradient_checkpointing=True: {anatomy.kind_of(model)} models have no gradient checkpointing")
@@ -113,10 +110,9 @@ def checkpoint_layers(model: nn.Module) -> None:
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the layers are compiled, one by one: all run the same code, so one compiled graph serves all of them.
 
-    Lengths and batch sizes are symbols in it (dynamic=True), so ragged batches compile nothing new, except for a
-    dimension of exactly 1, for evaluation and for a batch without padding.  Dropping padding, and hooks on layers, stay
-    as they are.  Dropout draws other numbers than uncompiled, the same for the same seed.  A model without a list of
-    layers is compiled whole.
+    Lengths and batch sizes are symbols in it, so ragged batches compile nothing new, except for a dimension of 1, for
+    evaluation and for a batch without padding.  Unpadding and hooks on layers stay.  Dropout draws other numbers than
+    uncompiled, the same for the same seed.  A model without a list of layers is compiled whole.
     """
     layers = [layer for stack in anatomy.stacks(model) for layer in stack] or [model]
     compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}

@@ -47,10 +47,7 @@ def explained() -> Iterator[None]:
 
 
 def start() -> None:
-    """Join the process group that torchrun announces in the environment; alone, do nothing.
-
-    Takes the GPU numbered LOCAL_RANK and NCCL, or, without GPUs, gloo.  Raises ValueError where there are too few.
-    """
+    """Join the process group that torchrun announces, if any; ValueError for a process that would have no GPU."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
     local, count, device = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count(), None
@@ -143,10 +140,7 @@ def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
 
 @contextmanager
 def spread(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    """The model to train: with "fsdp" and several processes a sharded copy, whose weights come back at the end.
-
-    The model is then on `device`.  After an error it is as it came: the weights of a lost run are its checkpoints'.
-    """
+    """The model to train: with "fsdp" a sharded copy, whose weights come back at the end, but not after an error."""
     with explained():
         if how != "fsdp" or world_size() == 1:
             yield model
@@ -171,11 +165,10 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the model for training, its weights spread over all processes.
+    """A copy of the model for training, its weights spread over all processes, those of process 0 at first.
 
-    Every layer is a unit, the rest of the model one more.  The model passed in stays whole, where it is.  All processes
-    start from the weights of process 0.  dtype: to compute and to send weights in, None for their own; gradients are
-    summed up in float32.  Raises ValueError for a model with several heads.
+    Every layer is a unit, the rest one more; the model given stays whole.  dtype: to compute and to send weights in,
+    None for their own; gradients are summed up in float32.  Raises ValueError for a model with several heads.
     """
     if hasattr(model, "tasks"):  # of which the processes may use other heads, and would sum them up out of step
         raise ValueError("distributed='fsdp' trains models with one head; use distributed='ddp'")

@@ -12,7 +12,7 @@ from ..core.batches import Row, one_of, refuse, whole
 from ..inputs.agreement import agree
 from ..inputs.rows import checked_text, text_iterator, token_limit
 from ..methods.sequences import Transitions, bio_transitions, viterbi
-from ..tasks.tagging import is_bio, named_tags, tag_groups, word_ids, word_starts
+from ..tasks.tagging import is_bio, named_tags, spans_to_tags, tag_groups, word_ids
 from ..tasks.task import TASKS, names_of, tasks_of
 from .prediction import logits_of
 
@@ -105,7 +105,7 @@ def _pieces(encoded: Any, i: int) -> list[int]:
 def _words(text: str, encoded: Any, i: int, parts: list, aggregation: str) -> tuple[list[tuple[int, int]], np.ndarray]:
     """(start, end) of every word in characters, and its probabilities (words, labels); parts: [(pieces, logits)]."""
     pieces, whose, apart = _pieces(encoded, i), encoded.word_ids(i), aggregation in ("simple", "none")
-    held, starts = [encoded["offset_mapping"][i][k] for k in pieces], word_starts(text)
+    held, starts = [encoded["offset_mapping"][i][k] for k in pieces], spans_to_tags(text, [])[1]
     # a lone "▁" goes with the word behind it, as in training
     ours = [bisect(starts, end - len(text[start:end].lstrip())) for start, end in held]
     keys = [(whose[k], own) for k, own in zip(pieces, ours, strict=True)]

@@ -7,6 +7,7 @@ methods/{speedups,token_losses}.py and torch.
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import anatomy
 from ..core.batches import IGNORE, collate, refuse, short, split_by_size, to_device, whole
@@ -43,15 +44,11 @@ def fill(
     if not rows:
         return []
     pad, ready = agree(model, tokenizer, len(rows) > 1), checked(rows, Door.of(model, "data"))
-    batches: Any = split_by_size(range(len(rows)), ready.lengths, batch_size=batch_size, alike=pad.alike)
-    if progress:
-        from tqdm.auto import tqdm
-
-        batches = tqdm(batches, desc="predict", unit="batch", leave=False)
+    batches = split_by_size(range(len(rows)), ready.lengths, batch_size=batch_size, alike=pad.alike)
     found: list[list] = [[] for _ in rows]
     stack, device = {"": TASKS[kind_of(model) or ""].stack}, next(model.parameters()).device
     with anatomy.evaluating(model), shortcuts(model):
-        for places in batches:
+        for places in tqdm(batches, desc="predict", unit="batch", leave=False, disable=not progress):
             batch = collate([ready[i] for i in places], pad_token_id=pad.id, padding_side=pad.side, stack=stack)
             owners = [i for i in places for label in ready[i]["labels"] if label != IGNORE]
             scores, ids = (one.tolist() for one in best_tokens(model, to_device(batch, device), count))

@@ -1,7 +1,4 @@
-"""`fit`: a `for` over `core.loop.steps`, on any model with a task head.
-
-What happens between two steps, evaluation, checkpoints, progress, is its body.  To take home: core/loop.py, alone.
-"""
+"""`fit`: a `for` over `core.loop.steps`; its body is what happens between steps.  To take home: core/loop.py, alone."""
 
 import hashlib
 import math
@@ -13,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core.batches import refuse
 from ..core.device import choose_device, choose_precision, computing
@@ -59,13 +57,11 @@ def fit(
     weights of the last good step, and the former with a checkpoint if checkpoints are on.
     """
     config = config or TrainConfig()
-    for name, value, right, need in (
-        ("config", config, isinstance(config, TrainConfig), "ftlib.TrainConfig(...)"),
-        ("loss", loss, loss is None or callable(loss), "a function, see the docstring of fit"),
-        ("on_record", on_record, on_record is None or callable(on_record), "a function, see the docstring of fit"),
-    ):
-        if not right:
-            raise TypeError(f"{name} is {value!r}; pass {need}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {config!r}; pass ftlib.TrainConfig(...)")
+    for name, value in (("loss", loss), ("on_record", on_record)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is {value!r}; pass a function, see the docstring of fit")
     distributed.start()
     names: dict[str, list[str]] = {}  # of the classes, for a model without, and for both datasets alike
     parts = parts_for(train_dataset, model, name="train_dataset", stream=config.max_steps is not None, names=names)
@@ -187,7 +183,10 @@ class Training:
         first = (self.kept.resume() or 0) if config.resume else 0
         self.feed.start(first, self.total)
         self.begin = time.perf_counter() - run.seconds
-        bar = self._progress(first)
+        hidden = not config.progress or distributed.rank() > 0
+        if not hidden and run.precision != "fp32":
+            tqdm.write(f"precision {run.precision}: {run.reason}")
+        bar = tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
         self.model.train()
         try:
             unfinished = first > 0 and "loss" in run.history[-1]  # interrupted while it evaluated: that comes first
@@ -299,14 +298,6 @@ class Training:
 
     def _due(self, every: int | None) -> bool:
         return self.result.steps == self.total or self.result.steps % (every or self.epoch) == 0
-
-    def _progress(self, first: int) -> Any:
-        from tqdm.auto import tqdm
-
-        hidden = not self.config.progress or distributed.rank() > 0
-        if not hidden and self.result.precision != "fp32":
-            tqdm.write(f"precision {self.result.precision}: {self.result.reason}")
-        return tqdm(total=self.total, initial=first, desc="fit", unit="step", leave=False, disable=hidden)
 
 
 def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_out: list, parts: list) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..core import anatomy
@@ -75,13 +76,9 @@ def generate(
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    if progress:
-        from tqdm.auto import tqdm
-
-        batches = tqdm(batches, desc="generate", unit="batch", leave=False)
     answers, kind = [""] * len(ids), torch.float32 if device.type == "mps" else torch.float64
     with _answering(model, config, autocast):
-        for places in batches:
+        for places in tqdm(batches, desc="generate", unit="batch", leave=False, disable=not progress):
             rows = [{"input_ids": ids[i]} for i in places]
             batch = collate(rows, pad_token_id=pad.id, padding_side=pad.side)
             width = 1 if record.encoder_decoder else batch["input_ids"].shape[1]  # of what stands before an answer
@@ -138,12 +135,10 @@ def _ids(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, more: int, re
 
 @contextmanager
 def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Iterator[None]:
-    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills what is open.
-
-    Autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token.
-    """
+    """Eval mode, the quickest products, and this config as the model's own, by which Transformers fills gaps."""
     inner = anatomy.unwrapped(model)
     before, weights = inner.generation_config, model.parameters() if autocast else ()
+    # autocast keeps the cast of a weight that may have a gradient, but would cast a frozen one for every token
     frozen = [weight for weight in weights if weight.dtype == torch.float32 and not weight.requires_grad]
     try:
         inner.generation_config = config
@@ -158,10 +153,7 @@ def _answering(model: nn.Module, config: GenerationConfig, autocast: Any) -> Ite
 
 
 def _choice(places: list[int], num_beams: int, warpers: list[Callable], uniform: Tensor) -> Callable:
-    """For Transformers: refuses nan and, given warpers, draws each row's token by its numbers in [0, 1).
-
-    uniform: (steps, batch, 1).
-    """
+    """For Transformers: refuses nan; given warpers, draws tokens by `uniform`, (steps, batch, 1) in [0, 1)."""
     numbers = iter(uniform)
 
     def choose(input_ids: Tensor, scores: Tensor) -> Tensor:

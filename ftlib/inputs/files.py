@@ -1,7 +1,4 @@
-"""Folders that appear whole or not at all; JSON and safetensors read with a word on what is wrong.
-
-To copy: this file alone.
-"""
+"""Folders that appear whole or not at all; JSON and safetensors, with helpful errors.  To copy: this file alone."""
 
 import errno
 import hashlib
@@ -210,6 +207,5 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file."""
     with said(f"{path}: not a whole safetensors file"), safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}

@@ -1,10 +1,6 @@
 """Pretrained tokenizers and models by short name, folder or hub id; what comes back is plain Transformers.
 
-    tokenizer = load_tokenizer("minilm")
-    model = load_model("minilm", task="sequence-classification", num_labels=2)
-
 To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
-
 Weights are float32, the model in eval mode, unless you ask otherwise. No remote code is run; safetensors come first.
 """
 
@@ -97,10 +93,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
 
 
 def say_ties(model):
-    """The model, whose config says if its output layer has weights of its own: T5Config never does.
-
-    `tie_weights`, which resizing the embeddings calls, would else put the embedding in the place of such a layer.
-    """
+    """The model, its config saying if its output layer has weights of its own, which `tie_weights` would replace."""
     out, words = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
     if out is not None and words is not None and out.weight is not words.weight:
         model.config.tie_word_embeddings = False
@@ -190,10 +183,7 @@ def _explain(name, place):
 
 @contextlib.contextmanager
 def quiet():
-    """Without Transformers' bars over tensors and table of new weights, which are checked; downloads keep theirs.
-
-    Nor its warning of a layer that is not tied, as T5 1.1's: what it says to do, T5Config undoes; see `say_ties`.
-    """
+    """Without Transformers' bars over tensors, table of new weights, and warning of T5 1.1's untied layer."""
     from transformers.utils import logging as theirs
 
     def wanted(record: logging.LogRecord) -> bool:

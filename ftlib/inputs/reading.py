@@ -1,7 +1,6 @@
 """Own data as a datasets.Dataset: DataFrames, lists of dicts, torch Datasets, iterators, files, folders of files.
 
 What is read is held in memory, in Arrow; nothing is written.  Row numbers in messages count the user's rows from 0.
-
 To copy: this file, core/batches.py and tasks/classification.py (datasets).
 """
 

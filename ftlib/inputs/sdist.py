@@ -1,10 +1,9 @@
 """Download a source archive from the package index and run nothing in it: `pip download` would run its setup.py.
 
-To copy: this file alone.
-
 `python sdist.py -d FOLDER PACKAGE==VERSION`, with the options of `pip download`, has pip find the archive (on the
 user's index, through the proxy, with the certificates) and fetch its bytes, by functions that are pip's own and may
 change: tried with pip 23.2.1, 24.0, 25.0 and 26.0.
+To copy: this file alone.
 """
 
 import sys

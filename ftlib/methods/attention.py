@@ -1,8 +1,7 @@
 """Attention by hand: the formula, the multi-head layer, and the maps of a pretrained encoder.
 
-To copy: this file alone.
-
 A mask is boolean and True means "may attend" (masking.py makes them); `nn.MultiheadAttention` means the opposite.
+To copy: this file alone.
 """
 
 import math

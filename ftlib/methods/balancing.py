@@ -100,10 +100,7 @@ _SMALL = 1e-12  # of the squared lengths, under the root: where the weighted row
 
 
 def _least(gramian: np.ndarray, linear: np.ndarray, c: float) -> np.ndarray:
-    """The weights w >= 0 of sum 1 with the least linear·w + c |Σ w_i row_i|, float64 (tasks,).
-
-    Sequential minimal optimization (Platt 1998): the best exchange between two tasks, until none helps.
-    """
+    """The w >= 0 of sum 1 with the least linear·w + c |Σ w_i row_i|, by exchanges of two tasks (SMO, Platt 1998)."""
     w, trace = np.full(len(gramian), 1 / len(gramian)), np.trace(gramian)
     for _ in range(20_000):
         inner = gramian @ w

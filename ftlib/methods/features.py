@@ -1,8 +1,7 @@
 """The encoder as a fixed function from text to a vector: pooling, and vectors of millions of texts.
 
-To copy: this file, methods/speedups.py, inputs/agreement.py, inputs/files.py, inputs/rows.py,
-inputs/sentence_folders.py, inputs/tokenizing.py, core/anatomy.py, core/batches.py, core/device.py, tasks/, torch and
-transformers (inputs/pretrained.py and what it names to load by name).
+To copy: this file, methods/speedups.py, inputs/{agreement,files,rows,sentence_folders,tokenizing}.py,
+core/{anatomy,batches,device}.py, tasks/, torch and transformers (inputs/pretrained.py and what it names, for names).
 """
 
 import copy
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import anatomy
 from ..core.batches import collate, one_of, refuse, split_by_size, to_device
@@ -148,7 +148,7 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     """The encoder, its tokenizer, and how vectors are made of what it computes."""
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     if name is not None or tokenizer is None:
-        from ..inputs.pretrained import _locate, load_model, load_tokenizer
+        from ..inputs.pretrained import _locate, load_model, load_tokenizer, tokenizer_of
     recipe = recipe_of(_locate(name, {})) if name is not None else Recipe()
     if name is not None:
         model = load_model(name := recipe.place or name)
@@ -163,8 +163,6 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
          "this model's decoder, which is not done here; pass the model for its encoder's vectors"),
         (getattr(model, "prompt_encoder", None) is not None, "the prompts live around the encoder, whose features "
          "would be those without; take the hidden states of model(..., output_hidden_states=True)"),
-        (tokenizer is None and not known, "the model was not loaded by name, so its tokenizer is unknown; pass "
-         "tokenizer=..."),
     )  # fmt: skip
     said = recipe_of(known) if name is None and pooling is None and os.path.isdir(known) else Recipe()
     for odd, what in (
@@ -175,7 +173,9 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     ):  # fmt: skip
         if odd:
             warnings.warn(what, stacklevel=3)
-    return base, load_tokenizer(known) if tokenizer is None else tokenizer, recipe
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name) if name else tokenizer_of(base)
+    return base, tokenizer, recipe
 
 
 def _check_out(out: Any, size: int, shape: tuple[int, ...]) -> None:
@@ -183,27 +183,19 @@ def _check_out(out: Any, size: int, shape: tuple[int, ...]) -> None:
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out is a {type(out).__name__}; pass the path of a new .npy file")
     path = os.fspath(out)
-    folder, aside, error = os.path.dirname(os.path.abspath(path)), f"{path}.part", None
     if os.path.lexists(path):
-        error = errno.EEXIST, "out exists already; delete it or choose another name", path
-    elif os.path.lexists(aside):
-        error = errno.EEXIST, "a run writes this file, or was killed and left it; delete it", aside
-    elif not os.path.isdir(folder):
-        error = errno.ENOENT, "out is to lie in a folder that does not exist; make it first", folder
-    elif (need := 4 * int(np.prod(shape)) * size) > (free := shutil.disk_usage(folder).free):
-        error = errno.ENOSPC, f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free", path
-    if error:
-        raise OSError(*error)  # FileExistsError and FileNotFoundError, by the number
+        raise FileExistsError(errno.EEXIST, "out exists already; delete it or choose another name", path)
+    need, free = 4 * int(np.prod(shape)) * size, shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    if need > free:
+        said = f"{size} vectors need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        raise OSError(errno.ENOSPC, said, path)
 
 
 def _batches(
     part: tuple, *, tokenizer: Any, padding: Padding, known: int | None, batch_size: int | None, max_tokens: int,
     **options: Any,
 ) -> list[tuple[int, dict[str, torch.Tensor]]]:  # fmt: skip
-    """(texts in the chunk, batch) with `places`, int64 (batch,): where in the chunk each of the batch's texts is.
-
-    part: texts in the chunk, and of a slice the places in it, the rows, and the texts.
-    """
+    """(texts in the chunk, batch with `places`, int64 (batch,), in it); part: these texts, places, numbers, texts."""
     count, places, indices, texts = part
     rows = encode_texts(texts, tokenizer, indices=indices, **options)
     for row, i, place in zip(rows, indices, places, strict=True):
@@ -218,8 +210,7 @@ def _batches(
 def _ahead(texts: Iterator[Any], recipe: Recipe, work: Callable) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Batches, tokenized in a background thread before they are asked for, of texts that are read in this one.
 
-    So a database's cursor can be read, a text that does not come can be interrupted, and errors are raised where they
-    are made.  Closing this iterator ends the thread, after the slice it is at, and closes a generator of texts.
+    So a database's cursor can be read, a text that does not come be interrupted.  Closing this ends thread and texts.
     """
     start, pool, ready = 0, ThreadPoolExecutor(1, "ftlib-features"), deque()
     try:
@@ -245,8 +236,6 @@ def _vectors(
     dense: nn.Module, unit: bool, size: int | None, progress: bool,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Chunks of vectors in the order of the texts: float32 (texts in the chunk, *shape); one copy from the GPU each."""
-    from tqdm.auto import tqdm
-
     last, device = (-1, base.config.num_hidden_layers), next(base.parameters()).device
     typed = "token_type_ids" in inspect.signature(type(base).forward).parameters
     start = done = 0

@@ -1,11 +1,10 @@
 """Losses by their formulas, in a form that never overflows.
 
-To copy: this file alone.
-
 For reading and for checking; training runs PyTorch's fused ones (`ftlib.tasks`), which give the same numbers.  Shared:
 - a label equal to IGNORE (-100, as in PyTorch and Transformers) counts neither in the sum nor in the mean;
 - the loss of half-precision logits is float32; a mean over nothing is 0 with zero gradients, not NaN;
 - shapes and dtypes are always checked, values only on CPU: reading them on a GPU would wait for it at each step.
+To copy: this file alone.
 """
 
 import torch

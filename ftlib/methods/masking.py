@@ -1,9 +1,8 @@
 """Attention masks: who may look at whom.
 
-To copy: this file alone.
-
 A mask is boolean and True means "may attend", as in `F.scaled_dot_product_attention`; `nn.MultiheadAttention` means
 the opposite, so negate a mask before handing it over. All masks broadcast to (batch, heads, queries, keys).
+To copy: this file alone.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Each task's stock model (`AutoModelFor...`) gets, instead of an encoder of its own, a stand-in that hands it the shared
 one's output.  So the trunk runs once for a batch that mixes tasks, and every head on its own rows with Transformers'
-own code.  Where a stock model hands its encoder more than its own inputs (T5, Longformer), or stands on a part of it
-(Funnel's text classifier, T5's tagger), the trunk runs for that task's rows alone.
+own code.  Where a stock model hands its encoder more than its own inputs (T5, Longformer), the trunk runs for that
+task's rows alone.
 
 To copy: this file, core/{anatomy,batches,loop}.py, tasks/, torch and transformers.
 Source: Caruana 1997, Multitask Learning; temperature sampling: Raffel et al. 2020 (T5, arXiv:1910.10683), 3.5.2;
@@ -48,7 +48,7 @@ class Head:
 
 
 class _SharedTrunk(nn.Module):
-    """Stands where a task model's own encoder was: hands on what the shared one (or a part) computed, or lets it."""
+    """Stands where a task model's own encoder was: hands on what the shared one computed, or lets it compute."""
 
     def __init__(self, trunk: nn.Module, wants_pooler: bool):
         super().__init__()
@@ -96,8 +96,6 @@ class MultiTaskModel(nn.Module):
                 self.heads[name] = self._built(name, spec)
                 self._takes[name] = set(inspect.signature(self.heads[name].forward).parameters)
         self.input_names = set().union(*self._takes.values())
-        if len(trunks := {head.base_model.trunk[0] for head in self.heads.values()}) == 1:
-            (self.encoder,) = trunks  # what no task reads is left out
 
     def _built(self, name: str, spec: Head) -> nn.Module:
         """The stock model for this task, on the stand-in; its head drawn as Transformers draws it."""
@@ -111,20 +109,14 @@ class MultiTaskModel(nn.Module):
         except (ValueError, LookupError) as error:
             why = f"Transformers has no head for {spec.task} on {anatomy.kind_of(self.encoder)} models"
             raise ValueError(f"task {name!r}: {why} ({str(error).splitlines()[0][:120]})") from error
-        stock, own, trunk = head.base_model, dict(self.encoder.named_children()), self.encoder
+        stock, kind = head.base_model, type(self.encoder).__name__
         if type(stock) is not type(self.encoder):
-            inside = {child: type(module) for child, module in stock.named_children()}
-            if stock is head or not inside or any(type(own.get(child)) is not kind for child, kind in inside.items()):
-                kinds = f"{type(head).__name__} stands on a {type(stock).__name__}, and can't share this"
-                raise ValueError(f"task {name!r}: {kinds} {type(self.encoder).__name__}; load it without a task")
-            trunk = next((h.base_model.trunk[0] for h in self.heads.values() if type(h) is type(head)), stock)
-            for child in inside:
-                setattr(trunk, child, own[child])
-            trunk.config = self.config
+            why = f"{type(head).__name__} stands on a {type(stock).__name__}, and can't share this {kind}; pass that"
+            raise ValueError(f"task {name!r}: {why}, or another encoder")
         pooled = getattr(stock, "pooler", None) is not None
         if pooled and getattr(self.encoder, "pooler", None) is None:
             raise ValueError(f"task {name!r} needs the encoder's pooler; load the encoder with its pooler")
-        setattr(head, head.base_model_prefix, _SharedTrunk(trunk, pooled))
+        setattr(head, head.base_model_prefix, _SharedTrunk(self.encoder, pooled))
         head.to_empty(device="cpu")
         for module in head.modules():  # as the constructors would off the meta device, then as Transformers does
             vars(module).pop("_is_hf_initialized", None)
@@ -159,8 +151,7 @@ class MultiTaskModel(nn.Module):
             head, trunk = heads[name], heads[name].base_model
             own = {k: v[index] for k, v in inputs.items() if v is not None and k in self._takes[name]}
             head.config.pad_token_id = self.config.pad_token_id  # by which a decoder's head finds the last token
-            if trunk.trunk[0] is self.encoder:
-                trunk.given, trunk.shared = set(map(id, own.values())), partial(share, index)
+            trunk.given, trunk.shared = set(map(id, own.values())), partial(share, index)
             try:
                 logits[name] = logits_of(head(**own), own)
             finally:

@@ -1,4 +1,4 @@
-"""How fast the chosen parameters move: optimizer groups, and what a strategy asks of every step.
+"""Optimizer groups, and what a strategy asks of every step.
 
 To copy: this file, methods/regularization.py, methods/speedups.py, core/anatomy.py and torch.
 """

@@ -1,8 +1,7 @@
 """The real tokens of padded rows in one long row, (1, N_tokens, hidden), and attention that keeps examples apart in it.
 
 On a CPU by `speedups.attend`, on a CUDA GPU of capability 8.0 or more, in half precision and without attention dropout,
-by `torch.nn.attention.varlen`.  Otherwise, as for soft-capped scores and a CPU's sliding windows, the heads are padded
-again for it.
+by `torch.nn.attention.varlen`.  Otherwise, as for soft-capped scores and a CPU's sliding windows, the heads are padded.
 
 To copy: this file, methods/speedups.py, core/anatomy.py and torch.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
@@ -179,7 +178,7 @@ def capped_attention(
 ) -> Tensor:  # fmt: skip
     """softmax(cap * tanh(scale * QKᵀ / cap)) V over the keys `seen` (bool, or what is added); softcap None: no cap.
 
-    Shapes: (batch, heads, tokens, head_dim).  Source: Gemma Team 2024 (Gemma 2, arXiv:2408.00118), section 2.
+    Source: Gemma Team 2024 (Gemma 2, arXiv:2408.00118), section 2.
     """
     key, value = _repeated(query, key, value)
     if softcap is None:
@@ -206,10 +205,7 @@ def padded(output: Any, packing: Packing) -> Any:
 
 
 def forward_both(base: nn.Module, kwargs: dict) -> Any:
-    """The forward of an encoder with a decoder, its sources packed and its targets; without both it runs as it came.
-
-    A target's padding is what its mask hides; without a mask, what padding ids it ends with.
-    """
+    """An encoder with a decoder, both packed; without both as it came.  No target mask: its last padding ids count."""
     names = {"": ("input_ids", "inputs_embeds"), "decoder_": ("decoder_input_ids", "decoder_inputs_embeds")}
     given = {side: [kwargs[name] for name in own if kwargs.get(name) is not None] for side, own in names.items()}
     masks = {side: kwargs.get(f"{side}attention_mask") for side in names}

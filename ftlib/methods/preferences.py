@@ -34,10 +34,7 @@ _BESIDE = ("reference", "old", "advantages", "rewards")  # in a batch, but no in
 
 
 def preference_rows(data: Iterable[Mapping], tokenizer: Any, max_length: int | None = None) -> list[Pair]:
-    """Pairs of rows from `prompt`, `chosen` and `rejected`, all texts or all lists of messages; answers are labelled.
-
-    Raises ValueError or TypeError naming row and column.
-    """
+    """Pairs of rows, answers labelled, of `prompt`, `chosen`, `rejected`, texts or messages; errors name the row."""
     pairs: list[Pair] = []
     for i, row in enumerate(data):
         lacking = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]
@@ -68,10 +65,7 @@ def reference_log_probs(
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes without its adapters, ftlib's or PEFT's: as the base they were put on.
-
-    Raises ValueError where there are none, and where other weights train too, so that the base is not what it was.
-    """
+    """Inside, the model computes without its adapters; ValueError for none, and where other weights train too."""
     inner = getattr(model, "module", model)  # in DDP
     peft = inner if hasattr(inner, "disable_adapter") else getattr(getattr(inner, "tuning", None), "peft", None)
     own = adapters_of(inner)

@@ -57,10 +57,7 @@ def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind
 
 
 def add_mixout(linears: Iterable[nn.Module], p: float) -> None:
-    """Train these layers with W₀ + dropout(W - W₀, p) for W, W₀ being the weights as they are now, in place.
-
-    The mean is W.  Source: Lee et al. 2020 (arXiv:1909.11299).
-    """
+    """Train layers with W₀ + dropout(W - W₀, p), mean W, for W; W₀: W as it is (Lee et al. 2020, arXiv:1909.11299)."""
     for linear in linears:
         anatomy.put_forward(linear, _mixed, linear.weight.detach().clone(), p)
 

@@ -1,7 +1,6 @@
 """What a training step on a CPU need not pay for: shortcuts with the same mathematics.
 
 Under autocast to bfloat16 all between two products stays bfloat16, but for softmax and means, which are float32.
-
 To copy: this file, core/anatomy.py and torch.
 """
 
@@ -216,9 +215,9 @@ def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
 
 
 def rms_norm(x: Tensor, module: nn.Module) -> Tensor:
-    """The module's output, (..., width), in one pass: x / sqrt(mean(x²) + eps) * gain; as `layer_norm` in bfloat16.
+    """x / sqrt(mean(x²) + eps) * gain, (..., width), in one pass; the gain is the weight, in Gemma one more.
 
-    The gain is the module's weight, in Gemma one more.  Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
+    Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
     """
     if (dtype := computed_in(x)) is None:
         return type(module).forward(module, x)
@@ -270,10 +269,9 @@ def _with_long_rows(query: Tensor, key: Tensor, value: Tensor, lengths: list[int
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Inside, the C library keeps what is freed for the next step; afterwards the machine gets it back.
+    """Inside, the C library (glibc) keeps what is freed for the next step; afterwards the machine gets it back.
 
-    Else it hands large blocks back at every step, and each page that comes anew costs a virtual machine a microsecond
-    or two.  glibc's switch, for the whole process; elsewhere nothing happens.
+    Else large blocks go back at every step, and each page that comes anew costs a virtual machine a microsecond or two.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "malloc_trim"):

@@ -1,7 +1,6 @@
 """PEFT's methods through PEFT, and PEFT's files: the one place that imports it.
 
-To copy: this file, methods/adapters.py, core/anatomy.py, core/batches.py, torch and peft (tasks/ for the type of a
-task, inputs/files.py to read a folder).
+To copy: this file, methods/adapters.py, core/{anatomy,batches}.py, torch and peft (tasks/, inputs/files.py to read).
 """
 
 import copy

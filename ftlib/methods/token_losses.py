@@ -134,8 +134,7 @@ class _Answered:
 def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> Any:
     """The model's forward, but that its loss is reduce(lm, output, head, hidden, targets, places).
 
-    What stands between body and logits, soft-capping say, is the model's own code: it runs for every chunk, on the
-    body's output with the chunk for its hidden states.  T5 has two bodies; that is its decoder's.
+    What stands between body and logits, soft-capping say, is its own code, run for every chunk.  T5 has two bodies.
     """
     if labels is None:
         return before(*args, **inputs)
@@ -205,10 +204,7 @@ def _both(lm: nn.Module) -> bool:
 
 
 def decoder_ids(lm: nn.Module, labels: Tensor) -> Tensor:
-    """What a decoder beside an encoder reads, (batch, tokens): the labels one place later, by the model's own rule.
-
-    ValueError where nothing says what comes before them.
-    """
+    """What a decoder beside an encoder reads, (batch, tokens): the labels one later; ValueError without a start."""
     config, own = lm.config, getattr(lm, "prepare_decoder_input_ids_from_labels", None)
     try:
         if own is not None:

@@ -3,8 +3,8 @@
 Most strategies set `requires_grad`, nothing else.  What gradual unfreezing, layer-wise learning rates and L2-SP need of
 the training loop stands in `model.tuning`, for `ftlib.fit` and, by `optimizing.trainer_options`, the stock `Trainer`.
 
-To copy: this file, methods/adapters.py, methods/through_peft.py, methods/optimizing.py, methods/regularization.py,
-methods/speedups.py, core/anatomy.py, core/batches.py and torch (peft and tasks/ for PEFT configurations).
+To copy: this file, methods/{adapters,through_peft,optimizing,regularization,speedups}.py, core/{anatomy,batches}.py and
+torch (peft and tasks/ for PEFT configurations).
 """
 
 from dataclasses import dataclass
@@ -112,10 +112,7 @@ def tune(model: nn.Module, strategy: Any = "full", **options: Any) -> TuneReport
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold adapters into the weights, in place: a plain Transformers model with the same logits; returns it.
-
-    Raises ValueError for what is not linear in the layer's input: bottleneck adapters, prompts.
-    """
+    """Fold adapters into the weights, in place; returns the model, same logits; ValueError for bottlenecks, prompts."""
     if (wrapper := getattr(tuning_of(model), "peft", None)) is not None:
         through_peft.merge_peft(wrapper)
     adapters.merge_own(model)
@@ -179,10 +176,7 @@ def _apply(model: nn.Module, base: nn.Module, strategy: Any, options: dict, tuni
 
 
 def _downwards(model: nn.Module) -> list[list[str]]:
-    """The names of the base model's parameters, a list a layer from the top down, the last one of the embeddings.
-
-    A decoder's layers are above its encoder's, whose last normalization goes with its last layer; no head, no pooler.
-    """
+    """Names of the base's parameters, a list a layer from the top (a decoder's first) down, embeddings last."""
     top, stacks = anatomy.layers(model), anatomy.stacks(model)  # refuses models without separate layers
     stages = [*[list(layer.parameters()) for stack in stacks for layer in stack][::-1], anatomy.embeddings(model)]
     placed = {id(p) for stage in stages for p in stage}

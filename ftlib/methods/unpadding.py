@@ -3,10 +3,6 @@
 `unpad(model)` hooks the model: its layers see one long row of real tokens, (1, N_tokens, hidden), and are told where
 an example ends through Transformers' `AttentionInterface`; after it, padded positions are put back as zeros.
 
-In a decoder a token sees its own example up to itself, and positions start at 0 in every example.  Asked for a cache
-(`past_key_values`, `use_cache=True`: what `generate` does), the model runs as it came.  Of an encoder with a decoder
-both sides are packed, and a token of the target sees the source of its own example.
-
 To copy: this file, methods/packing.py, methods/speedups.py, core/anatomy.py, torch and transformers.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
 """
@@ -36,8 +32,8 @@ _ENCODER = (
 _ROTARY = ("eurobert", "gte", "jina_embeddings_v3", "modernbert", "nomic_bert")
 # Decoders whose layers pass keywords on to the attention.
 _DECODER = (
-    "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode",
-    "gpt_neox", "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3",
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
+    "granite", "llama", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3",
     "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 # Encoders with a decoder whose layers do so; both sides have a table of positions.
@@ -47,6 +43,7 @@ _WHY_NOT = dict.fromkeys(
     ("longt5", "mt5", "switch_transformers", "t5", "umt5"), "it adds biases of relative positions to the scores"
 ) | {
     "bloom": "ALiBi biases the scores by position",
+    "falcon": "its attention takes no function from outside",
     "gemma3": "images see each other both ways; load the text model alone, of type gemma3_text",
     "mpt": "ALiBi biases the scores by position",
     "stablelm": "its layers keep from the attention where an example ends",
@@ -82,22 +79,6 @@ def _mask(config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> T
     return sdpa_mask(attention_mask=attention_mask, **kwargs)  # of a model that runs as it came
 
 
-def _falcon(
-    attention: Any, hidden: Tensor, alibi: None = None, attention_mask: Tensor | None = None, layer_past: Any = None,
-    position_embeddings: tuple = (), **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The forward of Falcon's attention, which takes no function from outside, by ours; it knows no dropout."""
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-
-    query, key, value = (x.transpose(1, 2) for x in attention._split_heads(attention.query_key_value(hidden)))
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, attention.layer_idx)
-    packing = getattr(attention_mask, "packing", None)
-    out, _ = _attention(attention, query, key, value, attention_mask, packing=packing)
-    return attention.dense(out.flatten(2)), None  # (batch, tokens, heads * head_dim)
-
-
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
@@ -110,21 +91,15 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(base).forward(base, *args, **kwargs)
     if args:
         kwargs |= zip(inspect.signature(base.forward).parameters, args, strict=False)
-    _refuse_attentions(base, kwargs)
-    if base.config.model_type in _BOTH:
-        return forward_both(base, kwargs)
-    output = type(base).forward(base, **_checked(base, kwargs))
-    packing = vars(_encoder_of(base)).pop("_packing", None)
-    if packing is None:
-        return output
-    return padded(output, packing)
-
-
-def _refuse_attentions(base: nn.Module, kwargs: dict) -> None:
     kind, asked = base.config.model_type, kwargs.get("output_attentions")
     if asked or (asked is None and base.config.output_attentions):
         remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
         raise ValueError(f"output_attentions=True: an unpadded {kind} keeps no attention weights; {remedy}")
+    if kind in _BOTH:
+        return forward_both(base, kwargs)
+    output = type(base).forward(base, **_checked(base, kwargs))
+    packing = vars(_encoder_of(base)).pop("_packing", None)
+    return output if packing is None else padded(output, packing)
 
 
 def _checked(base: nn.Module, kwargs: dict) -> dict:
@@ -151,7 +126,6 @@ def _checked(base: nn.Module, kwargs: dict) -> dict:
         module._packing = packing
     # a mask of four dimensions is handed on as it is; empty, it fits no attention but ours
     kwargs = {**kwargs, "attention_mask": packing.mask[:1, None, None, :0], "packing": packing}
-    kwargs["attention_mask"].packing = packing  # for Falcon, whose layers pass no keywords on
     if kwargs.get("position_ids") is None:
         begin = 0 if causal is None else mask.int().argmax(1, keepdim=True)  # of a row: a hole counts as a place
         places = mask.cumsum(1) - 1 if kind == "opt" else torch.arange(shape[1], device=inputs.device)[None] - begin
@@ -211,17 +185,6 @@ def _base_of(model: nn.Module) -> nn.Module:
     return base.decoder if anatomy.kind_of(base) == "opt" and hasattr(base, "decoder") else base
 
 
-def _falcons(base: nn.Module) -> list[nn.Module]:
-    return [module for module in base.modules() if type(module).__name__.startswith(("FalconAtt", "FalconFlash"))]
-
-
-def _use(base: nn.Module, attention: str) -> None:
-    if _falcons(base):  # of which Transformers sets it at the start alone
-        base.config._attn_implementation = attention
-    else:
-        base.set_attn_implementation(attention)
-
-
 def _hooked(base: nn.Module) -> list[nn.Module]:
     """The modules inside the base model that `unpad` puts hooks on."""
     pooler = getattr(base, "pooler", None) if base.config.model_type in _ROTARY else None
@@ -234,13 +197,12 @@ def unpad(model: nn.Module) -> nn.Module:
     Same logits and gradients at real tokens, in training and inference, with left or right padding.  At padded
     positions the hidden states are zero; a stock question-answering head reads them, so its loss differs, and so does
     a language model's where padding has labels.  A decoder's row gives what it gives alone, unless `position_ids` say
-    otherwise (a stock model counts padding on the left).  With a cache, a mask that isn't (batch, tokens), or packed
-    examples told apart by `position_ids`, a decoder runs as it came: exact, and padded.
+    otherwise (a stock model counts padding on the left); of an encoder with a decoder both sides are packed.  With a
+    cache (`generate`), a mask that isn't (batch, tokens), or packed examples told apart by `position_ids`, a decoder
+    runs as it came: exact, and padded.
 
     Raises ValueError naming the model type for what can't be unpadded: a decoder alone that has cross-attention,
-    relative position biases.
-    The unpadded model raises it for `output_attentions`, and an encoder for an attention_mask that isn't
-    (batch, tokens).
+    relative position biases; unpadded, for `output_attentions`, and an encoder's mask that isn't (batch, tokens).
     """
     base = _base_of(model)
     if why := _obstacle(base):
@@ -250,11 +212,9 @@ def unpad(model: nn.Module) -> nn.Module:
     encoder, *poolers = _hooked(base)
     before = base.config._attn_implementation
     encoder._before_unpad = "sdpa" if before == NAME else before
-    _use(base, NAME)
+    base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
     anatomy.put_forward(base, _forward, signature=True)
-    for attention in _falcons(base):
-        anatomy.put_forward(attention, _falcon)
     if encoder is not base:
         encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
         encoder.register_forward_hook(_after_encoder)
@@ -268,8 +228,8 @@ def _obstacle(base: nn.Module) -> str | None:
     config, kind = getattr(base, "config", None), anatomy.kind_of(base)
     if (by := str(getattr(config, "_attn_implementation", ""))).startswith(PREFIX) and by != NAME:
         return f"another copy of unpad is on ({by.removeprefix(PREFIX)}); call its repad(model) first"
-    if kind not in _KNOWN or getattr(config, "alibi", False):
-        why = f" ({_WHY_NOT.get(kind, _WHY_NOT['bloom'])})" if kind in (*_WHY_NOT, "falcon") else ""
+    if kind not in _KNOWN:
+        why = f" ({_WHY_NOT[kind]})" if kind in _WHY_NOT else ""
         need = "models with Transformers' own attention, without relative positions"
         return f"unpad can't handle model type {kind!r}{why}; it handles {need}: {', '.join(sorted(_KNOWN))}"
     crossed, decoder = getattr(config, "add_cross_attention", False), getattr(config, "is_decoder", False)
@@ -283,13 +243,12 @@ def repad(model: nn.Module) -> nn.Module:
     if is_unpadded(model):
         base = _base_of(model)
         _remove_hooks(base)
-        _use(base, vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
+        base.set_attn_implementation(vars(_encoder_of(base)).pop("_before_unpad", "sdpa"))
     return model
 
 
 def _remove_hooks(base: nn.Module) -> None:
-    for module in (base, *_falcons(base)):
-        anatomy.take_forward(module)
+    anatomy.take_forward(base)
     ours = (_before_encoder, _before_pooler, _after_encoder)
     for module in _hooked(base):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -298,7 +257,6 @@ def _remove_hooks(base: nn.Module) -> None:
 
 
 def is_unpadded(model: nn.Module) -> bool:
-    """Whether `unpad` is on."""
     base = _base_of(model)
     config, forward = getattr(base, "config", None), anatomy.taken_by(base)  # a config may be that of several models
     on = getattr(config, "_attn_implementation", None) == NAME and config.model_type in _KNOWN

@@ -1,7 +1,4 @@
-"""Functions for `fit(..., on_record=...)` that hand every record on: as lines of a log, to TensorBoard, to trackio.
-
-To copy: this file alone (tensorboard and trackio are optional).
-"""
+"""For `fit(on_record=)`: lines of a log, TensorBoard, trackio (both optional).  To copy: this file alone."""
 
 from collections.abc import Callable
 from typing import Any

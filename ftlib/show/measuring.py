@@ -1,7 +1,4 @@
-"""Time and peak memory of a block of code.
-
-To copy: this file alone.
-"""
+"""Time and peak memory of a block of code.  To copy: this file alone."""
 
 import math
 import re

@@ -264,6 +264,26 @@ def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: 
     return _describe(ax, f"{ylabel} by task, mean ± std over seeds", ylabel=ylabel, legend=True)
 
 
+def reliability_diagram(curves, ax=None):
+    """How often a classifier is right against how sure it is; below the diagonal it is too sure.
+
+    curves: what `calibration.reliability` gives, (confidence, accuracy, rows), each (bins,); or {name: that}. A point's
+    area grows with its bin's rows. Raises ValueError for other shapes and for numbers that are not finite.
+    """
+    named = curves if isinstance(curves, Mapping) else {"": curves}
+    ax = axes_of(ax, 6.4, 3.8)
+    ax.plot((0, 1), (0, 1), color="0.6", linestyle="--", linewidth=1.2, label="as right as sure")
+    for i, (name, (sure, right, rows)) in enumerate(named.items()):
+        sure, right, rows = map(_numbers, (sure, right, rows))
+        if not sure.shape == right.shape == rows.shape or not np.isfinite([sure, right, rows]).all() or not rows.sum():
+            raise ValueError(f"{name!r} needs confidence, accuracy, rows, equally long: {sure}, {right}, {rows}")
+        label = f"calibration error {np.average(abs(right - sure), weights=rows):.3f}"
+        ax.plot(sure, right, linewidth=1.4, color=_style(i)["color"])
+        ax.scatter(sure, right, 20 + 160 * rows / rows.sum(), label=f"{name}: {label}" if name else label, **_style(i))
+    ax.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    return _describe(ax, "how often right by how sure", "confidence", "accuracy", legend=True)
+
+
 def points_with_errors(x, means, stds, label: str, ax=None, *, xlabel="training examples", ylabel="accuracy"):
     """A line of means over sizes with one std up and down; call it again with `ax` to add a line.
 

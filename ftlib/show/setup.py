@@ -1,13 +1,19 @@
-"""What a notebook asks of the machine it runs on: `setup` seeds, and says and returns where the notebook runs.
-
-To copy: this file, core/batches.py, core/device.py and torch.
-"""
+"""Seed, and say where a notebook runs: `setup`.  To copy: this file, core/batches.py, core/device.py and torch."""
 
 from __future__ import annotations
 
 import os
+import platform
+import random
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.batches import one_of, whole
+from ..core.device import choose_device, choose_precision
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,6 @@ def setup(seed: int = 0) -> Environment:
     The size of the experiments is "small" or, with the environment variable FTLIB_SIZE, "full".
     Raises ValueError for another FTLIB_SIZE and for a seed outside 0 … 2**31 - 1.
     """
-    import platform
-    import random
-    from importlib import import_module, metadata
-
-    import numpy as np
-    import torch
-
-    from ..core.batches import one_of, whole
-    from ..core.device import choose_device, choose_precision
-
     size = one_of("FTLIB_SIZE", os.environ.get("FTLIB_SIZE") or "small", ("small", "full"))
     whole("seed", seed, 0)
     for seeded in (random.seed, np.random.seed, torch.manual_seed):

@@ -1,7 +1,6 @@
 """A sheet to draw diagrams on, with boxes, arrows and cells; and how any figure is shown with an alt text.
 
     ftlib.show_figure(figure, "Loss falls for 30 steps, then rises.")  # a figure of Matplotlib
-
 To copy: this file and show/plots.py.
 """
 

@@ -1,7 +1,4 @@
-"""How measured numbers are shown: means with their spread, ties, tables, and the results the repository holds.
-
-To copy: this file and show/comparing.py.
-"""
+"""Tables, means with their spread, ties, stored results.  To copy: this file and show/comparing.py."""
 
 from __future__ import annotations
 

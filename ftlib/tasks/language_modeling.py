@@ -37,9 +37,8 @@ def check_tokens(label: Any, num_labels: int, length: int, where: str) -> list[i
     """A token of the vocabulary, or -100, for every token; ValueError where nothing is left to predict."""
     label = check_tags(label, num_labels, length, where)
     if all(value == IGNORE for value in label[1:]):
-        raise ValueError(
-            f"{where}: no token is trained: all labels are {IGNORE} (but the first's, which nothing predicts)"
-        )
+        which = "but the first's, which nothing predicts"
+        raise ValueError(f"{where}: no token is trained: all labels are {IGNORE} ({which})")
     return label
 
 
@@ -71,14 +70,10 @@ def rows(
     tokenizer: Any, columns: dict[str, list], wheres: Sequence[str], max_length: int | None, truncation: bool
 ) -> dict[str, list]:
     """`encode` for every row of a batch of columns, as `tokenize` asks for it."""
-    each = zip(*columns.values(), strict=True)
-    found = [
-        encode(tokenizer, dict(zip(columns, values, strict=True)), where, max_length, truncation)
-        for values, where in zip(each, wheres, strict=True)
-    ]
-    return {"attention_mask": [[1] * len(row["input_ids"]) for row in found]} | {
-        name: [row[name] for row in found] for name in ("input_ids", "labels")
-    }
+    each = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    found = [encode(tokenizer, row, at, max_length, truncation) for row, at in zip(each, wheres, strict=True)]
+    made = {name: [row[name] for row in found] for name in ("input_ids", "labels")}
+    return {"attention_mask": [[1] * len(ids) for ids in made["input_ids"]]} | made
 
 
 def prompt_ids(tokenizer: Any, prompt: Any, where: str) -> list[int]:

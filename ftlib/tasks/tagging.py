@@ -43,11 +43,6 @@ def named_tags(decided: np.ndarray, names: dict[int, str]) -> list[str | None]:
     return [names[int(i)] if i != IGNORE else None for i in decided]
 
 
-def _is_sign(char: str) -> bool:
-    """Punctuation, as BERT's tokenizer splits it off: Unicode's category P, and ASCII's other signs."""
-    return char in string.punctuation or unicodedata.category(char)[0] == "P"
-
-
 def spans_to_tags(text: str, spans: Sequence[Mapping]) -> tuple[list[str], list[int], list[str]]:
     """The words of a text, the character at which each starts, and its BIO tag.
 
@@ -73,7 +68,9 @@ def spans_to_tags(text: str, spans: Sequence[Mapping]) -> tuple[list[str], list[
             what=where,
         )
         owner[start:end] = [number] * (end - start)
-    kinds = [None if char.isspace() else i if _is_sign(char) else -1 for i, char in enumerate(text)]
+    # punctuation, as BERT's tokenizer splits it off: Unicode's category P, and ASCII's other signs
+    signs = [char in string.punctuation or unicodedata.category(char)[0] == "P" for char in text]
+    kinds = [None if char.isspace() else i if signs[i] else -1 for i, char in enumerate(text)]
     words, starts, tags = [], [], []
     for (kind, number), run in groupby(range(len(text)), key=lambda i: (kinds[i], owner[i])):
         first, *rest = run
@@ -83,10 +80,6 @@ def spans_to_tags(text: str, spans: Sequence[Mapping]) -> tuple[list[str], list[
             begins = "B" if number >= 0 and spans[number]["start"] == first else "I"
             tags.append(f"{begins}-{spans[number]['label']}" if number >= 0 else "O")
     return words, starts, tags
-
-
-def word_starts(text: str) -> list[int]:
-    return spans_to_tags(text, [])[1]
 
 
 def tags_to_spans(words: Sequence[str], starts: Sequence[int], tags: Sequence, *, strict: bool = False) -> list[dict]:

@@ -41,6 +41,7 @@ class Work:
     collator: Callable[[list[dict]], dict[str, torch.Tensor]]
     batch: int = 32
     precision: str = "fp32"  # of fit; the Trainer as it comes has bf16 where this says so
+    trainer: str = "Trainer"  # or "Seq2SeqTrainer"
 
     @property
     def steps(self) -> int:
@@ -70,7 +71,10 @@ def trainer(work: Work, **settings: Any) -> Method:
 
     Timed from the first step to the last: its set-up, a second or so, is left out, while fit's is counted.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    import transformers
+    from transformers import PrinterCallback, TrainerCallback
+
+    arguments_class = getattr(transformers, work.trainer.replace("Trainer", "TrainingArguments"))
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -96,13 +100,14 @@ def trainer(work: Work, **settings: Any) -> Method:
         if attention:
             model.set_attn_implementation(attention)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
+            arguments = arguments_class(
                 output_dir=folder, num_train_epochs=1, per_device_train_batch_size=work.batch, learning_rate=1.5e-4,
                 warmup_steps=round(0.1 * work.steps), weight_decay=0.01,
                 use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no", logging_strategy="no",
                 disable_tqdm=True, **settings,
             )  # fmt: skip
-            task = Trainer(model=model, args=arguments, train_dataset=work.rows, data_collator=work.collator)
+            kind = getattr(transformers, work.trainer)
+            task = kind(model=model, args=arguments, train_dataset=work.rows, data_collator=work.collator)
             task.remove_callback(PrinterCallback)
             task.add_callback(clock := Clock())
             loss = task.train().training_loss

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlib import mean_std, paired, results_table
+from ftlib import against, mean_std, paired, results_table
 from ftlib.show.tables import format_cell
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,12 @@ def source(name: str) -> str:
 
 
 CORPORA = {"rotten-tomatoes": "film reviews", "banking77": "bank intents"}
+SIGNS = {"more": " ↑", "less": " ↓", "tie": ""}
+RULE = (
+    "mean ± standard deviation over {seeds} seeds. An arrow: better or worse than {base}, seed by seed, where the 95 % "
+    "interval of the mean difference does not hold 0, corrected for the number of comparisons in the column (Holm); "
+    "without an arrow it is a tie"
+)
 
 
 def runs_of(rows: list[dict], name: str, value: Callable[[dict], float | None]) -> dict[str, list[float]]:
@@ -58,23 +64,22 @@ def runs_of(rows: list[dict], name: str, value: Callable[[dict], float | None]) 
     return found
 
 
-def ties(points: dict[str, tuple[float, float]]) -> set[str]:
-    """The best and all that can't be told from it: mean ± standard deviation overlaps that of the best."""
-    best = max(points, key=lambda name: points[name][0])
-    floor = points[best][0] - points[best][1]
-    return {name for name, (mean, std) in points.items() if mean + std >= floor}
-
-
-def strategy_points(corpus: str) -> dict[int, dict[str, tuple[float, float]]]:
-    """{training texts: {strategy: (mean, std) of the test accuracy}}."""
-    return points_of(rows_of(f"strategies-{corpus}-earlier", part="accuracy"))
-
-
-def points_of(rows: list[dict]) -> dict[int, dict[str, tuple[float, float]]]:
-    names, counts = (dict.fromkeys(row[key] for row in rows) for key in ("strategy", "count"))
+def compared(runs: dict[str, list[float]], base: str) -> dict[str, str]:
+    """Mean ± deviation of each, with an arrow where it differs from the base."""
+    whole = {name: own for name, own in runs.items() if len(own) == len(runs[base])}  # others are on their way
+    gaps = against(whole, base)
     return {
-        count: {n: spread([r for r in rows if (r["strategy"], r["count"]) == (n, count)], "test") for n in names}
-        for count in sorted(counts)
+        name: format_cell(mean_std(own)) + (SIGNS[gaps[name].verdict] if name in gaps else "")
+        for name, own in whole.items()
+    }  # fmt: skip
+
+
+def accuracies(corpus: str) -> dict[int, dict[str, list[float]]]:
+    """{training texts: {strategy: test accuracies over seeds}}."""
+    rows = rows_of(f"strategies-{corpus}", part="accuracy")
+    return {
+        count: runs_of(chosen(rows, count=count), "strategy", lambda row: row["test"])
+        for count in sorted({row["count"] for row in rows})
     }
 
 
@@ -83,39 +88,42 @@ def strategies() -> str:
     table: dict[str, dict] = {
         name: {"what moves": name, "trainable": row["trainable"]} for name, row in costs.items()
     }  # fmt: skip
+    updates = []
     for corpus, words in CORPORA.items():
-        rates = {row["strategy"]: row["rate"] for row in rows_of(f"strategies-{corpus}-earlier", part="accuracy")}
-        for count, points in strategy_points(corpus).items():
-            equal = ties(points)
-            for name, point in points.items():
-                shown = f"{point[0]:.3f} ± {point[1]:.3f}"
-                table[name][f"{words}, {count:,}"] = f"**{shown}**" if name in equal else shown
-        for name, rate in rates.items():
-            table[name][f"rate, {words}"] = f"{rate:g}"
+        for count, runs in accuracies(corpus).items():
+            rows = rows_of(f"strategies-{corpus}", part="accuracy", count=count)
+            updates.append(f"{rows[0]['steps']} on {count:,} {words}")
+            rates = {row["strategy"]: row["rate"] for row in rows}
+            for name, shown in compared(runs, "full").items():
+                table[name] |= {f"{words}, {count:,}": shown, f"rate, {words}, {count:,}": f"{rates[name]:g}"}
     for name, row in costs.items():
         table[name] |= {
             "step, × full": row["of_full"], "peak MB": round(row["peak_mb"]), "moments MB": row["optimizer_mb"],
             "saved MB": row["bytes"] / 2**20,
         }  # fmt: skip
-    rows, digits = list(table.values()), {"step, × full": 2, "moments MB": 1, "saved MB": 1}
-    seeds = sorted({row["seed"] for row in rows_of("strategies-rotten-tomatoes-earlier", part="accuracy")})
-    stamps = "\n\n".join(
-        f"*{source(f'strategies-{part}')}*" for part in (*(f"{corpus}-earlier" for corpus in CORPORA), "cost")
-    )
-    drawn = "![Accuracy against trainable parameters and against time](results/strategies.png)"
+    columns = dict.fromkeys(name for line in table.values() for name in line)  # a strategy may lack one of the corpora
+    lines = [{name: line.get(name, "") for name in columns} for line in table.values()]
+    digits = {"step, × full": 2, "moments MB": 1, "saved MB": 1}
+    stamps = "\n\n".join(f"*{source(f'strategies-{part}')}*" for part in (*CORPORA, "cost"))
+    drawn = "![How far each strategy is from full fine-tuning](results/strategies.png)"
     return (
-        "**Which parameters move** (notebook 03b): MiniLM, test accuracy after training on so many texts, mean ± "
-        f"standard deviation over {len(seeds)} seeds, each strategy with its own learning rate (searched at the "
-        "smaller size, by validation accuracy). **Bold: the best of the column and all that tie with it**, that is, "
-        "whose mean ± deviation overlaps the best's. All take the same few steps (52 and 64 on "
-        "the reviews, 150 and 147 on the intents): on the intents the strategies that move all weights have not "
-        "finished, as their training loss says; given more steps they may catch up. "
+        "**Which parameters move** (notebook 03b): MiniLM, test accuracy after training on so many texts, "
+        f"{RULE.format(seeds=5, base='full fine-tuning')}. Each strategy has its own learning rate for each corpus and "
+        "size, searched by validation accuracy until the best lies between two that are worse; all make as many "
+        f"updates, in batches of 16 or 32: {', '.join(updates)}. "
         "The step is one of 32 film reviews with `unpad`, as a ratio to "
         "full fine-tuning's in the same round; peak memory is of the whole process; moments are what AdamW keeps; "
         "saved is what `ftlib.save` writes (adapters with their head).\n\n"
-        f"{results_table(rows, digits=digits)._repr_markdown_()}\n\n"
+        f"{results_table(lines, digits=digits)._repr_markdown_()}\n\n"
         f"{drawn}\n\n{stamps}"
     )
+
+
+def ties(points: dict[str, tuple[float, float]]) -> set[str]:
+    """The best and all that can't be told from it: mean ± standard deviation overlaps that of the best."""
+    best = max(points, key=lambda name: points[name][0])
+    floor = points[best][0] - points[best][1]
+    return {name for name, (mean, std) in points.items() if mean + std >= floor}
 
 
 def multitask() -> str:
@@ -259,6 +267,8 @@ GOALS = (
     ("fine-tune MiniLM, CPU", "fine-tune", "", BEST, 1.3, 1.6),
     ("fine-tune MiniLM, CPU", "fine-tune", "", None, 0.6, None),
     ("fine-tune MiniLM, CPU", "fine-tune", "", MM, 0.6, None),
+    ("titles by flan-t5-small, CPU", "titles", "", TRAINER, 1.5, None),
+    ("titles by flan-t5-small, CPU", "titles", "", BEST, 1.2, None),
     ("features of MiniLM, CPU", "features", "", ENCODE, 1.4, 2.0),
     ("features of MiniLM, CPU", "features", "", "ONNX Runtime", 1.0, None),
     ("features of MiniLM, CPU", "features", "", None, 0.8, None),
@@ -310,7 +320,7 @@ def devices(part: str) -> list[str]:
 def goals() -> str:
     """A table of the CPUs and one of the GPUs, one column a device; what no device has is left out."""
     tables = []
-    for parts in (("fine-tune", "features"), (BERT,)):
+    for parts in (("fine-tune", "features", "titles"), (BERT,)):
         names = list(dict.fromkeys(device for part in parts for device in devices(part)))
         lines = [goal_line(goal, names) for goal in GOALS if goal[1] in parts]
         if lines := [line for line in lines if any(line[name] for name in names)]:
@@ -395,9 +405,9 @@ def stamp(row: dict) -> str:
 
 
 def speed() -> str:
-    searches = speed_rows("Trainer search")
+    searches = speed_rows("Trainer search") + speed_rows("Trainer search, titles")
     parts = []
-    for part in ("fine-tune", "features", BERT):
+    for part in ("fine-tune", "features", "titles", BERT):
         rows = speed_rows(part)
         for work, device in dict.fromkeys(sorted((row["work"], row["device"]) for row in rows)):
             same = [r for r in [*searches, *rows] if (r["device"], r["work"]) == (device, work)]
@@ -558,29 +568,28 @@ def picture() -> None:
 
 
 def strategies_picture() -> None:
-    """Accuracy at the larger size against what trains, and against the time of a step: a row a corpus."""
+    """How far every strategy is from full fine-tuning, with its interval, from few parameters to many, by size."""
     import matplotlib.pyplot as plt
 
     from ftlib.show import plots
 
-    costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
-    figure, grid = plt.subplots(2, 2, figsize=(11, 8), dpi=110, layout="constrained", sharey="row")
-    for line, (corpus, words) in zip(grid, CORPORA.items(), strict=True):
-        count, points = max(strategy_points(corpus).items())
-        for ax, key, label in zip(
-            line, ("trainable", "of_full"), ("trainable parameters", "time of a step, × full fine-tuning"), strict=True
-        ):  # fmt: skip
-            for name in costs:  # one order, so one colour, in all four
-                mean, std = points[name]
-                where = [costs[name][key]], [mean], [std]
-                plots.points_with_errors(*where, name, ax, xlabel=label, ylabel="test accuracy")
-            ax.set_xscale("log" if key == "trainable" else "linear")
-            ax.set_title(f"{words}: {count:,} texts for training", fontsize=11)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.get_legend().remove()
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(ROOT / "tests/benchmarks/results/strategies.png", dpi=110)
+    trainable = {row["strategy"]: row["trainable"] for row in rows_of("strategies-cost")}
+    panels = [(corpus, *one) for corpus in CORPORA for one in accuracies(corpus).items()]
+    figure, axes = plt.subplot_mosaic("AB;AC", figsize=(11, 6), dpi=110, layout="constrained")
+    colors = {"tie": "0.45", "more": plots.PALETTE[0], "less": plots.PALETTE[1]}
+    for ax, (corpus, count, runs) in zip(axes.values(), panels, strict=True):
+        gaps = against({name: own for name, own in runs.items() if len(own) == len(runs["full"])}, "full")
+        names = sorted(gaps, key=trainable.get)
+        for place, name in enumerate(names):
+            gap = gaps[name]
+            ax.plot([gap.low, gap.high], [place, place], color=colors[gap.verdict], linewidth=2)
+            ax.plot(gap.value, place, "o", color=colors[gap.verdict])
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_yticks(range(len(names)), [f"{name}  {trainable[name]:,}" for name in names], fontsize=9)
+        ax.set_title(f"{CORPORA[corpus]}: {count:,} texts for training", fontsize=11)
+        ax.set_xlabel("test accuracy minus that of full fine-tuning")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "strategies.png")
 
 
 def half_precision() -> str:
@@ -797,9 +806,9 @@ def headlines() -> str:
         return "; ".join(shown.values() if len(shown) == 1 else (f"{text} on {name}" for name, text in shown.items()))
 
     costs = {row["strategy"]: row for row in rows_of("strategies-cost")}
-    count, points = max(strategy_points("rotten-tomatoes").items())
-    equal = ", a tie" if {"lora", "full"} <= ties({name: points[name] for name in ("lora", "full")}) else ""
-    accuracy = " and ".join(f"{points[name][0]:.3f} ± {points[name][1]:.3f}" for name in ("lora", "full"))
+    count, runs = max(accuracies("rotten-tomatoes").items())
+    equal = ", a tie" if paired(runs["lora"], runs["full"]).verdict == "tie" else ""
+    accuracy = " and ".join(format_cell(mean_std(runs[name])) for name in ("lora", "full"))
     saved = " and ".join(f"{costs[name]['bytes'] / 2**20:.1f}" for name in ("lora", "full"))
     cpu = next(device for device in devices("memory") if device.startswith("CPU"))
     kept = {row["method"]: row["peak_mb"] for row in speed_rows("memory") if row["device"] == cpu}

@@ -1,4 +1,4 @@
-"""MiniLM on the CPU against the stock tools: fine-tuning, feature extraction, and the matrix-product rate.
+"""The CPU against the stock tools: fine-tuning, features, titles, and the matrix-product rate.
 
     python tests/benchmarks/speed.py                     # writes results/speed-cpu-<n>-cores.json
     python tests/benchmarks/speed.py --part features     # that part alone; the other rows stay
@@ -8,13 +8,16 @@ for GPUs), each method in the precision it has as it comes: float32, and bf16 fo
 CPU multiplies that fast; for the best settings of the others both are tried.  Fine-tuning: one pass in batches of 32,
 dropout on; every method sees the same sentences and makes the same number of steps, in its own order; the mean loss of
 all steps is stored.  The Trainer's best settings are searched first, and the search is stored.  Features: every method
-returns the mean over the tokens of the last layer; the smallest cosine to the first method's vectors is stored.  Peak
+returns the mean over the tokens of the last layer; the smallest cosine to the first method's vectors is stored.
+Titles: flan-t5-small learns titles from abstracts of pubmed-titles, 8 a step, against Seq2SeqTrainer; unpad refuses
+T5, so that `fit` gains by precision, by faster products and by micro-batches of like lengths (max_tokens) alone.  Peak
 memory is measured in a process of its own for each method.
 """
 
 import argparse
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import ftlib
 from ftlib.core.device import DTYPES
 
 MAX_LENGTH = 128
-PARTS = ("fine-tune", "features")
+PARTS = ("fine-tune", "features", "titles")
 ENCODE = "sentence-transformers encode, batch 32 (default)"
 FEATURE_METHODS = (
     ENCODE,
@@ -61,6 +64,36 @@ def fine_tuning(count: int) -> methods.Work:
         collator=DataCollatorWithPadding(tokenizer),
         precision="auto",
     )
+
+
+def titles(count: int) -> methods.Work:
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = ftlib.load_tokenizer("flan-t5-titles")
+    model = ftlib.load_model("flan-t5-titles", task="seq2seq-lm")
+    columns = dict(task="seq2seq-lm", text="abstract", label="title")
+    data = ftlib.load_corpus("pubmed-titles")["train"].select(range(count))
+    return methods.Work(
+        make_model=lambda: model, rows=ftlib.tokenize(data, tokenizer, **columns, max_length=512),
+        collator=DataCollatorForSeq2Seq(tokenizer, model), batch=8, precision="auto", trainer="Seq2SeqTrainer",
+    )  # fmt: skip
+
+
+WORKS = {"fine-tune": fine_tuning, "titles": titles}
+WORDS = {
+    "fine-tune": "MiniLM, {} sentences of rotten-tomatoes",
+    "titles": "flan-t5-small, {} abstracts of pubmed-titles, 8 a step",
+}
+
+
+def our_methods(part: str, work: methods.Work, compiled: bool) -> dict[str, Method]:
+    if part == "fine-tune":
+        return methods.our_methods(work, compiled=compiled)
+    single = replace(work, precision="fp32")
+    return {
+        "ftlib.fit, fp32": methods.fit(single), "ftlib.fit": methods.fit(work),
+        "ftlib.fit, max_tokens=1024": methods.fit(work, max_tokens=1024),
+    }  # fmt: skip
 
 
 def feature_method(name: str, texts: list[str]) -> Method | None:
@@ -97,23 +130,29 @@ def rate(tokens: int) -> dict[str, Any]:
     return best_rate(shapes(tokens, 384, 1536, 2048), device="cpu", dtype=dtype)
 
 
-def run_fine_tune(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
-    work = fine_tuning(args.count)
+def run_training(part: str, args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
+    work = WORKS[part](args.count)
     candidates = [methods.HALF] if args.toy else [methods.HALF, *methods.CANDIDATES]
-    small = fine_tuning(args.count if args.toy else args.count // 2)
+    if part == "titles":  # T5 has eager attention alone; compiling for every length of source and target takes hours
+        candidates = [one for one in candidates if not one.keys() & {"attn_implementation", "torch_compile"}]
+    small = work if args.toy else WORKS[part](args.count // 2)
     found = methods.search(small, candidates, rounds=1 if args.toy or args.rounds < 5 else 2)
-    table.replace({"part": "Trainer search"}, [{"work": work_name, "sentences": len(small.rows), **found}])
-    rivals = methods.stock_methods(work, found["best"]) | methods.our_methods(work, compiled=not args.toy)
-    lengths = [len(ids) for ids in work.rows["input_ids"]]
-    tokens = sum(lengths) // work.steps
-    results = run_rounds(rivals, args.rounds, functools.partial(rate, tokens))
-    flops = encoder_flops(work.make_model(), lengths, training=True)
+    search = "Trainer search" + (", titles" if part == "titles" else "")
+    table.replace({"part": search}, [{"work": work_name, "sentences": len(small.rows), **found}])
+    rivals = methods.stock_methods(work, found["best"]) | our_methods(part, work, not args.toy)
+    measured, flops = None, None
+    if part == "fine-tune":
+        lengths = [len(ids) for ids in work.rows["input_ids"]]
+        measured = functools.partial(rate, sum(lengths) // work.steps)
+        flops = encoder_flops(work.make_model(), lengths, training=True)
+    results = run_rounds(rivals, args.rounds, measured)
     rows = summary(results, count=args.count, against=[methods.DEFAULT, methods.BEST], flops=flops)
     for row in rows:
         settings = found["best"] if row["method"] == methods.BEST else {}
-        row |= alone(__file__, "--one", row["method"], "--settings", repr(settings), "--count", str(args.count))
+        command = ("--part", part, "--one", row["method"], "--settings", repr(settings), "--count", str(args.count))
+        row |= alone(__file__, *command)
         row |= {"settings": settings, "steps": work.steps}
-    table.replace({"part": "fine-tune"}, [{"work": work_name, **row} for row in rows])
+    table.replace({"part": part}, [{"work": work_name, **row} for row in rows])
 
 
 def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
@@ -129,17 +168,17 @@ def run_features(args: argparse.Namespace, table: SpeedTable, work_name: str) ->
     first, *others = (torch.as_tensor(np.asarray(row.pop("vectors"), dtype=np.float32)) for row in rows)
     for row, vectors in zip(rows, [first, *others], strict=True):
         row["cosine"] = torch.cosine_similarity(first, vectors, dim=-1).min().item()
-        row |= alone(__file__, "--one", row["method"], "--count", str(args.count))
+        row |= alone(__file__, "--part", "features", "--one", row["method"], "--count", str(args.count))
     table.replace({"part": "features"}, [{"work": work_name, **row} for row in rows])
 
 
 def one(args: argparse.Namespace) -> dict[str, float]:
     """One method once, in this process alone: its peak memory and the memory before it, in MB."""
-    if args.one in FEATURE_METHODS:
+    if args.part == "features":
         method = feature_method(args.one, list(sentences(args.count)["text"]))
     else:
-        work = fine_tuning(args.count)
-        method = (methods.stock_methods(work, args.settings) | methods.our_methods(work))[args.one]
+        work = WORKS[args.part](args.count)
+        method = (methods.stock_methods(work, args.settings) | our_methods(args.part, work, True))[args.one]
     with ftlib.measure() as cost:
         method()
     return {"peak_mb": cost.peak_mb}
@@ -152,8 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=640, help="sentences")
-    parser.add_argument("--toy", action="store_true", help="64 sentences, one round, no compile: does it run?")
+    parser.add_argument("--count", type=int, help="sentences, or abstracts; default: 640, of titles 96")
+    parser.add_argument("--toy", action="store_true", help="one round of 64 (or --count): does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--one", help="run this method once and print its peak memory")
     parser.add_argument("--settings", type=ast.literal_eval, default={}, help="of the Trainer, with --one")
@@ -162,13 +201,18 @@ def main() -> None:
         print(json.dumps(one(args)))
         return
     if args.toy:
-        args.count, args.rounds = 64, 1
+        args.count, args.rounds = args.count or 64, 1
         if args.results == RESULTS:
             parser.error("--toy needs --results FOLDER: toy numbers are no results")
-    for part, run in zip(PARTS, (run_fine_tune, run_features), strict=True):
-        if args.part in (None, part):
-            table = SpeedTable(f"python tests/benchmarks/speed.py --part {part} --rounds {args.rounds}", args.results)
-            run(args, table, f"{part}: MiniLM, {args.count} sentences of rotten-tomatoes")
+    count = args.count
+    for part in PARTS if args.part is None else (args.part,):
+        args.count = count or (96 if part == "titles" else 640)
+        command = f"python tests/benchmarks/speed.py --part {part} --rounds {args.rounds}"
+        table = SpeedTable(command, args.results)
+        if part == "features":
+            run_features(args, table, f"features: MiniLM, {args.count} sentences of rotten-tomatoes")
+        else:
+            run_training(part, args, table, f"{part}: {WORDS[part].format(args.count)}")
 
 
 if __name__ == "__main__":

@@ -500,15 +500,3 @@ def test_a_text_without_pieces_has_no_entities(tiny_model):
     assert tokenizer("\x00")["input_ids"] == [2, 3] and found[0] == []
     assert found[1] == entities(model, ["fun"], tokenizer=tokenizer, constrained=True)[0]
     assert tokenizer("\u200b")["input_ids"] == [2, 3] and found[2] == []
-
-
-
-
-def test_predict_gives_them_too(tiny_model, tiny_tokenizer):
-    model = spread(named(tiny_model("token-classification", 5, seed=3)))
-    texts = [SPACED[0] * 8, "flight"]
-    options = {"tokenizer": tiny_tokenizer, "max_length": 20, "stride": 4, "batch_size": 3}
-    found = predict(model, texts, output="entities", **options)
-    assert found == entities(model, texts, **options) and found[0]
-    with pytest.raises(ValueError, match="entities are read off a tagger's labels"):
-        predict(tiny_model("sequence-classification", 2), texts, tokenizer=tiny_tokenizer, output="entities")

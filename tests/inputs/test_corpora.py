@@ -20,6 +20,7 @@ NAMES = [
     "imdb",
     "sms-spam",
     "banking77",
+    "20newsgroups",
     "atis",
     "stsb",
     "mrpc",
@@ -38,7 +39,7 @@ load = functools.cache(corpora.load_corpus)
 @functools.cache
 def summary(name):
     """Rows dropped by reason, and words of the texts, split at white space: 5, 50, 95 %, longest."""
-    splits, dropped = corpora._prepare(name, "wheel")
+    splits, dropped = corpora._prepare(name)
     rows = [row for own in splits.values() for row in own]
     texts = ("text", "text_pair", "question", "context", "abstract", "en", "es", "fr")
     words = [sum(len(row.get(column, "").split()) for column in texts) for row in rows]
@@ -244,6 +245,15 @@ def test_banking_records_of_several_lines_are_whole():
     assert not any("\t" in text or "\n" in text or text.startswith('"') for text in texts)
 
 
+def test_posts_begin_with_the_name_of_their_group():
+    data = load("20newsgroups")
+    names, firsts = data["train"].features["label"].names, []
+    for split in columns("20newsgroups").values():
+        pairs = zip(split["text"], split["label"], strict=True)
+        firsts += [text.startswith((f"Newsgroup:{names[i]}", f"Newsgroup: {names[i]}")) for text, i in pairs]
+    assert len(names) == 20 and firsts.count(False) == 1  # that one has lost its line
+
+
 @pytest.mark.parametrize(("name", "more"), [("mrpc", "equivalent"), ("qqp", "duplicate"), ("qnli", "entailment")])
 def test_positive_pairs_share_more_words(name, more):
     """A coarse check that the labels are the right way round."""
@@ -329,7 +339,7 @@ def test_a_bar_inside_a_sentence_makes_the_row_unreadable(tmp_path):
     table = 'prompt,prompt_len,target\n"a | b",1,0\n"a | b | c",1,1\n"d|e | f",1,1\n'
     with pyarrow.output_stream(str(tmp_path / "x.zst"), compression="zstd") as stream:
         stream.write(table.encode())
-    rows = corpora._read_glue("qqp", tmp_path / "x.zst")
+    rows = corpora._read_glue("qqp", ["not_duplicate", "duplicate"], tmp_path / "x.zst")
     assert [(r["text"], r["text_pair"]) for r in rows] == [("a", "b"), ("", ""), ("d|e", "f")]
 
 
@@ -337,18 +347,16 @@ def test_a_bar_inside_a_sentence_makes_the_row_unreadable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "message"),
+    ("name", "message"),
     [
-        ("rotten_tomatoes", "auto", "did you mean rotten-tomatoes"),
-        ("imbd", "wheel", "did you mean imdb"),
-        ("someone/some-corpus", "wheel", "no asset is called"),
-        ("minilm", "auto", r"is a model; load it with load_model\('minilm'\)"),
-        ("imdb", "disk", "source='disk': choose one of auto, wheel, hub"),
+        ("rotten_tomatoes", "did you mean rotten-tomatoes"),
+        ("imbd", "did you mean imdb"),
+        ("minilm", r"is a model; load it with load_model\('minilm'\)"),
     ],
 )
-def test_names_that_lead_nowhere(name, source, message):
+def test_names_that_lead_nowhere(name, message):
     with pytest.raises(ValueError, match=message):
-        corpora.load_corpus(name, source=source)
+        corpora.load_corpus(name)
 
 
 def test_folder_saved_by_datasets_is_loaded_as_it_is(tmp_path):
@@ -489,83 +497,4 @@ def hub(monkeypatch):
 def test_other_hub_ids_are_passed_through(hub):
     hub.data = {"train": {"x": [1]}}
     assert corpora.load_corpus("someone/some-corpus")["train"][0] == {"x": 1}
-    assert corpora.load_corpus("plain", source="hub")["train"][0] == {"x": 1}
-    assert hub.calls == [(("someone/some-corpus",), {}), (("plain",), {})]
-
-
-def test_hub_columns_labels_and_splits_are_mapped(hub, monkeypatch):
-    from datasets import ClassLabel, Features, Value
-
-    monkeypatch.setitem(corpora._HELD_OUT, "sms-spam", (10, 20))
-    hub.features = Features({"sms": Value("string"), "label": ClassLabel(names=["spam", "ham"])})  # not our order
-    hub.data = {"train": {"sms": [f"text {i // 2}" for i in range(200)], "label": [i // 2 % 2 for i in range(200)]}}
-    data = corpora.load_corpus("sms-spam", source="hub")
-    assert hub.calls == [(("ucirvine/sms_spam",), {})]
-    assert {split: len(rows) for split, rows in data.items()} == {"train": 70, "validation": 10, "test": 20}
-    assert data["train"].features == load("sms-spam")["train"].features
-    names = data["train"].features["label"].names
-    for one in data["test"]:
-        assert names[one["label"]] == ("ham" if int(one["text"].split()[1]) % 2 else "spam")
-
-
-def test_hub_pairs_take_the_labelled_part_as_test(hub, monkeypatch):
-    monkeypatch.setitem(corpora._HELD_OUT, "mnli", (4, 0))
-
-    def part(prefix, count, label=None):
-        texts = [f"{prefix}{i}" for i in range(count)]
-        labels = [i % 3 if label is None else label for i in range(count)]
-        return {
-            "premise": texts,
-            "hypothesis": [f"{t}!" for t in texts],
-            "label": labels,
-            "idx": list(range(count)),
-        }
-
-    hub.data = {"train": part("t", 30), "validation_matched": part("v", 6), "test_matched": part("x", 5, -1)}
-    data = corpora.load_corpus("mnli", source="hub")
-    assert hub.calls == [(("nyu-mll/glue", "mnli"), {})]
-    assert {split: len(rows) for split, rows in data.items()} == {"train": 26, "validation": 4, "test": 6}
-    assert sorted(data["test"]["text"]) == [f"v{i}" for i in range(6)]
-    assert data["test"].features == load("mnli")["test"].features
-
-
-def test_hub_scores_and_slots(hub, monkeypatch):
-    pairs = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "score": [1, 2.5]}
-    hub.data = {s: {k: [f"{s}{x}" if k != "score" else x for x in v] for k, v in pairs.items()} for s in corpora.SPLITS}
-    assert sorted(corpora.load_corpus("stsb", source="hub")["train"]["label"]) == [1.0, 2.5]
-    monkeypatch.setitem(corpora._HELD_OUT, "atis", (1, 0))
-    train = {
-        "text": ["to boston", "to denver now"],
-        "slots": ["O B-city", "O B-city O"],
-        "intent": ["flight"] * 2,
-    }
-    test = {"text": ["fare boston"], "slots": ["O B-city"], "intent": ["flight+airfare"]}
-    hub.data = {"train": train, "test": test}
-    data = corpora.load_corpus("atis", source="hub")
-    assert data["test"].features["intent"].names == ["airfare+flight", "flight"]
-    assert data["test"][0]["tokens"] == ["fare", "boston"] and data["test"][0]["tags"] == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"train": {"text": ["a"], "label": [0]}}, "rotten_tomatoes does not read as .*KeyError: 'validation'"),
-        (
-            {s: {"sentence": ["a"], "label": [0]} for s in corpora.SPLITS},
-            r"text.* not in the dataset.*sentence",
-        ),
-        ({s: {"text": ["a"], "label": [7]} for s in corpora.SPLITS}, "label 7 has no name"),
-    ],
-)
-def test_hub_data_of_another_shape_is_named(hub, data, message):
-    hub.data = data
-    with pytest.raises(ValueError, match=message):
-        corpora.load_corpus("rotten-tomatoes", source="hub")
-
-
-def test_corpus_without_hub_id_says_so(monkeypatch):
-    entries = assets.manifest()
-    del entries["cola"]["hub"]
-    monkeypatch.setattr(assets, "manifest", lambda: entries)
-    with pytest.raises(ValueError, match="names no hub data set for 'cola'"):
-        corpora.load_corpus("cola", source="hub")
+    assert hub.calls == [(("someone/some-corpus",), {})]

@@ -37,7 +37,7 @@ def rows(name, split=None):
 @functools.cache
 def prepared(name):
     """Rows as `load_corpus` has them before it makes a Dataset of them: with their document."""
-    return corpora._prepare(name, "wheel")[0]
+    return corpora._prepare(name)[0]
 
 
 def card(name):
@@ -108,12 +108,6 @@ def test_documents_held_out_are_whole_and_too_few_are_an_error():
     assert {row["document"] for row in splits["test"]} == {*drawn[2:5]}
     with pytest.raises(ValueError, match="cannot hold out 7 of 7 documents"):
         corpora._hold_out_documents({"train": made}, {"validation": 3, "test": 4})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_hub_data_set_is_named_for_them(name):
-    with pytest.raises(ValueError, match=f"no hub data set for '{name}'"):
-        corpora.load_corpus(name, source="hub")
 
 
 @pytest.mark.parametrize(

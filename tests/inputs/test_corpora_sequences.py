@@ -71,12 +71,6 @@ def test_the_order_is_fixed(name, first):
     assert rows(name, "train")[0][0].startswith(first)
 
 
-@pytest.mark.parametrize("name", COLUMNS)
-def test_no_hub_data_set_is_named_for_them(name):
-    with pytest.raises(ValueError, match=f"no hub data set for '{name}'"):
-        corpora.load_corpus(name, source="hub")
-
-
 # ---- abstracts ----
 
 
@@ -212,7 +206,7 @@ def test_translation_cards_are_true(name):
     assert labels == f"{len(english):,} English and {len(other):,} {language} sentences"
     several = sum(count for count in english.values() if count > 1)
     assert f"{several:,} of the pairs have an English sentence that has other" in own
-    splits = corpora._prepare(name, "wheel")[0]
+    splits = corpora._prepare(name)[0]
     sizes = [len({row["document"] for row in splits[split]}) for split in corpora.SPLITS]
     assert sizes[1:] == [1000, 2000] and f"{sum(sizes):,}" in own
 

@@ -279,10 +279,10 @@ def test_a_file_holds_what_memory_would(tiny_model, tiny_tokenizer, tmp_path, mo
 
 def test_files_that_can_not_be_written(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     model = tiny_model("encoder")
-    with pytest.raises(FileNotFoundError, match="a folder that does not exist; make it first"):
+    with pytest.raises(FileNotFoundError, match="none"):
         extract_features(model, TEXTS, tokenizer=tiny_tokenizer, out=tmp_path / "none" / "v.npy")
     (tmp_path / "v.npy.part").touch()
-    with pytest.raises(FileExistsError, match="a run writes this file, or was killed and left it"):
+    with pytest.raises(FileExistsError, match=r"v\.npy\.part"):  # a run writes it, or was killed
         extract_features(model, TEXTS, tokenizer=tiny_tokenizer, out=tmp_path / "v.npy")
     (tmp_path / "v.npy.part").unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

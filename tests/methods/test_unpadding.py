@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_config
 from torch.testing import assert_close
 
+from ftlib.core.batches import collate
 from ftlib.methods import packing as packing_module
 from ftlib.methods import unpadding
 from ftlib.methods.unpadding import NAME, Packing, is_unpadded, pad_input, repad, unpad, unpad_input
@@ -721,6 +722,57 @@ def test_in_the_stock_trainer(tiny_model, tmp_path, model_type):
     assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
     for (name, stock), ours in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert_close(ours, stock, atol=1e-4, rtol=0, msg=name)
+
+
+def test_the_stock_trainer_evaluates_goes_on_and_saves_a_plain_model(tiny_model, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (12,), generator=generator).tolist()
+    rows = [{"input_ids": torch.randint(5, 60, (n,), generator=generator).tolist(), "text": "dropped"} for n in lengths]
+    rows = [row | {"labels": [token % 2 for token in row["input_ids"]]} for row in rows]
+    found = []
+    for name, model in zip(("stock", "ours"), twins(tiny_model, "token-classification"), strict=True):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, seed=0,
+            report_to="none", use_cpu=True, disable_tqdm=True, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"))
+        predicted = trainer.predict(rows)
+        labelled = torch.tensor(predicted.label_ids) != -100
+        losses = torch.tensor([record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record])
+        found.append((losses, torch.tensor(predicted.predictions)[labelled]))
+        trainer.save_model(str(tmp_path / name))
+        assert is_unpadded(trainer.model) == (name == "ours")
+    assert len(found[0][0]) == 2
+    for theirs, ours in zip(*found, strict=True):
+        assert_close(ours, theirs, atol=1e-4, rtol=0)
+    plain = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "ours")
+    batch = collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+    real = batch["attention_mask"].bool()
+    assert not is_unpadded(plain) and plain.config._attn_implementation == "sdpa"
+    assert_close(plain(**batch).logits[real], trainer.model.eval()(**batch).logits[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "distilbert"])
+def test_copies_on_several_gpus_compute_with_their_own_weights(tiny_model, monkeypatch, model_type):
+    def copied(tensors, devices, detach=False):  # as PyTorch sends them, without a GPU
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    parallel = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(parallel, "_broadcast_coalesced_reshape", copied)
+    monkeypatch.setattr(parallel, "_get_device_index", lambda device, _: device)
+    stock, model = twins(tiny_model, model_type=model_type)
+    inputs, labels = inputs_for(MASKS["right"]), torch.tensor([0, 1, 1])
+    expected = stock(**inputs).logits
+    with torch.no_grad():
+        copies = parallel.replicate(model, [0, 1])
+        for parameter in model.parameters():  # so that a copy that computes with them is seen
+            parameter.zero_()
+    for one in copies:
+        assert_close(one(**inputs, labels=labels).logits, expected, atol=1e-5, rtol=0)
+    assert not any("_replicate_for_data_parallel" in vars(module) for module in repad(model).modules())
 
 
 @pytest.mark.parametrize(("model_type", "targets"), [("bert", ["query", "value"]), ("modernbert", ["Wqkv"])])

@@ -31,7 +31,6 @@ OPTIONS = {  # model type -> what its tiny config needs beyond the sizes all sha
     "cohere": HALF,
     "cohere2": BOTH,
     "exaone4": BOTH,
-    "falcon": {"alibi": False},
     "gemma": {**HALF, "head_dim": 8},
     "gemma2": {**BOTH, "head_dim": 8, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.5},
     "gemma3_text": {**BOTH, "head_dim": 8},
@@ -68,7 +67,7 @@ TYPES = [
     )
     for name in OPTIONS
 ]
-FEW = ["llama", "gpt2", "gemma2", "gemma3_text", "opt", "falcon"]
+FEW = ["llama", "gpt2", "gemma2", "gemma3_text", "opt"]
 MASKS = {
     "right": [[1, 1, 1, 0, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]],
     "left": [[0, 0, 0, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 0, 1]],
@@ -221,7 +220,7 @@ def test_layers_see_real_tokens_only_and_build_no_cache(kind, masks):
     output = model(**inputs_for(MASKS[masks]))
     assert [shape for shape, _ in seen] == [(1, 10, 16)] * 2
     assert not any(kwargs.get("use_cache") for _, kwargs in seen) and output.past_key_values is None
-    assert len({id(kwargs.get("packing")) for _, kwargs in seen}) == 1  # Falcon's layers hand none on
+    assert len({id(kwargs["packing"]) for _, kwargs in seen}) == 1
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("llama", 2), ("gpt2", 2), ("mistral", 0), ("gemma3_text", 1)])
@@ -660,21 +659,6 @@ def test_in_the_stock_trainer(tmp_path):
     assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options", [{"new_decoder_architecture": True, "num_kv_heads": 1}, {"multi_query": False}, {"parallel_attn": False}]
-)
-def test_falcons_other_forms(options):
-    stock, ours = twins("falcon", alibi=False, **options)
-    inputs = inputs_for(MASKS["right"])
-    real = inputs["attention_mask"].bool()
-    theirs, mine = (model(**inputs, labels=labels_of(inputs)) for model in (stock, ours))
-    assert_close(mine.logits[real], theirs.logits[real], atol=1e-5, rtol=1e-5)
-    for output in (theirs, mine):
-        output.loss.backward()
-    assert_gradients_equal(ours, stock)
-    assert "forward" not in vars(repad(ours).transformer.h[0].self_attention)
-
-
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -682,7 +666,7 @@ def test_falcons_other_forms(options):
     ("kind", "why"),
     [
         ("bloom", "ALiBi biases the scores by position"), ("mpt", "ALiBi biases the scores by position"),
-        ("gptj", None),
+        ("gptj", None), ("falcon", "its attention takes no function from outside"),
         ("stablelm", "its layers keep from the attention where an example ends"),
     ],
 )  # fmt: skip
@@ -696,11 +680,6 @@ def test_others_are_refused_by_name_and_with_the_reason(kind, why):
         unpad(model)
     assert model.config._attn_implementation == before and not is_unpadded(model)
 
-
-def test_falcon_with_alibi_is_refused_too():
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config("falcon", alibi=True))
-    with pytest.raises(ValueError, match=r"can't handle model type 'falcon' \(ALiBi biases the scores by position\)"):
-        unpad(model)
 
 
 def test_gemma3_with_images_is_refused_and_its_text_model_is_not():

@@ -51,8 +51,8 @@ def top_level_names(tree: ast.Module) -> set[str]:
 def read_package(folder: Path) -> Source:
     """Read ftlib's names without importing it.
 
-    `ftlib/__init__.py` hands out names lazily, from tables of strings, so every word of every string in its
-    top-level assignments counts as offered, provided that one of the modules defines it or is called so.
+    `ftlib/__init__.py` hands out modules, and names lazily, from tables of strings, so every word of every string in
+    its top-level assignments counts as offered, provided that one of the modules defines it.
     """
     modules: dict[str, set[str]] = {}
     functions: set[str] = set()
@@ -77,8 +77,8 @@ def read_package(folder: Path) -> Source:
         for word in re.findall(r"\w+", constant.value)
     }
     defined = set().union(*modules.values())
-    package = top_level_names(tree) | (words & defined) | first
     short = {path.split(".")[-1]: path for path in modules}
+    package = top_level_names(tree) | (words & defined) | first | short.keys()
     # where a module shares its name with a function or class, the package's name may be either: not looked into
     return Source(modules, package, {name: path for name, path in short.items() if name in package - functions})
 

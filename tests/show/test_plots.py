@@ -21,6 +21,7 @@ from ftlib.show.plots import (
     heat_map,
     learning_curves,
     points_with_errors,
+    reliability_diagram,
 )
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
@@ -324,6 +325,31 @@ def test_heat_map_writes_numbers_and_spreads_around_zero():
 def test_heat_map_refuses(values, spreads):
     with pytest.raises(ValueError, match=r"expected \(2, 1\), with a finite number"):
         heat_map(values, ["a", "b"], ["c"], spreads=spreads)
+
+
+# ------------------------------------------------------------------------------------------- reliability
+
+
+def test_reliability_diagram_shows_bins_diagonal_and_error():
+    sure = ([0.55, 0.9], [0.5, 0.6], [10, 40])
+    fair = ([0.6], [0.6], [40])
+    ax = reliability_diagram({"before": sure, "after": fair})
+    diagonal, *curves = [line.get_xydata().tolist() for line in ax.lines]
+    assert diagonal == [[0, 0], [1, 1]] and curves == [[[0.55, 0.5], [0.9, 0.6]], [[0.6, 0.6]]]
+    small, large = ax.collections[0].get_sizes()
+    assert large > small and ax.collections[0].get_offsets().tolist() == curves[0]
+    # 10/50 * 0.05 + 40/50 * 0.3
+    before, after = "before: calibration error 0.250", "after: calibration error 0.000"
+    assert [label.replace("\n", " ") for label in legend_of(ax)] == ["as right as sure", before, after]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "accuracy")
+    assert_legend_beside_the_data(ax)
+    assert "calibration error 0.250" in " ".join(legend_of(reliability_diagram(sure))).replace("\n", " ")
+
+
+@pytest.mark.parametrize("curve", [([0.5], [0.5, 0.6], [1]), ([0.5], [math.nan], [1]), ([0.5], [0.5], [0])])
+def test_reliability_diagram_refuses_what_it_cannot_draw(curve):
+    with pytest.raises(ValueError, match="'x' needs confidence, accuracy, rows"):
+        reliability_diagram({"x": curve})
 
 
 def test_every_function_draws_into_a_given_axes():

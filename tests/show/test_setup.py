@@ -5,7 +5,6 @@ import mmap
 import random
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -24,10 +23,9 @@ def size_not_set(monkeypatch):
 @pytest.fixture
 def given_device(monkeypatch):
     """Stands in for the choices of ftlib.core.device."""
-    chosen = types.ModuleType("ftlib.core.device")
-    chosen.choose_device = lambda: torch.device("cpu")
-    chosen.choose_precision = lambda device, requested="auto": ("fp32", f"because it is a {device.type}")
-    monkeypatch.setitem(sys.modules, "ftlib.core.device", chosen)
+    here = sys.modules["ftlib.show.setup"]
+    monkeypatch.setattr(here, "choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(here, "choose_precision", lambda device: ("fp32", f"because it is a {device.type}"))
 
 
 # -------------------------------------------------------------------------------------------------- setup

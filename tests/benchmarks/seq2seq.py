@@ -1,0 +1,208 @@
+"""Results of notebook 08b: titles of abstracts, and French, written by a small T5 after a short training, with seeds.
+
+    python tests/benchmarks/seq2seq.py    # writes results/seq2seq.json; resumes; two trainings at a time
+
+The model is flan-t5-titles (77 million parameters), trained as the notebook does it: embeddings and output layer stay,
+in bf16 where that pays.  Questions, corpora and test rows are the notebook's, the test larger: what do more examples
+bring when the number of updates stays, and what does LoRA?  A way to train has a learning rate of its own, searched
+with another seed by the score of its answers to validation rows until the best is inside; then three seeds, greedy
+answers to the same test rows.  The seed draws the training rows, their order and dropout.
+- titles: 48 or 192 abstracts of pubmed-titles, cut at 192 tokens, 24 updates for both; 192 also with LoRA.  Score:
+  ROUGE-L.
+- french: 128 or 768 English sentences of tatoeba-en-fr, of at most seven words, 48 updates for both.  Score: chrF.
+Beside them the model as it comes, and what costs nothing: the abstract's first sentence, its first words (as many as a
+title has), the English sentence left as it is.
+"each" has the score of every test row, for intervals over rows.
+
+The grid takes about an hour of one core of an AMD EPYC with AVX512_BF16 (estimated from the steps of notebook 08b),
+half as long with two free ones: 15 searched ways and rates, 15 tests.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+from record import Job, side_by_side, started, subset
+
+import ftlib
+from ftlib.core.device import choose_device, choose_precision, computing
+from ftlib.tasks.overlap import bleu, chrf, rouge
+
+ABOUT = "flan-t5-titles taught titles of abstracts, and French"
+MODEL = "flan-t5-titles"
+SEEDS, SEARCH_SEED = (0, 1, 2), 100
+RATES = {"layers": (3e-4, 1e-3, 3e-3), "lora": (3e-3, 1e-2, 3e-2)}
+LIMIT = 192  # tokens of a source
+VALIDATION = 32  # rows
+TOY = {"MODEL": None, "SEEDS": (0,), "RATES": {"layers": (1e-3,), "lora": (1e-2,)}, "LIMIT": 24, "VALIDATION": 2}
+TOY_SIZES = {"counts": (4, 8), "steps": 2, "batch": 2, "test": 3, "tokens": 4}
+PLAIN = str.maketrans({"À": "A", "Ç": "C", "Ê": "E", "œ": "oe", "ë": "e", "ï": "i", "\u202f": " ", "\xa0": " "})
+
+
+class Part(NamedTuple):
+    """A corpus as sources and targets, and how much of it is trained and tested."""
+
+    corpus: str
+    source: str
+    target: str
+    prefix: str
+    score: str
+    counts: tuple[int, ...]  # training rows
+    steps: int
+    batch: int
+    test: int
+    tokens: int  # most of an answer
+    longest: int  # most words of a source
+    letters: dict[int, str]  # what is written in place of letters that the tokenizer lacks
+    plain: dict[str, Callable[[str, int], str]]  # answers that cost nothing, of a source and the words of a target
+
+
+def first_sentence(text: str, words: int) -> str:
+    return re.split(r"(?<=[.?!])\s+", text)[0]
+
+
+def first_words(text: str, words: int) -> str:
+    return " ".join(text.split()[:words])
+
+
+PARTS = {
+    "titles": Part("pubmed-titles", "abstract", "title", "", "rougeL", (48, 192), 24, 8, 80, 48, 10_000, {},
+                   {"first sentence": first_sentence, "first words": first_words}),
+    "french": Part("tatoeba-en-fr", "en", "fr", "translate English to French: ", "chrf", (128, 768), 48, 16, 200, 24, 7,
+                   PLAIN, {"the English sentence": lambda text, words: text}),
+}  # fmt: skip
+
+
+def part_of(name: str) -> Part:
+    return PARTS[name] if MODEL else PARTS[name]._replace(**TOY_SIZES)
+
+
+def ways(name: str) -> dict[str, tuple[int, str]]:
+    """{way: (training rows, what moves)}"""
+    counts = part_of(name).counts
+    found = {f"{count:,}": (count, "layers") for count in counts}
+    return found | ({f"{counts[-1]:,}, LoRA": (counts[-1], "lora")} if name == "titles" else {})
+
+
+def loaded(seed: int) -> Any:
+    """The model, or a tiny random one that reads its tokens."""
+    if MODEL:
+        return ftlib.load_model(MODEL, task="seq2seq-lm").to(choose_device())
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=32128)
+    like = dict(decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(T5Config(**sizes, **like))
+
+
+@functools.cache  # of a process: to read one again takes seconds
+def loaded_corpus(name: str) -> Any:
+    return ftlib.load_corpus(name)
+
+
+def rows_of(name: str, split: str, count: int, seed: int) -> list[dict[str, str]]:
+    """`source` and `target` texts."""
+    part = part_of(name)
+    drawn = subset(loaded_corpus(part.corpus)[split], None, seed)
+    short = (row for row in drawn if len(row[part.source].split()) <= part.longest)
+    return [
+        {"source": row[part.source], "target": row[part.target].translate(part.letters)}
+        for row in itertools.islice(short, count)
+    ]
+
+
+def scored(part: Part, answers: list[str], rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The scores of all answers together, and the part's own of each."""
+    wanted = [row["target"] for row in rows]
+    own: Callable = {"rougeL": lambda a, b: rouge(a, b)["rougeL"], "chrf": chrf}[part.score]
+    each = [round(own([a], [b]), 4) for a, b in zip(answers, wanted, strict=True)]
+    whole = {"bleu": bleu(answers, wanted), "chrf": chrf(answers, wanted), **rouge(answers, wanted)}
+    words = fmean(len(answer.split()) for answer in answers)
+    return {"scores": whole, "score": own(answers, wanted), "each": each, "words": words}
+
+
+def answered(name: str, model: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
+    part, device = part_of(name), choose_device()
+    sources = ftlib.tokenize(rows, tokenizer(), task="seq2seq-lm", prefix=part.prefix, max_length=LIMIT)
+    half = computing(device, choose_precision(device)[0])()
+    model.eval()
+    answers = ftlib.generate(
+        model, [row["input_ids"] for row in sources], tokenizer=tokenizer(), max_new_tokens=part.tokens, autocast=half
+    )
+    return scored(part, answers, rows)
+
+
+def tokenizer() -> Any:
+    return ftlib.load_tokenizer("flan-t5-titles")
+
+
+def train(name: str, way: str, rate: float, seed: int, split: str) -> dict[str, Any]:
+    """The scores on a split after a training."""
+    part, (count, moves) = part_of(name), ways(name)[way]
+    model = loaded(seed)
+    if moves == "lora":
+        ftlib.tune(model, "lora", seed=seed)
+    else:
+        ftlib.tune(model, "frozen-embeddings")
+        model.lm_head.weight.requires_grad = False
+    options = dict(task="seq2seq-lm", prefix=part.prefix, max_length=LIMIT)
+    rows = ftlib.tokenize(rows_of(name, "train", count, seed), tokenizer(), **options)
+    config = ftlib.TrainConfig(
+        max_steps=part.steps, batch_size=part.batch, micro_batch_size=min(part.batch, 8), learning_rate=rate, seed=seed,
+        progress=False,
+    )  # fmt: skip
+    run = ftlib.fit(model, rows, tokenizer=tokenizer(), config=config)
+    size = part.test if split == "test" else VALIDATION
+    last = [record["loss"] for record in run.history[-10:]]
+    beside = {"seconds": run.seconds, "loss_last": fmean(last), "precision": run.precision}
+    return answered(name, model, rows_of(name, split, size, 0)) | beside
+
+
+def untrained(table: Any, name: str) -> None:
+    """Test rows answered by the model as it comes and by what costs nothing."""
+    part = part_of(name)
+    rows = rows_of(name, "test", part.test, 0)
+    words = round(median(len(row["target"].split()) for row in rows_of(name, "train", VALIDATION, 0)))
+    table.row({"part": name, "way": "as it comes"}, lambda: answered(name, loaded(0), rows))
+    for way, answer in part.plain.items():
+        answers = [answer(row["source"], words) for row in rows]
+        table.row({"part": name, "way": way}, lambda answers=answers: scored(part, answers, rows))
+
+
+def searched(table: Any, name: str, way: str) -> float:
+    """The rate of a way."""
+    part, (count, moves) = part_of(name), ways(name)[way]
+    key = {"part": f"{name}, rates", "way": way, "count": count, "steps": part.steps, "seed": SEARCH_SEED}
+    return table.best_rate(
+        key, RATES[moves], lambda rate: train(name, way, rate, SEARCH_SEED, "validation"), lambda row: row["score"]
+    )  # fmt: skip
+
+
+def tested(table: Any, name: str, way: str, seed: int) -> None:
+    rate, part = searched(table, name, way), part_of(name)
+    key = {"part": name, "way": way, "count": ways(name)[way][0], "rate": rate, "steps": part.steps, "seed": seed}
+    table.row(key, lambda: train(name, way, rate, seed, "test"))
+
+
+def jobs() -> list[Job]:
+    """What costs nothing, all rates, then a seed after the other."""
+    found = [Job(f"{name} untrained", (untrained, name)) for name in PARTS]
+    every = [(name, way) for name in PARTS for way in ways(name)]
+    found += [Job(f"{name} {way}", (searched, name, way)) for name, way in every]
+    for seed, (name, way) in itertools.product(SEEDS, every):
+        found.append(Job(f"{name} {way} {seed}", (tested, name, way, seed), f"{name} {way}"))
+    return found
+
+
+def main() -> None:
+    table = started(globals(), ABOUT)
+    side_by_side(table, jobs(), workers=2 if MODEL else 0)
+
+
+if __name__ == "__main__":
+    main()
