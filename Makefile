@@ -40,11 +40,12 @@ endef
 export RENAMED
 
 # Fresh stamp: no pip, no network. The build tools are in the lock file, so nothing is fetched to build ftlib.
+# PEP517: seqeval comes as source, and pip 23.0 would build it by setup.py, with a half of setuptools_scm.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python %d.%d is too old: ftlib needs 3.11 or newer; try make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
-	$(PY) -m pip install --quiet --requirement requirements.lock
+	PIP_USE_PEP517=1 $(PY) -m pip install --quiet --requirement requirements.lock
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(PY) -c "$$RENAMED"
 	@pwd -P > $@
