@@ -109,7 +109,8 @@ def strategies() -> str:
     return (
         "**Which parameters move** (notebook 03b): MiniLM, test accuracy after training on so many texts, "
         f"{RULE.format(seeds=5, base='full fine-tuning')}. Each strategy has its own learning rate for each corpus and "
-        "size, searched by validation accuracy until the best lies between two that are worse; all make as many "
+        "size, searched uphill by validation accuracy, in factors of about three, until its neighbors are worse "
+        "((IA)³'s is the largest tried; a second hill would not be found); all make as many "
         f"updates, in batches of 16 or 32: {', '.join(updates)}. "
         "The step is one of 32 film reviews with `unpad`, as a ratio to "
         "full fine-tuning's in the same round; peak memory is of the whole process; moments are what AdamW keeps; "
