@@ -3,12 +3,12 @@
     python tests/benchmarks/multitask.py    # writes results/multitask.json; resumes; two trainings at a time
 
 Every way to train has its own learning rate, searched with a seed of its own by the mean validation score of its
-tasks until the best is inside; then five seeds, tested on the corpora's own test splits.  Parts:
+tasks until the best is inside; then five seeds, tested on up to 1,000 rows of the corpora's own test splits.  Parts:
 - atis: intent and slots of all training sentences, one encoder each or one for both; as many updates for all.
-- transfer: three tasks of 600 rows.  Alone; every two together, for twice the updates, so that a task makes as many
+- transfer: three tasks of 300 rows, batches of 16.  Alone; every two together, for twice the updates, so that a task makes as many
   passes over its rows with a partner as alone; and two controls, alone for as many updates as a pair: on half batches
   (what a task gets in a pair) and on whole ones (as many rows as the pair).
-- balancing: 300 rows of each of the three together, tasks drawn alike, every method, at the rate of fixed weights.
+- balancing: 150 rows of each of the three together, tasks drawn alike, every method, at the rate of fixed weights.
 Similarity is standardized: its labels have mean 0 and standard deviation 1 in the training split.  All is computed in
 bf16, with float32 weights.
 Without a pack of its own (part 5 of the GPU day, gpu_day.py) the corpora come from data/cache.
@@ -40,10 +40,10 @@ CORPORA = {"sentiment": "rotten-tomatoes", "similarity": "stsb", "intents": "ban
 SCORE = {"similarity": "pearson", "slots": "f1"}  # accuracy for the others
 PARTS = ("atis", "transfer", "balancing")
 ATIS = ("intent", "slots")
-ROWS = 600  # training rows of a task; to balance half, of atis all
-STEPS, ATIS_STEPS = 150, 1200  # updates: of a task alone, of every model on atis
+ROWS, BATCH = 300, 16  # training rows of a task, and of an update; to balance half of the rows, of atis all in 32
+STEPS, ATIS_STEPS = 100, 600  # updates: of a task alone, of every model on atis
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-TEST: int | None = None  # rows of the other splits; None: all
+TEST: int | None = 1000  # rows of the other splits; None: all
 TOY = {"SEEDS": (0,), "RATES": (1e-4,), "ROWS": 8, "STEPS": 2, "ATIS_STEPS": 2, "TEST": 8, "MODEL": None}  # fmt: skip
 
 
@@ -61,16 +61,17 @@ def ways(part: str) -> dict[str, Way]:
     if part == "atis":
         return {"+".join(tasks): Way(dict.fromkeys(tasks), ATIS_STEPS) for tasks in (*zip(ATIS), ATIS)}
     if part == "balancing":
-        even, rows = {"task_sampler": "uniform"}, dict.fromkeys(CORPORA, ROWS // 2)
+        even, rows = {"task_sampler": "uniform", "batch_size": BATCH}, dict.fromkeys(CORPORA, ROWS // 2)
         rate_of = lambda method: None if method == "fixed" else "fixed"  # noqa: E731
         return {name: Way(rows, STEPS, how | even, rate_of(name)) for name, how in METHODS.items()}
     found = {}
     for task in CORPORA:
-        found[task] = Way({task: ROWS}, STEPS)
-        found[f"{task}, half batches"] = Way({task: ROWS}, 2 * STEPS, {"batch_size": 16})
-        found[f"{task}, twice as long"] = Way({task: ROWS}, 2 * STEPS)
+        found[task] = Way({task: ROWS}, STEPS, {"batch_size": BATCH})
+        found[f"{task}, half batches"] = Way({task: ROWS}, 2 * STEPS, {"batch_size": BATCH // 2})
+        found[f"{task}, twice as long"] = Way({task: ROWS}, 2 * STEPS, {"batch_size": BATCH})
+    shared = {"task_sampler": "remaining", "batch_size": BATCH}
     for pair in itertools.combinations(CORPORA, 2):
-        found["+".join(pair)] = Way(dict.fromkeys(pair, ROWS), 2 * STEPS, {"task_sampler": "remaining"})
+        found["+".join(pair)] = Way(dict.fromkeys(pair, ROWS), 2 * STEPS, shared)
     return found
 
 
