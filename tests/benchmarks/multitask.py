@@ -5,9 +5,9 @@
 Every way to train has its own learning rate, searched with a seed of its own by the mean validation score of its
 tasks until the best is inside; then five seeds, tested on up to 1,000 rows of the corpora's own test splits.  Parts:
 - atis: intent and slots of all training sentences, one encoder each or one for both; as many updates for all.
-- transfer: three tasks of 300 rows, batches of 16.  Alone; every two together, for twice the updates, so that a task makes as many
-  passes over its rows with a partner as alone; and two controls, alone for as many updates as a pair: on half batches
-  (what a task gets in a pair) and on whole ones (as many rows as the pair).
+- transfer: three tasks of 300 rows, batches of 16.  Alone; every two together, for twice the updates, so that a task
+  makes as many passes over its rows with a partner as alone; and two controls, alone for as many updates as a pair: on
+  half batches (what a task gets in a pair) and on whole ones (as many rows as the pair).
 - balancing: 150 rows of each of the three together, tasks drawn alike, every method, at the rate of fixed weights.
 Similarity is standardized: its labels have mean 0 and standard deviation 1 in the training split.  All is computed in
 bf16, with float32 weights.

@@ -4,7 +4,6 @@ python tests/benchmarks/report.py    # rewrites README.md here between its marke
 """
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable
@@ -29,10 +28,6 @@ def chosen(rows: list[dict], **wanted) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def spread(rows: list[dict], key: str) -> tuple[float, float]:
-    return mean_std([row[key] for row in rows])
-
-
 def source(name: str) -> str:
     """Command, device, versions and dates of a results file, as one sentence."""
     content = stored(name)
@@ -42,8 +37,7 @@ def source(name: str) -> str:
     versions = sorted({json.dumps(row["versions"], sort_keys=True) for row in rows})
     names = " or ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in versions)
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    earlier = " (an earlier version of it)" if name.endswith("-earlier") else ""
-    return f"`{content['command']}`{earlier}; {'; '.join(devices)}; {names}; {when}."
+    return f"`{content['command']}`; {'; '.join(devices)}; {names}; {when}."
 
 
 CORPORA = {"rotten-tomatoes": "film reviews", "banking77": "bank intents"}
@@ -120,117 +114,68 @@ def strategies() -> str:
     )
 
 
-def ties(points: dict[str, tuple[float, float]]) -> set[str]:
-    """The best and all that can't be told from it: mean ± standard deviation overlaps that of the best."""
-    best = max(points, key=lambda name: points[name][0])
-    floor = points[best][0] - points[best][1]
-    return {name for name, (mean, std) in points.items() if mean + std >= floor}
+TASKS = ("sentiment", "similarity", "intents")
+
+
+def scored(part: str, task: str) -> dict[str, list[float]]:
+    """{way: its scores of a task, or their mean ("mean"), over seeds}."""
+    own = lambda row: row["mean"] if task == "mean" else row["scores"].get(task)  # noqa: E731
+    return runs_of(rows_of("multitask", part=part), "way", own)
 
 
 def multitask() -> str:
-    table = []
-    for tasks, label in (
-        ("intent", "intent alone"),
-        ("slots", "slots alone"),
-        ("intent+slots", "both on one encoder"),
-    ):
-        rows = rows_of("multitask-earlier", part="atis", tasks=tasks)
-        table.append(
-            {
-                "atis, 2,000 sentences": label,
-                "intent accuracy": spread(rows, "intent/accuracy") if "intent" in tasks else "",
-                "slot F1": spread(rows, "slots/f1") if "slots" in tasks else "",
-                "sentences through the encoder": rows[0]["steps"] * 32,
-                "seeds": len(rows),
-            }
-        )
-    first = results_table(table)._repr_markdown_()
-    names = ("sentiment", "pairs", "intents")
+    """Two tasks of the same sentences, on an encoder each and on one; and where their rates come from."""
+    shown = {task: compared(scored("atis", task), task) for task in ("intent", "slots")}
+    rows = rows_of("multitask", part="atis")
+    [steps], rates = {row["steps"] for row in rows}, {row["way"]: row["rate"] for row in rows}
+    both = "intent+slots"
     table = [
-        {
-            "unlike tasks": "one model each",
-            **{n: spread(rows_of("multitask-earlier", part="unlike", tasks=n), f"{n}/accuracy") for n in names},
-        }
-    ]
-    for temperature in (1.0, 5.0):
-        rows = rows_of("multitask-earlier", part="unlike", tasks="all", temperature=temperature)
-        table.append(
-            {
-                "unlike tasks": f"one model, temperature {temperature:g}",
-                **{n: spread(rows, f"{n}/accuracy") for n in names},
-            }
-        )
-    second = results_table(table)._repr_markdown_()
+        {"atis, all 4,122 sentences": words, "intent, accuracy": shown["intent"].get(way, ""),
+         "slots, F1": shown["slots"].get(way, ""), "rate": f"{rates[way]:g}", "updates of 32": steps}
+        for words, way in (("intent alone", "intent"), ("slots alone", "slots"), ("both on one encoder", both))
+    ]  # fmt: skip
     return (
-        "**Several tasks on one encoder** (notebook 05). Intents and slots of the same sentences: the joint model does "
-        "the work of one single model, so half of what the two cost; the intents tie, the slots lose some F1 at this "
-        f"budget of 3 epochs.\n\n{first}\n\nThree unlike tasks, test accuracy, 3 seeds, 2 epochs: film sentiment "
-        "(rotten-tomatoes, 600 sentences), paraphrases (mrpc, 300 pairs), bank intents (banking77, 1,200 questions). "
-        "At this small budget sharing gains nothing measurable. The sampling temperature says how often small tasks "
-        "are drawn: at 1 in proportion to their size, above it more evenly.\n\n"
-        f"{second}\n\n*{source('multitask-earlier')}*"
+        "**Several tasks on one encoder** (notebook 05). Intents and slots of the same sentences, on the 850 test "
+        f"sentences: {RULE.format(seeds=5, base='alone')}. Each way has a learning rate of its own, searched with "
+        "another seed on validation sentences until the best lies inside those tried. The joint model makes as many "
+        f"updates as each single one, so half of what the two make.\n\n{results_table(table)._repr_markdown_()}\n\n"
+        f"*{source('multitask')}*"
     )
-
-
-FOUR = ("sentiment", "similarity", "pairs", "intents")
-
-
-def told_apart(points: dict[str, tuple[float, float]]) -> dict[str, str]:
-    """Mean ± deviation, bold for the best and what ties with it."""
-    equal = ties(points)
-    shown = {name: format_cell(point) for name, point in points.items()}
-    return {name: f"**{text}**" if name in equal else text for name, text in shown.items()}
 
 
 def methods() -> str:
-    """Every method of balancing on atis and on four unlike tasks; the transfer matrix; what more tasks cost."""
-    small = rows_of("multitask-earlier", size="small")
-    seeds = len({row["seed"] for row in chosen(small, part="methods-four")})
+    """Every method of balancing on three unlike tasks; the transfer matrix; what more tasks cost."""
+    [steps] = {row["steps"] for row in rows_of("multitask", part="balancing")}
     return (
-        f"**Balancing several tasks** (notebook 05b), {seeds} seeds: accuracy, F1 of the slots, Pearson's r of the "
-        "similarity; the same rows, rate and steps for every method, tasks drawn alike. **Bold: the best of the column "
-        f"and all that tie with it.** On atis 1,000 sentences with both labels, 4 passes; the four tasks have 400 film "
-        "reviews, 300 sentence pairs with a similarity, 300 with a paraphrase label and 200 bank questions of ten "
-        f"intents, 4 passes.\n\n{balancing(small)}\n\n{TRANSFER}"
-        f"{transfers(small)}\n\n*{source('multitask-earlier')}*\n\n{growth()}"
+        "**Balancing several tasks** (notebook 05b): accuracy of sentiment (rotten-tomatoes) and intents (banking77), "
+        "Pearson's r of similarity (stsb, standardized labels), on up to 1,000 test rows, "
+        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 150 rows of each task, {steps} "
+        f"updates of 16, tasks drawn alike, at the learning rate of fixed weights.\n\n{balancing()}\n\n"
+        "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300. A pair makes twice "
+        "the updates, so that each task makes as many passes over its rows as alone, with half of every batch of 16. "
+        "The control is the task alone on half batches, as many of them, and arrows are against it, corrected for the "
+        "comparisons in the row: the same updates, passes and rows of the task, and no partner. Twice as long is alone "
+        "on as many whole batches, the total of the pair. Every way has a learning rate of its own.\n\n"
+        f"{transfers()}\n\n*{source('multitask')}*\n\n{growth()}"
     )
 
 
-TRANSFER = (
-    "**Transfer**: what a task gains from a partner (score together minus score alone, same seed, same passes over "
-    "its rows). Bold: further from 0 than one deviation; everything else is a tie.\n\n"
-)
+def balancing() -> str:
+    """The methods on the three tasks."""
+    shown = {task: compared(scored("balancing", task), "fixed") for task in (*TASKS, "mean")}
+    lines = [{"method": f"`{how}`", **{task: own[how] for task, own in shown.items()}} for how in shown["mean"]]
+    return results_table(lines)._repr_markdown_()
 
 
-def balancing(rows: list[dict]) -> str:
-    """The methods on atis and on the four tasks, as far as there are rows."""
-    table: dict[str, dict] = {}
-    for part, names in (("methods-atis", ("intent", "slots")), ("methods-four", FOUR)):
-        own = chosen(rows, part=part)
-        every = list(dict.fromkeys(row["method"] for row in own))
-        for task in (*names, "mean") if own else ():
-            of = {m: [r["scores"].get(task, r["mean"]) for r in own if r["method"] == m] for m in every}
-            for method, text in told_apart({m: mean_std(values) for m, values in of.items()}).items():
-                words = task if task != "mean" else "mean of two" if part == "methods-atis" else "mean of four"
-                table.setdefault(method, {"method": f"`{method}`"})[words] = text
-    columns = dict.fromkeys(name for line in table.values() for name in line)  # a method may lack one of the parts
-    return results_table([{name: line.get(name, "") for name in columns} for line in table.values()])._repr_markdown_()
-
-
-def transfers(rows: list[dict]) -> str:
-    """Every task alone, and what each gains from each of the others."""
+def transfers() -> str:
+    """Every task alone, its controls, and with each of the others."""
     grid = []
-    for task in FOUR:
-        own = chosen(rows, part="transfer", tasks=task)
-        if not own:
-            continue
-        line = {"task": task, "alone": spread([{"score": row["scores"][task]} for row in own], "score")}
-        for partner in FOUR:
-            pairs = [r for r in chosen(rows, part="transfer") if {task, partner} == {*r["scores"]}]
-            gains = [row["gain"][task] for row in pairs if "gain" in row]
-            mean, std = mean_std(gains) if gains else (0.0, 0.0)
-            shown = f"{mean:+.3f} ± {std:.3f}" if math.isfinite(std) else f"{mean:+.3f} (one seed)"
-            line[f"with {partner}"] = "" if not gains else f"**{shown}**" if abs(mean) > std else shown
+    for task in TASKS:
+        shown = compared(scored("transfer", task), f"{task}, half batches")
+        line = {"task": task, "alone": shown[task]}
+        line |= {what: shown[f"{task}, {what}"] for what in ("half batches", "twice as long")}
+        pairs = {frozenset(way.split("+")): text for way, text in shown.items() if "+" in way}
+        line |= {f"with {partner}": pairs.get(frozenset((task, partner)), "") for partner in TASKS}
         grid.append(line)
     return results_table(grid)._repr_markdown_()
 
