@@ -24,7 +24,7 @@ _PUBLIC = {  # room and module -> the public names it defines
     "engine.saving": "save load", "engine.search": "search",
     "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
     "show.comparing": "Difference against bootstrap paired",
-    "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
+    "show.tables": "stored_results results_table format_cell mean_std show_tokens",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 # what stands where; a module whose name no function above has is an attribute of the package as well

@@ -1,4 +1,4 @@
-"""Tables, means with their spread, ties, stored results.  To copy: this file and show/comparing.py."""
+"""Tables, means with their spread, stored results.  To copy: this file and show/comparing.py."""
 
 from __future__ import annotations
 
@@ -41,26 +41,6 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (over n - 1), nan for a single value; ValueError for none."""
     mean = statistics.fmean(values)
     return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else math.nan
-
-
-def tie(a: Sequence[float], b: Sequence[float], digits: int = 3) -> tuple[bool, str]:
-    """Whether two sets of scores over seeds are too close to call, and the sentence that says so.
-
-    A tie is where the means differ by no more than sqrt(std_a² + std_b²), the standard deviation of the difference
-    between one run of each. It is not a significance test; that is `paired`. With a single value on a side there is no
-    spread: a tie.
-
-    >>> tie([0.80, 0.82], [0.81, 0.83])[0], tie([0.80, 0.81], [0.90, 0.91])[0]
-    (True, False)
-    """
-    (mean_a, std_a), (mean_b, std_b) = mean_std(a), mean_std(b)
-    both = f"{format_cell((mean_a, std_a), digits)} and {format_cell((mean_b, std_b), digits)}"
-    gap, spread = abs(mean_a - mean_b), math.hypot(std_a, std_b)
-    if not math.isfinite(gap + spread):
-        return True, f"{both}: no spread to judge by, so call it a tie until there are more seeds"
-    verdict, where = ("a tie", "within") if gap <= spread else ("no tie", "beyond")
-    why = f"the means differ by {gap:.{digits}f}, {where} the spread {spread:.{digits}f}"
-    return gap <= spread, f"{both}: {verdict}, {why}"
 
 
 def format_cell(value: Any, digits: int = 3) -> str:

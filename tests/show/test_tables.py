@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ftlib.show import tables
-from ftlib.show.tables import format_cell, mean_std, results_table, stored_results, tie
+from ftlib.show.tables import format_cell, mean_std, results_table, stored_results
 
 # ----------------------------------------------------------------------------------------- stored results
 
@@ -55,19 +55,6 @@ def test_mean_std_by_hand():
     assert math.isnan(mean_std([0.5, math.nan])[0])
     with pytest.raises(ValueError, match="at least one data point"):
         mean_std([])
-
-
-def test_tie_rule():
-    # means 1 and 2, both std 1: spread sqrt(2) > 1
-    assert tie([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == (
-        True,
-        "1.000 ± 1.000 and 2.000 ± 1.000: a tie, the means differ by 1.000, within the spread 1.414",
-    )
-    tied, text = tie([0.0, 1.0, 2.0], [2.0, 3.0, 4.0])
-    assert not tied and text.endswith("no tie, the means differ by 2.000, beyond the spread 1.414")
-    assert tie([0.5, 0.5], [0.5, 0.5])[0]
-    tied, text = tie([0.5], [0.9, 0.8])
-    assert tied and "0.500 (one seed)" in text and "no spread to judge by" in text
 
 
 @pytest.mark.parametrize(
