@@ -147,9 +147,9 @@ def methods() -> str:
     """Every method of balancing on three unlike tasks; the transfer matrix; what more tasks cost."""
     [steps] = {row["steps"] for row in rows_of("multitask", part="balancing")}
     return (
-        "**Balancing several tasks** (notebook 05b): accuracy of sentiment (rotten-tomatoes) and intents (banking77), "
-        "Pearson's r of similarity (stsb, standardized labels), on up to 1,000 test rows, "
-        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 150 rows of each task, {steps} "
+        "**Balancing several tasks** (notebook 05b): accuracy of sentiment (rotten-tomatoes) and of intents (the first "
+        "ten of banking77), Pearson's r of similarity (stsb, standardized labels), on up to 1,000 test rows, "
+        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 100 rows of each task, {steps} "
         f"updates of 16, tasks drawn alike, at the learning rate of fixed weights.\n\n{balancing()}\n\n"
         "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300. A pair makes twice "
         "the updates, so that each task makes as many passes over its rows as alone, with half of every batch of 16. "
