@@ -6,8 +6,6 @@ Every function draws into `ax`, by default a new figure of notebook size, and re
 stand beside the axes, never on the data: make figures of your own with `layout="constrained"`.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.batches import IGNORE, Row, number, short
+from .classification import labelled
 from .language_modeling import _text
 from .tagging import check_tags
 
@@ -27,11 +28,6 @@ READS = {"text": "text"}
 OPTIONS = ("mask_probability", "whole_words")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 COLUMNS = ("masking", "begins")  # of a row, beside token ids and labels
-
-
-def items(labels: Any) -> Any:
-    """How many tokens are predicted: all that are labelled; labels (..., tokens)."""
-    return (labels != IGNORE).sum()
 
 
 def check_tokens(label: Any, num_labels: int, length: int, where: str) -> list[int]:
@@ -122,7 +118,7 @@ def draw(rows: Sequence[Row], keys: Sequence[Sequence[int]]) -> list[Row]:
     """
     made = [mask(row, key) for row, key in zip(rows, keys, strict=True)]
     if any(name in row for row in made for name in PAIRS):
-        count = sum(int(items(np.asarray(row["labels"]))) for row in made)
+        count = sum(int(labelled(np.asarray(row["labels"]))) for row in made)
         made = [row | {"pair_weight": float(count / len(made))} for row in made]
     return made
 

@@ -22,11 +22,6 @@ READS = {"text": "source", "label": "target"}  # which of them text= and label= 
 OPTIONS = ("max_target_length", "prefix")
 
 
-def items(labels: Any) -> Any:
-    """How many tokens are predicted: all that are labelled; labels (..., tokens)."""
-    return (labels != IGNORE).sum()
-
-
 def stack(labels: list, sizes: Sequence[int], side: str = "right") -> Tensor:
     """int64 (rows, tokens of the longest label), -100 behind; sizes are the sources'."""
     return padded(labels, [len(label) for label in labels], fill=IGNORE)
