@@ -70,17 +70,13 @@ class PackedText:
             if not texts:
                 return
             texts = [text[self.column] if isinstance(text, Mapping) else text for text in texts]
-            places = [(f"text {read + i}", text) for i, text in enumerate(texts) if not _blank(text)]
+            places = [(f"text {i}", text) for i, text in enumerate(texts, read) if str(text).strip()]
             read += len(texts)
             if places:
                 wheres, kept = map(list, zip(*places, strict=True))
                 made = self._made(kept, wheres)
                 for name in sorted({"input_ids", "labels", "begins"} & made.keys()):
                     rest[name] = [*rest.get(name, ()), *(token for row in made[name] for token in row)]
-
-
-def _blank(text: Any) -> bool:
-    return isinstance(text, str) and not text.strip()
 
 
 def sentence_pairs(
