@@ -23,6 +23,20 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def text_of(value: Any, where: str) -> str:
+    """The value, a text; TypeError or ValueError saying where for what is none, is empty or is no valid Unicode."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{where}: expected text, got {short(value)} ({kind}); fill it in or drop the row")
+    if not value.strip():
+        raise ValueError(f"{where}: the text is empty; fill it in or drop the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
+    return value
+
+
 def labelled(labels: Any) -> Any:
     """How many items are labelled, of an array or a tensor of any shape."""
     return (labels != IGNORE).sum()

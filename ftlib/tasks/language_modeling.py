@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.batches import IGNORE, short
 from . import classification
+from .classification import text_of
 from .tagging import check_tags
 
 FORMS = (("messages",), ("prompt", "completion"), ("text",))  # columns of a dataset, the first form that is there
@@ -79,7 +80,7 @@ def rows(
 def prompt_ids(tokenizer: Any, prompt: Any, where: str) -> list[int]:
     """The tokens after which a model is to go on: a text's, or those of messages and the template's prompt for more."""
     if isinstance(prompt, str):
-        return _joined(tokenizer, [_text(prompt, where), ""], True, where)[0]
+        return _joined(tokenizer, [text_of(prompt, where), ""], True, where)[0]
     return _ids(tokenizer, _rendered(tokenizer, _messages(prompt, where), where, add_generation_prompt=True), False)
 
 
@@ -118,7 +119,7 @@ Parts = list[tuple[list[int], bool]]  # tokens, and whether they are trained
 def _completed(tokenizer: Any, row: Mapping[str, Any], where: str) -> Parts:
     """A text, or prompt and completion, and the end token."""
     names = next(form for form in FORMS[1:] if form[-1] in row)
-    *before, last = _joined(tokenizer, [_text(row[name], f"{where}, column {name!r}") for name in names], True, where)
+    *before, last = _joined(tokenizer, [text_of(row[name], f"{where}, column {name!r}") for name in names], True, where)
     end = tokenizer.eos_token_id
     if end is None and before:
         raise ValueError(f"{where}: nothing would end the completion; set tokenizer.eos_token")
@@ -202,17 +203,10 @@ def _messages(value: Any, where: str) -> list[dict]:
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in value]
     for i, turn in enumerate(turns):
         if "content" in turn and turn["role"] == "assistant" and isinstance(turn["content"], str):
-            _text(turn["content"], f"{where}, message {i}")
+            text_of(turn["content"], f"{where}, message {i}")
         elif turn.keys() == {"role"}:
             raise ValueError(f"{where}, message {i}: no content; fill it in or drop the row")
     return turns
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        got = "the text is empty" if isinstance(value, str) else f"expected text, got {short(value)}"
-        raise (ValueError if isinstance(value, str) else TypeError)(f"{where}: {got}; fill it in or drop the row")
-    return value
 
 
 def _special(tokenizer: Any) -> tuple[set[int], re.Pattern]:

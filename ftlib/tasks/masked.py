@@ -8,7 +8,7 @@ token.  A row without `masking` has been masked by somebody else and stays as it
 A model with a second head on pairs (BertForPreTraining, AlbertForPreTraining) also learns `next_sentence_label` or
 `sentence_order_label`, where rows have it: the mean over rows is added to the mean over masked tokens.
 
-To copy: this file, core/batches.py and tasks/{classification,language_modeling,tagging}.py.
+To copy: this file, core/batches.py and tasks/{classification,tagging}.py.
 Source: Devlin et al. 2019 (BERT, arXiv:1810.04805); Lan et al. 2020 (ALBERT, arXiv:1909.11942).
 """
 
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.batches import IGNORE, Row, number, short
-from .classification import labelled
-from .language_modeling import _text
+from .classification import labelled, text_of
 from .tagging import check_tags
 
 PAIRS = ("next_sentence_label", "sentence_order_label")  # 0: they belong together, 1: they don't
@@ -68,7 +67,7 @@ def rows(
     Raises ValueError, TypeError naming the row for what is empty, no text, no label of a pair, or too long.
     """
     texts = [
-        [_text(text, f"{at}, column {name!r}") for text, at in zip(columns[name], wheres, strict=True)]
+        [text_of(text, f"{at}, column {name!r}") for text, at in zip(columns[name], wheres, strict=True)]
         for name in FORMS[2] if name in columns
     ]  # fmt: skip
     pairs = {name: columns[name] for name in PAIRS if name in columns}
