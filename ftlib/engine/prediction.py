@@ -232,10 +232,10 @@ def predict(
 
     Of a table with `question` and `context` the result is a list of {"answer": str, "start", "end": characters of the
     context, end excluded, both None for no answer, "score", "no_answer_score"}.  Candidates are all stretches of up to
-    `max_answer` (30) tokens in all windows (`max_length` 384 tokens, `stride` 128, as in `tokenize`) whose ends are no
-    white space; each counts start's plus end's logit, no answer the least such sum of a window's token for none: see
-    tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
-    also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
+    `max_answer` (30) tokens in all windows (`max_length` 384 tokens, `stride` 128, as in `tokenize`); each counts
+    start's plus end's logit, no answer the least such sum of a window's token for none (tasks/answers.py).  "score" is
+    the best one's probability, a softmax over all and no answer, which is given where it counts more than `no_answer`
+    (0.0) above the best: math.inf asks for an answer always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
     Of texts with masked tokens: for every text a list with an entry a mask, the `top_k` likeliest tokens there,
     [{"token", "text", "score"}, ...], each mask by itself.

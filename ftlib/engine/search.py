@@ -56,12 +56,12 @@ def search(
         seconds: no trial starts later than this after the call.
         budget: (least, most) of "halving": epochs, steps or rows, whatever `train` takes it for.
         file: JSON lines, one a finished trial.  A search that starts again takes from it what is there, failures too
-            (delete a line to try again).  Several processes, started with the same arguments, share the work; one that
-            dies leaves its trial to the others.  On Windows one process a file; of Optuna's trials one runs at a time.
+            (delete a line to try again).  Several processes with the same arguments share the work, of Optuna's a trial
+            at a time, and give the same result; one that dies leaves its trial to the others.  On Windows one a file.
 
-    The result hangs on the seed, not on the number of processes.  A trial that raises, or whose score is not finite, is
-    kept with its error.  Of "halving" trials with the largest budget alone compete.  Warns of a best value in the outer
-    5 % of a range, or the least or most of three or more numbers, 0 aside: a better one may lie beyond.
+    A trial that raises, or whose score is not finite, is kept with its error.  Of "halving" trials with the largest
+    budget alone compete.  Warns of a best value in the outer 5 % of a range, or the least or most of three or more
+    numbers, 0 aside: a better one may lie beyond.
     Raises ValueError for a space, options or a file that don't fit, RuntimeError where no trial gave a score.
     Source: Bergstra and Bengio 2012 (random); Jamieson and Talwalkar 2016, Li et al. 2018 (Hyperband).
 

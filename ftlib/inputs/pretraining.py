@@ -26,9 +26,8 @@ class PackedText:
     is what its `task` makes of it, special tokens and end token included; one follows the other, rows are cut
     anywhere, and the tokens left at the end are dropped.  options: of the task, whole_words=True say.
 
-    Every iteration begins anew.  A run of `fit` that is resumed reads the stream again up to its place.  In a loop of
-    your own `state_dict` after a row, and `load_state_dict` before the next iteration, go on behind that row: texts
-    before it are passed over without being tokenized.
+    Every iteration begins anew; a resumed `fit` reads up to its place.  In a loop of your own `state_dict` after a row,
+    and `load_state_dict` before the next iteration, go on behind that row, without tokenizing what comes before.
     Raises ValueError or TypeError, naming the text by its number, for what is none, when it comes.
     """
 
