@@ -27,8 +27,6 @@ from .feeding import Feed
 from .prediction import labelled, metric_names, scores
 from .settings import Run, TrainConfig
 
-__all__ = ["fit"]
-
 
 def fit(
     model: nn.Module, train_dataset: Any, *, eval_dataset: Any = None, tokenizer: Any = None,

@@ -151,7 +151,7 @@ def _turns(tokenizer: Any, row: Mapping[str, Any], where: str) -> Parts:
 
 def _end_of_turn(tokenizer: Any, text: str, start: int, turns: list, place: int, render: Any) -> int | None:
     """Where what an assistant says from `start` on ends, its end token included; None where nothing tells."""
-    _, special = _special(tokenizer)
+    _, special = _special(tokenizer, len(tokenizer), tokenizer.eos_token_id)
     if text.startswith(said := render(turns[: place + 1])):
         content = last = len(said)
         for found in reversed(list(special.finditer(said, start))):
@@ -173,7 +173,8 @@ def _end_of_turn(tokenizer: Any, text: str, start: int, turns: list, place: int,
 
 def _by_marks(tokenizer: Any, found: Any, before: list[int]) -> Parts:
     """By the template's own marks, behind the tokens `before`; an end token just behind them is trained too."""
-    ids, mask, (special, _) = found["input_ids"], list(found["assistant_masks"]), _special(tokenizer)
+    ids, mask = found["input_ids"], list(found["assistant_masks"])
+    special, _ = _special(tokenizer, len(tokenizer), tokenizer.eos_token_id)
     for i in range(1, len(ids)):
         if mask[i - 1] and not mask[i] and ids[i] in special:
             said = next(j for j in range(i - 1, -1, -1) if not mask[j] or tokenizer.decode(ids[j]).strip())
@@ -209,13 +210,9 @@ def _messages(value: Any, where: str) -> list[dict]:
     return turns
 
 
-def _special(tokenizer: Any) -> tuple[set[int], re.Pattern]:
-    """The special tokens: their numbers, and a pattern of them."""
-    return _known(tokenizer, len(tokenizer), tokenizer.eos_token_id)
-
-
 @lru_cache(maxsize=4)
-def _known(tokenizer: Any, size: int, end: int | None) -> tuple[set[int], re.Pattern]:
+def _special(tokenizer: Any, size: int, end: int | None) -> tuple[set[int], re.Pattern]:
+    """The special tokens of a tokenizer of this size and end token: their numbers, and a pattern of them."""
     added = getattr(tokenizer, "added_tokens_decoder", {})  # thousands in some tokenizers
     ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
     return ids, re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "(?!)")
