@@ -31,7 +31,7 @@ SNIPPETS = {
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
     "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
     "tasks/masked.py": "row = {'input_ids': [0, 1], 'labels': [-100, 1], 'masking': [2, 3, 1.0]}\n"
-    "assert mask(row, [0])['labels'] == [-100, 1] and items(torch.tensor([-100, 1])) == 1",
+    "assert mask(row, [0])['labels'] == [-100, 1] and labelled(torch.tensor([-100, 1])) == 1",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
     "tasks/overlap.py": "assert callable(bleu) and callable(rouge)",
     "tasks/seq2seq.py": "tokenizer.eos_token = '[UNK]'\n"
@@ -107,9 +107,6 @@ SNIPPETS = {
     "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
-    "engine/filling.py": "tokenizer.add_special_tokens({'mask_token': '[MASK]'})\n"
-    "m = transformers.BertForMaskedLM(model.config); m.resize_token_embeddings(40)\n"
-    "assert len(fill(m, ['a [MASK]'], tokenizer, 2)[0][0]) == 2",
     "engine/generation.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"
     "    n_layer=1, n_head=2)); options = dict(tokenizer=tokenizer, max_new_tokens=2)\n"
     "assert len(generate(gpt, ['a b', 'b'], **options)) == 2",
