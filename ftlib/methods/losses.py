@@ -62,13 +62,14 @@ def focal_loss(
 
 
 def binary_cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE, reduction: str = "mean"
-) -> Tensor:
+    logits: Tensor, targets: Tensor, *, pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORE, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """-[y log σ(z) + (1 - y) log(1 - σ(z))]: a yes-or-no question per logit; several may hold.
 
-    logits: float (…, labels); targets: float of the same shape, in [0, 1] or ignore_index. Returns (…, labels) for
-    "none", else a scalar; "mean" is over entries. log(sigmoid(z)) in float32 is -inf from about z = -89 down;
-    logaddexp does not overflow.
+    logits: float (…, labels); targets: float of the same shape, in [0, 1] or ignore_index; pos_weight: float
+    (labels,), how much a "yes" counts against a "no". Returns (…, labels) for "none", else a scalar; "mean" is over
+    entries. log(sigmoid(z)) in float32 is -inf from about z = -89 down; logaddexp does not overflow.
     Raises TypeError for integer targets, ValueError for shapes or targets that don't fit.
 
     >>> binary_cross_entropy(torch.tensor([0.0, 10000.0]), torch.tensor([1.0, 0.0]), reduction="none")
@@ -85,6 +86,8 @@ def binary_cross_entropy(
     zero = torch.zeros_like(logits)
     minus_log_yes = torch.logaddexp(zero, -logits)  # -log σ(z) = log(e⁰ + e^-z), (…, labels)
     minus_log_no = torch.logaddexp(zero, logits)  # -log(1 - σ(z)) = log(e⁰ + e^z), (…, labels)
+    if pos_weight is not None:
+        minus_log_yes = _checked_weight("pos_weight", pos_weight, logits) * minus_log_yes
     loss = (y * minus_log_yes + (1 - y) * minus_log_no) * counts  # (…, labels)
     return _reduce(loss, counts, counts, reduction)
 
@@ -135,11 +138,7 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     labels = labels.masked_fill(~counts, 0)  # (…), any valid class
     shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
     log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)
-    weight = logits.new_ones(()) if weight is None else weight
-    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != logits.shape[-1]):
-        shape = f"weight has shape {tuple(weight.shape)} but the logits have {logits.shape[-1]} columns"
-        raise ValueError(f"{shape}, one each")
-    weight = weight.to(logits).expand(logits.shape[-1])  # device and dtype too
+    weight = _checked_weight("weight", logits.new_ones(()) if weight is None else weight, logits)
     return log_probs, log_probs.gather(-1, labels[..., None])[..., 0], weight, weight[labels] * counts, counts
 
 
@@ -176,6 +175,13 @@ def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor)
     if tensor.shape != other.shape:
         shapes = f"{name} has shape {tuple(tensor.shape)} but {other_name} {tuple(other.shape)}"
         raise ValueError(f"{shapes}; they must be equal (a stray dimension of 1 goes away with .squeeze(-1))")
+
+
+def _checked_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
+    columns = logits.shape[-1]
+    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != columns):
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} but the logits have {columns} columns, one each")
+    return weight.to(logits).expand(columns)  # device and dtype too
 
 
 def _refuse(name: str, values: Tensor, bad: Tensor, why: str) -> None:

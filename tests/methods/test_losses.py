@@ -156,11 +156,12 @@ def test_binary_cross_entropy_by_hand():
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     spread=st.sampled_from([0.0, 1.0, 1e4]),
     soft=st.booleans(),
+    weighted=st.booleans(),
     ignored=st.booleans(),
     reduction=st.sampled_from(REDUCTIONS),
     seed=st.integers(0, 999),
 )
-def test_binary_cross_entropy_same_as_torch(shape, spread, soft, ignored, reduction, seed):
+def test_binary_cross_entropy_same_as_torch(shape, spread, soft, weighted, ignored, reduction, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator) * spread  # spread 0: where |z| and max have a kink
     targets = torch.rand(shape, generator=generator)
@@ -169,15 +170,16 @@ def test_binary_cross_entropy_same_as_torch(shape, spread, soft, ignored, reduct
     if ignored:
         counts = torch.rand(shape, generator=generator) > 0.3
         counts.view(-1)[0] = True  # at least one entry counts
+    pos_weight = torch.arange(1.0, shape[-1] + 1) if weighted else None
 
     def theirs(z):
-        loss = F.binary_cross_entropy_with_logits(z, targets, reduction="none")
+        loss = F.binary_cross_entropy_with_logits(z, targets, pos_weight=pos_weight, reduction="none")
         loss = loss * counts
         return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counts.sum()}[reduction]
 
     def ours(z):
         given = targets.masked_fill(~counts, IGNORE)
-        return binary_cross_entropy(z, given, reduction=reduction)
+        return binary_cross_entropy(z, given, pos_weight=pos_weight, reduction=reduction)
 
     assert_same_loss_and_gradient(ours, theirs, logits)
 
@@ -357,6 +359,8 @@ def test_errors_of_options():
         cross_entropy(logits, labels, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"weight has shape \(2,\) but the logits have 3 columns"):
         cross_entropy(logits, labels, weight=torch.ones(2))
+    with pytest.raises(ValueError, match=r"pos_weight has shape \(4,\)"):
+        binary_cross_entropy(logits, torch.zeros(2, 3), pos_weight=torch.ones(4))
     for gamma in (-1.0, math.nan):
         with pytest.raises(ValueError, match=f"gamma is {gamma}"):
             focal_loss(logits, labels, gamma=gamma)
