@@ -1,4 +1,4 @@
-"""Diagrams drawn by code: what happens in attention, in a layer, in a head, in an adapter, in a batch.
+"""Diagrams drawn by code: what happens in attention, in a layer, in a head, in an adapter, in a batch, in DPO.
 
     ftlib.diagrams.attention_head(["the", "film", "is", "funny"])  # at the end of a cell: shown with its alt text
 
@@ -6,10 +6,10 @@ To copy: this file, show/sheet.py and show/plots.py.
 
 A diagram takes the sizes it names and returns a Figure: dark ink on a white sheet, so that it is legible on a dark page
 too.  Its docstring is its alt text, with the sizes filled in.  Names are those of Transformers; dropout is left out.
-There is room for a text of six tokens, and five texts.
+There is room for a text of six tokens, five texts, six tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 
 import numpy as np
@@ -19,6 +19,7 @@ from .sheet import BLUE, GREEN, GREY, LINE, ORANGE, PINK, RED, SKY, Sheet, pale
 COLORS = (BLUE, RED, GREEN, ORANGE, SKY, PINK)
 SHAPE, TOKENS = "(batch, tokens, hidden)", ("the", "film", "is", "funny")
 TEXTS = tuple(f"[CLS] {text} [SEP]".split() for text in ("dull", "a warm and funny film", "so so"))
+TASKS = {"intent": "(rows, 24)", "slots": "(rows, tokens, 127)", "spam": "(rows, 2)"}
 
 
 def _weights(tokens: int, color: str, seed: int) -> list:
@@ -124,6 +125,55 @@ def bert_block(hidden=384, heads=12, intermediate=1536, layers=6, vocab_size=305
         "Residual: a part's input is added to its output. LayerNorm: mean 0, variance 1, then learned scale and shift."
     )
     sheet.note(382, notes)
+    return sheet.figure
+
+
+def decoder_block(hidden=576, heads=9, kv_heads=3, intermediate=1536, layers=30, vocab_size=49152):
+    """A decoder as SmolLM2 and Llama are: embed_tokens, {layers} layers, RMSNorm, lm_head, {vocab_size} logits a token.
+    In a layer x goes through RMSNorm and self-attention, and the residual, x, is added; then through RMSNorm and a
+    gated MLP, and the residual is added again. Self-attention: {heads} query heads, {kv_heads} key and value heads;
+    rotary turns q and k by position; a causal mask on the scores; softmax; times v; o_proj. The MLP: SiLU of gate_proj
+    times up_proj, then down_proj.
+    """
+    sheet, y, dim, wide = Sheet(800, 575, decoder_block.__doc__, locals()), 185, hidden // heads, intermediate
+    embed = sheet.box(120, 60, 200, 30, f"embed_tokens ({vocab_size}, {hidden})", ORANGE)
+    sheet.say(120, 16, "input_ids (batch, tokens)", 8, LINE)
+    sheet.arrow((120, 27), embed)
+    sheet.say(232, 60, f"x {SHAPE}; positions come in by rotary", 8, LINE, "left")
+    sheet.panel(50, 88, 645, 222, f"one of {layers} layers")
+    attention, mlp = sheet.box(258, y, 104, 42, "self-attention", BLUE), sheet.box(508, y, 96, 42, "gated MLP", PINK)
+    norms = [sheet.box(at, y, 76, 34, "RMSNorm", GREEN) for at in (142, 402, 722)]
+    first, second = sheet.sign(334, y), sheet.sign(586, y)
+    head = sheet.box(722, 275, 130, 42, f"lm_head\nLinear {hidden} → {vocab_size}", ORANGE, 8)
+    sheet.arrow((32, 75), (32, y), norms[0])
+    sheet.chain(norms[0], attention, first, norms[1], mlp, second, norms[2], head, (722, 345))
+    sheet.residual(80, first, 57, "residual: + x", color=RED)
+    sheet.residual(353, second, 57, color=RED)
+    sheet.say(722, 365, "logits\n(batch, tokens, vocab)", 8, LINE)
+    sheet.say(722, 480, "pre-norm: a norm stands\nbefore each part, and\nnone on the residual", 8, GREY)
+
+    sheet.panel(15, 250, 440, 560, f"self-attention: {heads} heads for q, {kv_heads} for k and v", BLUE)
+    sheet.arrow(attention, (attention.x, 250), arrowstyle="-", linestyle=":")
+    q = sheet.box(163, 305, 98, 40, f"q_proj\n{hidden} → {heads} × {dim}", BLUE, 8)
+    k = sheet.box(271, 305, 98, 40, f"k_proj\n{hidden} → {kv_heads} × {dim}", RED, 8)
+    v = sheet.box(379, 305, 98, 40, f"v_proj\n{hidden} → {kv_heads} × {dim}", GREEN, 8)
+    rotary = sheet.box(217, 362, 206, 28, "rotary: turned by position", SKY)
+    scores = sheet.box(217, 414, 206, 28, f"scores = q @ kᵀ / √{dim}", PINK)
+    weights, times = sheet.box(217, 466, 206, 28, "softmax: weights", PINK), sheet.sign(217, 527, "@")
+    out = sheet.box(90, 527, 110, 40, f"o_proj\n{heads} × {dim} → {hidden}", size=8)
+    sheet.arrow(q, rotary)
+    sheet.chain(k, rotary, scores, weights, times, out)
+    sheet.arrow(v, (v.x, 527), times)
+    triangle = [[pale(GREY) if j <= i else "white" for j in range(5)] for i in range(5)]
+    sheet.arrow(sheet.grid(62, 414, triangle, (9, 9), shape="causal mask"), scores)
+
+    sheet.panel(455, 250, 645, 560, "gated MLP", PINK)
+    sheet.arrow(mlp, (mlp.x, 250), arrowstyle="-", linestyle=":")
+    gate = sheet.box(506, 305, 84, 40, f"gate_proj\n{hidden} → {wide}", PINK, 8)
+    up = sheet.box(598, 305, 84, 40, f"up_proj\n{hidden} → {wide}", PINK, 8)
+    silu, gated = sheet.box(506, 380, 60, 28, "SiLU", PINK), sheet.sign(506, 450, "×")
+    sheet.chain(gate, silu, gated, sheet.box(506, 527, 84, 40, f"down_proj\n{wide} → {hidden}", PINK, 8))
+    sheet.arrow(up, (up.x, 450), gated)
     return sheet.figure
 
 
@@ -238,4 +288,55 @@ def packing(texts: Sequence[Sequence[str]] = TEXTS, causal: bool = False):
              f"Attention is told by cu_seqlens where an example ends: {sum(map(sum, seen))} pairs instead of {pairs}.",
              "A token sees its own example only" + (", up to itself." if causal else "."))  # fmt: skip
     sheet.say(262, 360, "\n".join(facts), ha="left")
+    return sheet.figure
+
+
+def multitask(tasks: Mapping[str, str] = TASKS):
+    """Several tasks on one encoder: a batch mixes rows of {names}; all go through the shared encoder once; each task's
+    head takes its own rows and gives logits; the losses, each times its weight w, are added, and the gradients of all
+    tasks meet in the encoder.
+    """
+    names, order, y = ", ".join(tasks), [[*tasks][i % len(tasks)] for i in range(6)], 150
+    sheet, color = Sheet(800, 345, multitask.__doc__, locals()), dict(zip(tasks, COLORS, strict=False))
+    look = dict(texts=[[f"{i}  {task}"] for i, task in enumerate(order)], name="a mixed batch", shape="(batch, tokens)")
+    batch = sheet.grid(72, y, [[pale(color[task])] for task in order], (104, 26), **look)
+    encoder, total = sheet.box(200, y, 96, 156, "shared\nencoder,\nruns once"), sheet.sign(728, y)
+    sheet.arrow(batch, encoder)
+    sheet.say(318, y - 9, SHAPE, 8, LINE)
+    for i, (task, logits) in enumerate(tasks.items()):
+        at = y + 280 / len(tasks) * (i - (len(tasks) - 1) / 2)
+        rows = ", ".join(str(row) for row, other in enumerate(order) if other == task)
+        head = sheet.box(495, at, 192, 42, f"{task} head: rows {rows}\nlogits {logits}", color[task])
+        loss = sheet.box(653, at, 74, 30, "w · loss", color[task])
+        sheet.arrow(encoder, (387, y), (387, at), head)
+        sheet.arrow(head, loss)
+        sheet.arrow(loss, *[(total.x, at)] * (at != y), total)
+    way = (total, (775, y), (775, 310), (200, 310), encoder)
+    sheet.arrow(*way, text="loss of the step; the gradients of all tasks meet in the encoder", linestyle="--")
+    return sheet.figure
+
+
+def dpo(beta: float = 0.1):
+    """DPO: each prompt has a chosen and a rejected answer. The policy, which is trained, and the reference, which is
+    frozen, both give each answer a log-probability. Policy less reference is the gain g of an answer; the margin is
+    beta, {beta}, times the gain of the chosen less that of the rejected; the loss is minus the log of its sigmoid.
+    """
+    sheet, both, y = Sheet(800, 360, dpo.__doc__, locals()), [[pale(BLUE)], [pale(RED)]], 150
+    words = [["prompt", "chosen"], ["prompt", "rejected"]]
+    look = dict(cell=(72, 28), texts=words, name="pairs", shape="(2 · pairs, tokens)")
+    batch, less = sheet.grid(92, y, [[pale(GREY), *fill] for fill in both], **look), sheet.sign(545, y, "−")
+    for name, what, pi, color, at in (("policy", "trained", "π", RED, 55), ("reference", "frozen", "π_ref", GREY, 245)):
+        model = sheet.box(262, at, 104, 48, f"{name} {pi}\n{what}", color)
+        look = dict(texts=[[f"log {pi}(chosen)"], [f"log {pi}(rejected)"]], shape="(2 · pairs,)")
+        values = sheet.grid(425, at, both, (122, 26), **look)
+        sheet.arrow(batch, (186, y), (186, at), model)
+        sheet.arrow(model, values)
+        sheet.arrow(values, (545, at), less)
+    sheet.say(262, 295, "a copy from before, or the\npolicy without its adapters", 8, GREY)
+    sheet.say(425, y, "log-probability of the answer\nafter the prompt: the sum\nover its tokens", 8, GREY)
+    gains = sheet.grid(675, y, both, (122, 26), [["g chosen"], ["g rejected"]], name="gain")
+    margin = sheet.box(675, 236, 190, 46, f"margin, with β = {beta}\nβ · (g chosen − g rejected)")
+    sheet.arrow(less, gains)
+    sheet.arrow(gains, margin, text="(2 · pairs,)")
+    sheet.arrow(margin, sheet.box(675, 318, 190, 46, "loss = −log σ(margin),\nmean over pairs", RED), text="(pairs,)")
     return sheet.figure

@@ -15,7 +15,7 @@ from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from ftlib.methods.adapters import Bottleneck, LoRA
 from ftlib.methods.packing import unpad_input
@@ -35,6 +35,8 @@ DRAWN = [  # each as it comes, then at other sizes
     ("multi_head", {"tokens": ["a"], "hidden": 12, "heads": 3}),
     ("bert_block", {}),
     ("bert_block", {"hidden": 1024, "heads": 16, "intermediate": 4096, "layers": 24, "vocab_size": 250002}),
+    ("decoder_block", {}),
+    ("decoder_block", {"hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "vocab_size": 128256}),
     ("classification_head", {}),
     ("classification_head", {"tokens": WORDS, "hidden": 1024, "layers": 24, "labels": ["neg", "mid", "pos"]}),
     ("lora_and_adapters", {}),
@@ -42,6 +44,11 @@ DRAWN = [  # each as it comes, then at other sizes
     ("packing", {}),
     ("packing", {"texts": [WORDS, WORDS[:2]], "causal": True}),
     ("packing", {"texts": [WORDS[:2]] * 4}),
+    ("multitask", {}),
+    ("multitask", {"tasks": {"one": "(rows, 2)"}}),
+    ("multitask", {"tasks": {name: "(rows, tokens, 9)" for name in "abcdef"}}),
+    ("dpo", {}),
+    ("dpo", {"beta": 0.05}),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in DRAWN))
 
@@ -102,9 +109,12 @@ def test_no_text_overlaps_leaves_the_sheet_or_its_box_or_is_crossed(name, sizes)
         "attention_head": "query, key, value, 384, 32, scores, mask, softmax, weights, output",
         "multi_head": "query, key, value, 12, side by side, output",
         "bert_block": "embeddings, position, LayerNorm, self-attention, mask, residual, feed-forward, 1536, GELU",
+        "decoder_block": "embed_tokens, RMSNorm, residual, rotary, causal mask, o_proj, gate_proj, SiLU, lm_head",
         "classification_head": "[CLS], encoder, last_hidden_state, pooler, classifier, softmax, neg, pos",
         "lora_and_adapters": "LoRA, query, value, frozen, alpha / r, adapter, residual, GELU",
         "packing": "3 texts; 7 tokens; 14 real; [0, 3, 10, 14]; zeros at padding",
+        "multitask": "intent, slots, spam, shared encoder, head, weight, gradients",
+        "dpo": "policy, reference, frozen, chosen, rejected, margin, 0.1, loss",
     }.items(),
 )
 def test_alt_text_names_the_parts(name, parts):
@@ -149,6 +159,25 @@ def test_bert_is_as_transformers_builds_it():
     assert f"classifier\nLinear {classifier.in_features} → {classifier.out_features}" in said
 
 
+def test_decoder_is_as_transformers_builds_it():
+    sizes = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, intermediate_size=40, vocab_size=31)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).eval()
+    _, ax = draw("decoder_block", hidden=24, heads=6, kv_heads=2, intermediate=40, layers=1, vocab_size=31)
+    said, layer, x = texts_of(ax), model.model.layers[0], torch.randn(1, 5, 24)
+    for name, linear in {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}.items():
+        if isinstance(linear, nn.Linear):
+            (label,) = (text for text in said if text.startswith(name))
+            before, after = (eval(side.replace("×", "*")) for side in label.split("\n")[1].split("→"))
+            assert (before, after) == (linear.in_features, linear.out_features), name
+    assert "embed_tokens (31, 24)" in said and "lm_head\nLinear 24 → 31" in said and "scores = q @ kᵀ / √4" in said
+    with torch.no_grad():
+        turn = model.model.rotary_emb(x, torch.arange(5)[None])
+        added = x + layer.self_attn(layer.input_layernorm(x), position_embeddings=turn, attention_mask=None)[0]
+        inner, mlp = layer.post_attention_layernorm(added), layer.mlp
+        gated = mlp.down_proj(nn.functional.silu(mlp.gate_proj(inner)) * mlp.up_proj(inner))
+        torch.testing.assert_close(added + gated, layer(x, position_embeddings=turn))
+
+
 def test_trained_numbers_are_those_of_the_modules():
     said = "\n".join(texts_of(draw("lora_and_adapters", hidden=48, rank=4, size=6)[1]))
     own = LoRA(nn.Linear(48, 48), rank=4, alpha=8, dropout=0.0, rslora=False).own()
@@ -172,6 +201,11 @@ def test_packing_is_what_unpad_input_does(causal):
     pairs, places = (6 + 28 + 10, 3 * 28) if causal else (9 + 49 + 16, 3 * 49)
     assert f"{pairs} pairs instead of {places}." in said[-1]
     assert ("triangle" if causal else "square") in figure.get_label()
+
+
+def test_heads_share_out_the_rows():
+    said = texts_of(draw("multitask", tasks={"a": "(rows, 2)", "b": "(rows, tokens, 5)"})[1])
+    assert {"a head: rows 0, 2, 4\nlogits (rows, 2)", "b head: rows 1, 3, 5\nlogits (rows, tokens, 5)"} <= set(said)
 
 
 # ---------------------------------------------------------------------------------------- lines, and showing
