@@ -6,7 +6,6 @@ or not, with LoRA, with several heads.
 To copy: this file, inputs/{agreement,rows}.py, core/{anatomy,batches,loop}.py, tasks/ and torch.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -166,7 +165,8 @@ def attribute(
         target: which logit: a class; of tags, answers and language models (position, class or token); or a function of
             the logits, (variants, …) -> (variants,).  One for all rows, or a list.  Default: the class predicted.
         task: of a MultiTaskModel.  batch_size: variants of a row that are computed at once.
-        baseline: id of the token, the mask say, whose vectors x₀ has; default: zeros.
+        baseline: id of the token, the mask say, whose vectors x₀ has; default: zeros, which do not do where vectors are
+            divided by their length at once, as in ModernBERT: on the way from zeros nothing moves.
         whole_words: pieces of a word come and go together and share its score; special tokens stay, with the score 0.
             For it rows must come from the tokenizer, which knows the words.
 
@@ -175,11 +175,11 @@ def attribute(
     one_of("method", method, METHODS)
     how = dict(layer=layer, steps=whole("steps", steps), samples=whole("samples", samples), noise=noise, seed=seed)
     with anatomy.evaluating(model):
-        every = _explained(model, rows, whole_words, target, task, baseline, batch_size)
+        every = explained(model, rows, whole_words, target, task, baseline, batch_size)
         return [METHODS[method](row, **how).cpu().numpy() for row in every]
 
 
-def _explained(
+def explained(
     model: nn.Module, rows: Any, whole_words: bool, target: Any, task: Any, baseline: Any, size: int, probable=False
 ) -> Iterator[Explained]:
     """The rows, all checked, one after the other; probable: f is a probability, where the task has one."""
@@ -232,7 +232,7 @@ def faithfulness(
     """
     shares, found = np.linspace(0, 1, whole("points", points, 2)), {"deletion": [], "insertion": []}
     with anatomy.evaluating(model):
-        every = _explained(model, rows, whole_words, target, task, baseline, batch_size, probable=True)
+        every = explained(model, rows, whole_words, target, task, baseline, batch_size, probable=True)
         for row, own in zip(every, scores, strict=True):
             order = (row.units.float() @ torch.tensor(own).to(row.x)).argsort(descending=True, stable=True)
             there = torch.cat((torch.zeros_like(row.units[:1]), row.units[order].cumsum(0).bool()))
@@ -241,19 +241,3 @@ def faithfulness(
                 found[name].append(np.interp(shares, np.linspace(0, 1, len(curve)), curve))
     curves = {name: np.array(own, np.float32) for name, own in found.items()}
     return curves | {f"{name}_area": (own[:, 1:] + own[:, :-1]).mean(1) / 2 for name, own in curves.items()}
-
-
-def shuffled(model: nn.Module, parts: Sequence[str], seed: int = 0) -> nn.Module:
-    """A copy in which the weights whose names begin with one of `parts` are permuted, each tensor in itself.
-
-    An explanation that stays the same is none of what was learned.  Source: Adebayo et al. 2018 (arXiv:1810.03292).
-    Raises ValueError for a part that begins no name.
-    """
-    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    weights = {name: weight for name, weight in other.named_parameters() if name.startswith(tuple(parts))}
-    for part in parts:
-        refuse((not any(name.startswith(part) for name in weights), f"parts: no weight's name begins with {part!r}"))
-    for weight in weights.values():
-        order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
-        weight.data = weight.data.flatten()[order].view_as(weight)
-    return other
