@@ -1,6 +1,6 @@
 """What a model computes inside, by putting something else there: logit lens, activation patching, shuffled weights.
 
-To copy: this file, methods/interpretation.py and what it names.
+To copy: this file, methods/interpretation.py, inputs/{agreement,rows}.py, core/{anatomy,batches,loop}.py, tasks/.
 """
 
 import copy

@@ -14,7 +14,11 @@ from torch import nn
 
 import ftlib.methods.attention
 from ftlib.methods.attention import (
-    MultiHeadAttention, attention_flow, attention_maps, rollout, scaled_dot_product_attention,
+    MultiHeadAttention,
+    attention_flow,
+    attention_maps,
+    rollout,
+    scaled_dot_product_attention,
 )  # fmt: skip
 from ftlib.methods.masking import causal_mask, combine_masks, padding_mask
 
