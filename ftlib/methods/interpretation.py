@@ -233,8 +233,9 @@ def faithfulness(
     shares, found = np.linspace(0, 1, whole("points", points, 2)), {"deletion": [], "insertion": []}
     with anatomy.evaluating(model):
         every = explained(model, rows, whole_words, target, task, baseline, batch_size, probable=True)
-        for row, own in zip(every, scores, strict=True):
-            order = (row.units.float() @ torch.tensor(own).to(row.x)).argsort(descending=True, stable=True)
+        for i, (row, own) in enumerate(zip(every, scores, strict=True)):
+            refuse((len(own) != len(row.x), f"row {i}: {len(own)} scores for {len(row.x)} tokens; give one a token"))
+            order = (row.units.float() @ torch.as_tensor(own).to(row.x)).argsort(descending=True, stable=True)
             there = torch.cat((torch.zeros_like(row.units[:1]), row.units[order].cumsum(0).bool()))
             values = row.f(torch.cat((~there, there))).view(2, -1).cpu().numpy()  # (2, units + 1)
             for name, curve in zip(found, values, strict=True):

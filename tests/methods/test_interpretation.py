@@ -361,6 +361,11 @@ def test_a_task_and_a_position_must_be_said():
         attribute(tagger, [{"input_ids": [99]}], target=(0, 0))
 
 
+def test_scores_that_do_not_fit_their_row_are_refused(model):
+    with pytest.raises(ValueError, match="row 1: 3 scores for 4 tokens"):
+        faithfulness(model, ROWS, [np.ones(6), np.ones(3)])
+
+
 def test_models_that_lay_rows_out_otherwise_are_refused():
     from transformers import BartConfig, BartForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
