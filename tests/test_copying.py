@@ -47,6 +47,7 @@ SNIPPETS = {
     "show/measuring.py": "with measure() as cost: pass\nassert cost.seconds >= 0",
     "show/diagrams.py": "assert callable(attention_head)",
     "show/plots.py": "assert callable(learning_curves)",
+    "show/heatmap.py": "words = [{'start': 0, 'end': 1, 'score': 1}]; assert 'solid' in TextHeatmap('a b', words).html",
     "show/sheet.py": "assert Box(0, 0, 2, 2).towards(5, 0) == (1, 0)",
     "show/setup.py": "assert setup(3).device.type in ('cpu', 'cuda', 'mps')",
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
@@ -77,6 +78,9 @@ SNIPPETS = {
     "with mixup(model) as loss: assert callable(loss)",
     "methods/balancing.py": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
     "methods/features.py": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
+    "methods/interpretation.py": "encoding = tokenizer(['a b', 'b'], return_token_type_ids=False)\n"
+    "scores = attribute(model, encoding, 'shapley', whole_words=True, samples=2)\n"
+    "assert [len(one) for one in scores] == [2, 1] and len(faithfulness(model, encoding, scores)['deletion']) == 2",
     "methods/losses.py": "assert cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1])) > 0.69",
     "methods/masking.py": "assert causal_mask(2).tolist() == [[True, False], [True, True]]",
     "methods/multitask.py": "m = MultiTaskModel(model.bert, {'a': Head()})\n"
@@ -84,6 +88,9 @@ SNIPPETS = {
     "methods/optimizing.py": "assert parameter_groups(model, learning_rate=1.0)",
     "methods/packing.py": "packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))\n"
     "assert packed.shape == (1, 1, 3) and pad_input(packed, packing).shape == (1, 2, 3)",
+    "methods/patching.py": "rows = {'input_ids': [1]}, {'input_ids': [2]}\n"
+    "assert activation_patching(model, *rows, 0).shape == (3, 1)\n"
+    "assert shuffled(model, ['bert']) is not model",
     "methods/preferences.py": "assert advantages(torch.tensor([1.0, 1.0]), 2).tolist() == [0.0, 0.0] and dpo()",
     "methods/regularization.py": "add_mixout([model.classifier], 0.5)\n"
     "assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
