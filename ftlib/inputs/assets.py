@@ -140,7 +140,8 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
     files is lacking; OSError, naming the folder, for a full disk and a cache that can't be written to.
     """
     entries, cache = manifest(), cache_dir()
-    names = [n for n, entry in entries.items() if "optional" not in entry] if names is None else _as_list(names, entries)
+    usual = [name for name, entry in entries.items() if "optional" not in entry]
+    names = usual if names is None else _as_list(names, entries)
     missing = [name for name in names if force or _problem(entries[name], cache / name)]
     if not missing:
         return {name: cache / name for name in names}

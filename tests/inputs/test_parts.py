@@ -18,7 +18,7 @@ FILES = {"small.txt": b"a few words\n", "long.bin": DRAW.randbytes(5000), "deep/
 
 
 def cut(folder: Path, at=(700, 3000), version="1.0") -> list[Path]:
-    """Wheels with the parts of one archive of FILES, cut in the middle of one; the part with its directory is missing."""
+    """Wheels with the parts of one archive of FILES, cut in the middle of one; that with its directory is missing."""
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("store/other.txt", b"of somebody else")
@@ -76,8 +76,8 @@ def cut_shop(tmp_path, monkeypatch):
     return own, publish, store
 
 
-def test_all_parts_are_fetched_by_name(cut_shop, tmp_path, monkeypatch):
-    own, publish, store = cut_shop
+def test_all_parts_are_fetched_by_name(cut_shop, tmp_path):
+    _, _, store = cut_shop
     assert assets.fetch(progress=False) == {} and not (tmp_path / "cache").exists()  # of all, only by its name
     said = assets.describe()
     assert [(row["name"], row["optional"], row["present"]) for row in said] == [("cut", True, False)]
@@ -143,6 +143,17 @@ def test_a_pickle_is_written_anew_as_safetensors(shop, tmp_path, monkeypatch):  
 
 
 # --------------------------------------------------------------------------- the translator itself
+
+
+def test_a_tokenizer_of_sentencepiece_needs_that(tmp_path, monkeypatch):
+    from ftlib.inputs import pretrained
+
+    find = pretrained.importlib.util.find_spec
+    there = lambda name: None if name == "sentencepiece" else find(name)  # noqa: E731
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", there)
+    (tmp_path / "source.spm").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"sentencepiece reads its tokenizer; pip install sentencepiece sacremoses"):
+        pretrained.load_tokenizer(tmp_path)
 
 
 def test_the_translator():
