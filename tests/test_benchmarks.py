@@ -596,6 +596,9 @@ def test_what_costs_nothing_beside_trained_titles(program, monkeypatch):
     assert found["each"] == [0.6667, 0] and found["score"] == pytest.approx(1 / 3) and found["words"] == 2
     texts = ["Vous venez, et vos amis ?", "Que t'a-t-il dit ? Tes mots.", "Viens avec toi et vous.", "A-t-il mangé ?"]
     assert seq2seq.address(texts) == {"vous": 0.5, "tu": 0.5}
+    rows = [{"target": text} for text in texts]
+    french = seq2seq.scored(seq2seq.PARTS["opus"], [*texts[:2], "?", "A-t-il mangé ?"], rows)
+    assert french["others"] == 100 > french["score"] and french["address"]["vous"] == 0.25
     french = seq2seq.rows_of("french", "test", 5, 0)
     assert all(len(row["source"].split()) <= 7 for row in french) and len(french) == 5
     monkeypatch.setenv("FTLIB_DATA", "/nowhere")

@@ -15,7 +15,7 @@ greedy answers to the same test rows.  The seed draws the training rows, their o
 Beside them the model as it comes, and what costs nothing: the abstract's first sentence, its first words (as many as a
 title has), the English sentence left as it is.
 "each" has the score of every test row, for intervals over rows; "address", of French, the shares of answers that say
-vous and tu, "wanted" those of the references.
+vous and tu, "wanted" those of the references, "others" the score where the reference says neither.
 
 The grid takes about an hour of one core of an AMD EPYC with AVX512_BF16 (estimated from the steps of notebook 08b),
 half as long with two free ones: 18 searched ways and rates, 18 tests.  A quarter of it is opus.
@@ -25,7 +25,7 @@ import functools
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -144,11 +144,16 @@ def scored(part: Part, answers: list[str], rows: list[dict[str, str]]) -> dict[s
     each = [round(own([a], [b]), 4) for a, b in zip(answers, wanted, strict=True)]
     whole = {"bleu": bleu(answers, wanted), "chrf": chrf(answers, wanted), **rouge(answers, wanted)}
     words = fmean(len(answer.split()) for answer in answers)
-    french = {"address": address(answers), "wanted": address(wanted)} if part.target == "fr" else {}
-    return {"scores": whole, "score": own(answers, wanted), "each": each, "words": words} | french
+    found = {"scores": whole, "score": own(answers, wanted), "each": each, "words": words}
+    if part.target != "fr":
+        return found
+    pairs = zip(answers, wanted, strict=True)
+    others = [pair for pair in pairs if not any(address(pair[1:]).values())] or [("", "")]
+    forms = {"address": address(answers), "wanted": address(wanted)}
+    return found | forms | {"others": own(*map(list, zip(*others, strict=True)))}
 
 
-def address(texts: list[str]) -> dict[str, float]:
+def address(texts: Sequence[str]) -> dict[str, float]:
     """Shares of French texts that say vous (to one or to several), and tu; a text can say both."""
     return {form: fmean(bool(re.search(words, text.lower())) for text in texts) for form, words in ADDRESS.items()}
 
