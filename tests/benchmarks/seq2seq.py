@@ -41,10 +41,8 @@ REAL = True  # models, not tiny random ones
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 RATES = {"layers": (3e-4, 1e-3, 3e-3), "lora": (3e-3, 1e-2, 3e-2), "translator": (1e-5, 3e-5, 1e-4)}
 LIMIT = 192  # tokens of a source
-VALIDATION = 32  # rows
-TOY = {"REAL": False, "SEEDS": (0,), "RATES": {"layers": (1e-3,), "lora": (1e-2,), "translator": (1e-3,)}, "LIMIT": 24,
-       "VALIDATION": 2}  # fmt: skip
-TOY_SIZES = {"counts": (4, 8), "steps": 2, "batch": 2, "test": 3, "tokens": 4}
+TOY = {"REAL": False, "SEEDS": (0,), "RATES": {"layers": (1e-3,), "lora": (1e-2,), "translator": (1e-3,)}, "LIMIT": 24}
+TOY_SIZES = {"counts": (4, 8), "steps": 2, "batch": 2, "validation": 2, "test": 3, "tokens": 4}
 ADDRESS = {"vous": r"\b(vous|votre|vos)\b", "tu": r"\b(tu|te|toi|ton|ta|tes)\b|\bt['’]"}  # how French says "you"
 PLAIN = str.maketrans({"À": "A", "Ç": "C", "Ê": "E", "œ": "oe", "ë": "e", "ï": "i", "\u202f": " ", "\xa0": " "})
 
@@ -61,6 +59,7 @@ class Part(NamedTuple):
     counts: tuple[int, ...]  # training rows
     steps: int
     batch: int
+    validation: int  # rows
     test: int
     tokens: int  # most of an answer
     longest: int  # most words of a source
@@ -77,11 +76,11 @@ def first_words(text: str, words: int) -> str:
 
 
 PARTS = {
-    "titles": Part("flan-t5-titles", "pubmed-titles", "abstract", "title", "", "rougeL", (48, 192), 24, 8, 80, 48,
-                   10_000, {}, {"first sentence": first_sentence, "first words": first_words}),
+    "titles": Part("flan-t5-titles", "pubmed-titles", "abstract", "title", "", "rougeL", (48, 192), 24, 8, 32, 80,
+                   48, 10_000, {}, {"first sentence": first_sentence, "first words": first_words}),
     "french": Part("flan-t5-titles", "tatoeba-en-fr", "en", "fr", "translate English to French: ", "chrf", (128, 768),
-                   48, 16, 200, 24, 7, PLAIN, {"the English sentence": lambda text, words: text}),
-    "opus": Part("opus-mt-en-fr", "tatoeba-en-fr", "en", "fr", "", "chrf", (2000,), 125, 16, 400, 60, 10_000, {}, {}),
+                   48, 16, 100, 200, 24, 7, PLAIN, {"the English sentence": lambda text, words: text}),
+    "opus": Part("opus-mt-en-fr", "tatoeba-en-fr", "en", "fr", "", "chrf", (2000,), 125, 16, 200, 400, 60, 999, {}, {}),
 }  # fmt: skip
 
 
@@ -186,7 +185,7 @@ def train(name: str, way: str, rate: float, seed: int, split: str) -> dict[str, 
     rows = ftlib.tokenize(rows_of(name, "train", count, seed), tokenizer, **options)
     options = dict(max_steps=part.steps, batch_size=part.batch, learning_rate=rate, seed=seed, progress=False)
     run = ftlib.fit(model, rows, tokenizer=tokenizer, config=ftlib.TrainConfig(**options))
-    size = part.test if split == "test" else VALIDATION
+    size = part.test if split == "test" else part.validation
     last = [record["loss"] for record in run.history[-10:]]
     beside = {"seconds": run.seconds, "loss_last": fmean(last), "precision": run.precision}
     return answered(name, model, rows_of(name, split, size, 0)) | beside
@@ -196,7 +195,7 @@ def untrained(table: Any, name: str) -> None:
     """Test rows answered by the model as it comes and by what costs nothing."""
     part = part_of(name)
     rows = rows_of(name, "test", part.test, 0)
-    words = round(median(len(row["target"].split()) for row in rows_of(name, "train", VALIDATION, 0)))
+    words = round(median(len(row["target"].split()) for row in rows_of(name, "train", part.validation, 0)))
     table.row({"part": name, "way": "as it comes"}, lambda: answered(name, loaded(name, 0), rows))
     for way, answer in part.plain.items():
         answers = [answer(row["source"], words) for row in rows]
