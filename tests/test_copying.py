@@ -57,6 +57,7 @@ SNIPPETS = {
     "inputs/corpora.py": "assert callable(load_corpus)",
     "inputs/documents.py": "(folder / 'x.txt').write_text('A/DT cat/NN')\n"
     "assert read_oanc(folder / 'x.txt')[0]['tags'] == ['DT', 'NN'] and set(READERS) > {'squad-v2'}",
+    "inputs/parts.py": "assert callable(join)",
     "inputs/sdist.py": "assert callable(save)",
     "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
