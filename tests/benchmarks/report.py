@@ -147,7 +147,8 @@ def methods() -> str:
     return (
         "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300: accuracy of "
         "sentiment (rotten-tomatoes) and of intents (the first ten of banking77), Pearson's r of similarity (stsb, "
-        f"standardized labels), on up to 1,000 test rows, {RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
+        "standardized labels), on up to 1,000 test rows, "
+        f"{RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
         "pair makes twice the updates of one alone (200 in place of 100), so that each task makes as many passes over "
         "its rows as alone, with half of every batch of 16. The control is the task alone on half batches, as many of "
         "them: the same updates, passes and rows of the task, and no partner. Twice as long is alone on as many whole "
