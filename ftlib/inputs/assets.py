@@ -68,6 +68,13 @@ def unknown_name(name: str, known) -> str:
     return f"no asset is called '{name}'; {did_you_mean(name, known)}All names: {', '.join(sorted(known))}"
 
 
+def misused(name: str) -> str:
+    """The sentence that says what an asset is, and how it is opened, where it was taken for something else."""
+    ways = {"model": "load it with load_model", "corpus": "load it with load_corpus", "table": "see ftlib.assets.path"}
+    kind = asset(name)["kind"]
+    return f"'{name}' is a {kind}; {ways[kind]}('{name}')"
+
+
 def did_you_mean(name, known, cutoff: float = 0.7) -> str:
     """The question "did you mean …? " with at most three known names that `name` may be a misspelling of; or ""."""
     near = difflib.get_close_matches(str(name).lower(), sorted(known), n=3, cutoff=cutoff)
