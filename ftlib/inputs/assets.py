@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
+WAYS = {"model": "load it with load_model", "corpus": "load it with load_corpus", "table": "see ftlib.assets.path"}
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -66,13 +67,6 @@ def asset(name: str) -> dict:
 def unknown_name(name: str, known) -> str:
     """The sentence that answers an unknown asset name."""
     return f"no asset is called '{name}'; {did_you_mean(name, known)}All names: {', '.join(sorted(known))}"
-
-
-def misused(name: str) -> str:
-    """The sentence that says what an asset is, and how it is opened, where it was taken for something else."""
-    ways = {"model": "load it with load_model", "corpus": "load it with load_corpus", "table": "see ftlib.assets.path"}
-    kind = asset(name)["kind"]
-    return f"'{name}' is a {kind}; {ways[kind]}('{name}')"
 
 
 def did_you_mean(name, known, cutoff: float = 0.7) -> str:

@@ -54,8 +54,8 @@ def load_corpus(name: str):
         features = Features((documents.features if name in documents.READERS else _features)(name, rows))
         columns = {split: {key: [row[key] for row in own] for key in features} for split, own in splits.items()}
         return DatasetDict({split: Dataset.from_dict(own, features=features) for split, own in columns.items()})
-    if name in assets.manifest():
-        raise ValueError(assets.misused(name))
+    if entry := assets.manifest().get(name):
+        raise ValueError(f"'{name}' is a {entry['kind']}; {assets.WAYS[entry['kind']]}('{name}')")
     if os.path.exists(name):
         return reading.load_folder(name)
     if name.startswith((".", os.sep)) or name.lower().endswith(reading.SUFFIXES):
