@@ -15,15 +15,16 @@ _PUBLIC = {  # room and module -> the public names it defines
     "inputs.corpora": "load_corpus", "inputs.pretrained": "load_tokenizer load_model", "inputs.tokenizing": "tokenize",
     "inputs.pretraining": "PackedText sentence_pairs corrupt_spans", "methods.vocabulary": "add_tokens masked_head",
     "core.batches": "collate split_by_size to_device", "core.loop": "steps schedule_factor",
-    "core.device": "choose_precision", "tasks.task": "count_labelled task_loss",
+    "core.device": "choose_precision", "tasks.task": "count_labelled task_loss", "tasks.tagging": "words_of",
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge",
     "methods.augmentation": "augment mixup", "methods.regularization": "r_drop",
+    "methods.interpretation": "attribute faithfulness", "methods.patching": "activation_patching logit_lens shuffled",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
     "engine.saving": "save load", "engine.search": "search",
     "show.setup": "setup", "show.measuring": "measure", "show.sheet": "show_figure",
-    "show.comparing": "Difference against bootstrap paired",
+    "show.heatmap": "TextHeatmap", "show.comparing": "Difference against bootstrap paired",
     "show.tables": "stored_results results_table format_cell mean_std show_tokens tie",
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -191,14 +191,14 @@ def column_of(run: dict[str, Any], key: str, data: Any) -> Any:
 def print_assets(names: list[str] | None = None) -> None:
     """One line an asset: name, whether it is here, size of the download, what it is, licence."""
     for row in ftlib.assets.describe(names):
-        here = "here" if row["present"] else "to fetch"
+        here = "here" if row["present"] else "optional" if row["optional"] else "to fetch"
         licence = row["licence"].split(";")[0]  # of the data; the rest is the package's own
         print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
 
 
 def announce(names: list[str] | None = None) -> None:
     """One line on stderr: how many of the assets are here, how many MB the others are to download."""
-    rows = ftlib.assets.describe(names)
+    rows = [row for row in ftlib.assets.describe(names) if names or not row["optional"]]
     sizes = {row["package"]: row["megabytes"] for row in rows if not row["present"]}  # several may come in one
     here = f"{sum(row['present'] for row in rows)} of {len(rows)} corpora and weights are in {ftlib.assets.cache_dir()}"
     ftlib.assets.say(f"{here}; {sum(sizes.values()):.1f} MB to download")
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="fetch or list corpora and weights")
     data.add_argument("action", choices=("fetch", "list"), help="download, check and unpack; or say what is here")
-    data.add_argument("names", nargs="*", help="all of them when none is named")
+    data.add_argument("names", nargs="*", help="all when none is named, but for optional ones")
     run = commands.add_parser("train", help="train what a run.toml describes; --help lists its keys")
     run.add_argument("file", help="a run.toml")
     plain = run.format_help

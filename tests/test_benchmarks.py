@@ -571,29 +571,38 @@ def test_thresholds_of_the_answers_program(program):
 )
 def test_titles_and_french_program_at_toy_size(tmp_path):
     rows = toy(tmp_path, "seq2seq.py")
-    found = {name: [row["way"] for row in rows if row["part"] == name] for name in ("titles", "french")}
+    found = {name: [row["way"] for row in rows if row["part"] == name] for name in ("titles", "french", "opus")}
     assert found == {
         "titles": ["as it comes", "first sentence", "first words", "4", "8", "8, LoRA"],
         "french": ["as it comes", "the English sentence", "4", "8"],
+        "opus": ["as it comes", "4", "8"],
     }  # fmt: skip
     searched = [(row["part"], row["way"]) for row in rows if row["part"].endswith("rates")]
     assert searched == [(f"{name}, rates", way) for name in found for way in found[name] if way[0] in "48"]
     for row in rows:
         assert len(row["each"]) == (2 if row["part"].endswith("rates") else 3)
         assert 0 <= row["score"] <= (1 if "titles" in row["part"] else 100)
+        assert ("address" in row) == ("titles" not in row["part"])
     first = next(row for row in rows if row["way"] == "first sentence")
     assert first["score"] == pytest.approx(statistics.mean(first["each"]), abs=1e-4) and first["score"] > 0.05
 
 
-def test_what_costs_nothing_beside_trained_titles(program):
+def test_what_costs_nothing_beside_trained_titles(program, monkeypatch):
     seq2seq = program("seq2seq")
     assert seq2seq.first_sentence("Is it so? It is. No.", 3) == "Is it so?"
     assert seq2seq.first_words("one two three four", 3) == "one two three"
     part = seq2seq.PARTS["titles"]
     found = seq2seq.scored(part, ["a dog barks", "no"], [{"target": "the dog barks"}, {"target": "a cat"}])
     assert found["each"] == [0.6667, 0] and found["score"] == pytest.approx(1 / 3) and found["words"] == 2
+    texts = ["Vous venez, et vos amis ?", "Que t'a-t-il dit ? Tes mots.", "Viens avec toi et vous.", "A-t-il mangé ?"]
+    assert seq2seq.address(texts) == {"vous": 0.5, "tu": 0.5}
+    rows = [{"target": text} for text in texts]
+    french = seq2seq.scored(seq2seq.PARTS["opus"], [*texts[:2], "?", "A-t-il mangé ?"], rows)
+    assert french["others"] > 99.9 > french["score"] and french["address"]["vous"] == 0.25
     french = seq2seq.rows_of("french", "test", 5, 0)
     assert all(len(row["source"].split()) <= 7 for row in french) and len(french) == 5
+    monkeypatch.setenv("FTLIB_DATA", "/nowhere")
+    assert seq2seq.lacking("titles") is None and "data fetch opus-mt-en-fr" in seq2seq.lacking("opus")
     assert "Êtes-vous là ?".translate(seq2seq.PARTS["french"].letters) == "Etes-vous là ?"
 
 

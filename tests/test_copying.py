@@ -31,7 +31,7 @@ SNIPPETS = {
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
     "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
     "tasks/masked.py": "row = {'input_ids': [0, 1], 'labels': [-100, 1], 'masking': [2, 3, 1.0]}\n"
-    "assert mask(row, [0])['labels'] == [-100, 1] and items(torch.tensor([-100, 1])) == 1",
+    "assert mask(row, [0])['labels'] == [-100, 1] and labelled(torch.tensor([-100, 1])) == 1",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
     "tasks/overlap.py": "assert callable(bleu) and callable(rouge)",
     "tasks/seq2seq.py": "tokenizer.eos_token = '[UNK]'\n"
@@ -47,6 +47,7 @@ SNIPPETS = {
     "show/measuring.py": "with measure() as cost: pass\nassert cost.seconds >= 0",
     "show/diagrams.py": "assert callable(attention_head)",
     "show/plots.py": "assert callable(learning_curves)",
+    "show/heatmap.py": "words = [{'start': 0, 'end': 1, 'score': 1}]; assert 'solid' in TextHeatmap('a b', words).html",
     "show/sheet.py": "assert Box(0, 0, 2, 2).towards(5, 0) == (1, 0)",
     "show/setup.py": "assert setup(3).device.type in ('cpu', 'cuda', 'mps')",
     "show/tables.py": "assert mean_std([1.0, 1.0]) == (1.0, 0.0)",
@@ -56,6 +57,7 @@ SNIPPETS = {
     "inputs/corpora.py": "assert callable(load_corpus)",
     "inputs/documents.py": "(folder / 'x.txt').write_text('A/DT cat/NN')\n"
     "assert read_oanc(folder / 'x.txt')[0]['tags'] == ['DT', 'NN'] and set(READERS) > {'squad-v2'}",
+    "inputs/parts.py": "assert callable(join)",
     "inputs/sdist.py": "assert callable(save)",
     "inputs/files.py": "with aside(folder / 'x') as new: (new / 'a.json').write_text('{}')\n"
     "assert read_json(folder / 'x' / 'a.json') == {}",
@@ -77,6 +79,9 @@ SNIPPETS = {
     "with mixup(model) as loss: assert callable(loss)",
     "methods/balancing.py": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
     "methods/features.py": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
+    "methods/interpretation.py": "encoding = tokenizer(['a b', 'b'], return_token_type_ids=False)\n"
+    "scores = attribute(model, encoding, 'shapley', whole_words=True, samples=2)\n"
+    "assert [len(one) for one in scores] == [2, 1] and len(faithfulness(model, encoding, scores)['deletion']) == 2",
     "methods/losses.py": "assert cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1])) > 0.69",
     "methods/masking.py": "assert causal_mask(2).tolist() == [[True, False], [True, True]]",
     "methods/multitask.py": "m = MultiTaskModel(model.bert, {'a': Head()})\n"
@@ -84,6 +89,9 @@ SNIPPETS = {
     "methods/optimizing.py": "assert parameter_groups(model, learning_rate=1.0)",
     "methods/packing.py": "packed, packing = unpad_input(torch.ones(1, 2, 3), torch.tensor([[True, False]]))\n"
     "assert packed.shape == (1, 1, 3) and pad_input(packed, packing).shape == (1, 2, 3)",
+    "methods/patching.py": "rows = {'input_ids': [1]}, {'input_ids': [2]}\n"
+    "assert activation_patching(model, *rows, 0).shape == (3, 1)\n"
+    "assert shuffled(model, ['bert']) is not model",
     "methods/preferences.py": "assert advantages(torch.tensor([1.0, 1.0]), 2).tolist() == [0.0, 0.0] and dpo()",
     "methods/regularization.py": "add_mixout([model.classifier], 0.5)\n"
     "assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
@@ -107,9 +115,6 @@ SNIPPETS = {
     "    shortcuts=True, dropout=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
-    "engine/filling.py": "tokenizer.add_special_tokens({'mask_token': '[MASK]'})\n"
-    "m = transformers.BertForMaskedLM(model.config); m.resize_token_embeddings(40)\n"
-    "assert len(fill(m, ['a [MASK]'], tokenizer, 2)[0][0]) == 2",
     "engine/generation.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"
     "    n_layer=1, n_head=2)); options = dict(tokenizer=tokenizer, max_new_tokens=2)\n"
     "assert len(generate(gpt, ['a b', 'b'], **options)) == 2",

@@ -15,6 +15,7 @@ KINDS = {  # name: (model type, options)
     "t5": ("t5", T5),
     "t5, own head": ("t5", T5 | {"tie_word_embeddings": False}),
     "umt5": ("umt5", T5),
+    "mt5": ("mt5", T5),
     **{kind: (kind, BART) for kind in ("bart", "marian", "mbart", "pegasus", "plbart", "m2m_100", "blenderbot")},
 }
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..core.batches import Row, one_of, refuse, whole
 from ..inputs.agreement import agree
-from ..inputs.rows import checked_text, text_iterator, token_limit
+from ..inputs.rows import text_iterator, token_limit
 from ..methods.sequences import Transitions, bio_transitions, viterbi
+from ..tasks.classification import text_of
 from ..tasks.tagging import is_bio, named_tags, spans_to_tags, tag_groups, word_ids
 from ..tasks.task import TASKS, names_of, tasks_of
 from .prediction import logits_of
@@ -51,7 +52,7 @@ def entities(
     tasks, limit = tasks_of(model), token_limit(max_length, tokenizer, model.config) or 2**30
     tagger = task in tasks and TASKS[tasks[task][0]].named is named_tags
     refuse((not tagger, f"task={task!r}: entities are read off a tagger's labels; the model has {tasks}"))
-    texts = [checked_text(text, i, "text", inside=True) for i, text in enumerate(text_iterator(texts))]
+    texts = [text_of(text, f"row {i}, column 'text'") for i, text in enumerate(text_iterator(texts))]
     how = dict(return_offsets_mapping=True, return_attention_mask=False, truncation=False, padding=False, verbose=False)
     encoded = tokenizer(texts, **how) if texts else None
     windows = [_windows(encoded, i, limit, stride) for i in range(len(texts))]

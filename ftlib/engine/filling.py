@@ -1,22 +1,15 @@
-"""What a model of masked tokens would put in the place of each mask.
-
-To copy: this file, inputs/{tokenizing,rows,agreement}.py, core/{anatomy,batches}.py, tasks/,
-methods/{speedups,token_losses}.py and torch.
-"""
+"""What a model of masked tokens would put in the place of each mask."""
 
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..core import anatomy
-from ..core.batches import IGNORE, collate, refuse, short, split_by_size, to_device, whole
+from ..core.batches import IGNORE, refuse, short, whole
 from ..inputs.agreement import agree
 from ..inputs.rows import Door, checked, token_limit
 from ..inputs.tokenizing import encode_texts
-from ..methods.speedups import shortcuts
 from ..methods.token_losses import best_tokens
-from ..tasks.task import TASKS, kind_of
+from .prediction import batches_of
 
 
 def fill(
@@ -43,16 +36,12 @@ def fill(
         rows.append(row | {"labels": labels})
     if not rows:
         return []
-    pad, ready = agree(model, tokenizer, len(rows) > 1), checked(rows, Door.of(model, "data"))
-    batches = split_by_size(range(len(rows)), ready.lengths, batch_size=batch_size, alike=pad.alike)
-    found: list[list] = [[] for _ in rows]
-    stack, device = {"": TASKS[kind_of(model) or ""].stack}, next(model.parameters()).device
-    with anatomy.evaluating(model), shortcuts(model):
-        for places in tqdm(batches, desc="predict", unit="batch", leave=False, disable=not progress):
-            batch = collate([ready[i] for i in places], pad_token_id=pad.id, padding_side=pad.side, stack=stack)
-            owners = [i for i in places for label in ready[i]["labels"] if label != IGNORE]
-            scores, ids = (one.tolist() for one in best_tokens(model, to_device(batch, device), count))
-            for i, *best in zip(owners, scores, ids, strict=True):
-                pairs = zip(*best, strict=True)
-                found[i].append([{"token": t, "text": tokenizer.decode([t]), "score": s} for s, t in pairs])
+    ready, found = checked(rows, Door.of(model, "data")), [[] for _ in rows]
+    how = dict(batch_size=batch_size, padding=agree(model, tokenizer, len(rows) > 1), progress=progress)
+    best = batches_of(model, [ready], read=lambda model, batch: best_tokens(model, batch, count), **how)
+    for places, own, (scores, ids) in best:
+        owners = [i for i, row in zip(places, own, strict=True) for label in row["labels"] if label != IGNORE]
+        for i, *each in zip(owners, scores.tolist(), ids.tolist(), strict=True):
+            pairs = zip(*each, strict=True)
+            found[i].append([{"token": t, "text": tokenizer.decode([t]), "score": s} for s, t in pairs])
     return found

@@ -27,8 +27,6 @@ from .feeding import Feed
 from .prediction import labelled, metric_names, scores
 from .settings import Run, TrainConfig
 
-__all__ = ["fit"]
-
 
 def fit(
     model: nn.Module, train_dataset: Any, *, eval_dataset: Any = None, tokenizer: Any = None,
@@ -202,7 +200,8 @@ class Training:
                     if reason := recovery.hopeless(run.history, config, self.total):
                         self._save()
                         raise ValueError(reason)
-                    recovery.warn_of(record)
+                    if distributed.rank() == 0:
+                        warnings.warn(f"{recovery.BAD.format(**record)}; the step is skipped", stacklevel=3)
                 optimizing.begin_step(self.model, run.steps, self.total)
                 stop = self._evaluated()
                 if stop or self._due(config.checkpoint_every):

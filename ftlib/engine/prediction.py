@@ -23,20 +23,20 @@ from ..methods import token_losses
 from ..methods.speedups import shortcuts
 from ..tasks import language_modeling
 from ..tasks.task import TASKS, formed, given_names, names_of, tasks_of
-from . import answering, distributed, filling, generation
+from . import answering, distributed, generation
 
 OUTPUTS = ("labels", "names", "probabilities", "logits")
 
 
 def batches_of(
     model: nn.Module, parts: list[Rows], *, task: str = "", batch_size: int = 64, padding: Padding | None = None,
-    autocast: Callable | None = None, progress: bool = False, shared: bool = False,
+    autocast: Callable | None = None, progress: bool = False, shared: bool = False, read: Callable | None = None,
 ) -> Iterator[tuple[list[int], list[dict], Any]]:  # fmt: skip
     """(numbers of the rows, the rows, their logits: a tensor, or {task: tensor}), a batch each, longest rows first.
 
     shared: each of several processes computes a part of the batches; where there are too few, another's, with no
     numbers.  Every module's train or eval mode is as before afterwards.  Of a language model, whose rows need labels,
-    the summed loss comes in place of logits.
+    the summed loss comes in place of logits, or what `read` makes of model and batch.
     """
     pad = padding or agree(model)
     places = [(part, i) for part, rows in enumerate(parts) for i in range(len(rows))]
@@ -49,7 +49,7 @@ def batches_of(
     tokens = not record.labelled
     stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
-    summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens else nullcontext()
+    summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens and not read else nullcontext()
     with anatomy.evaluating(model), shortcuts(model), summing:
         for indices, counts in tqdm(plan, desc="predict", unit="batch", leave=False, disable=not progress):
             rows = take(numbered, [places[i] for i in indices])
@@ -60,8 +60,9 @@ def batches_of(
                 batch.pop("labels", None)
             batch = to_device(batch, device)
             with (autocast or nullcontext)():
-                output = model(**batch, **named)
-            found = output if several or task else output.loss if tokens else read_logits(output, batch)
+                found = read(model, batch) if read else model(**batch, **named)
+            if not (read or several or task):
+                found = found.loss if tokens else read_logits(found, batch)
             yield (indices if counts else []), rows, found
 
 
@@ -232,10 +233,10 @@ def predict(
 
     Of a table with `question` and `context` the result is a list of {"answer": str, "start", "end": characters of the
     context, end excluded, both None for no answer, "score", "no_answer_score"}.  Candidates are all stretches of up to
-    `max_answer` (30) tokens in all windows (`max_length` 384 tokens, `stride` 128, as in `tokenize`) whose ends are no
-    white space; each counts start's plus end's logit, no answer the least such sum of a window's token for none: see
-    tasks/answers.py.  "score" is the best candidate's probability, by a softmax over all candidates and no answer,
-    also where none is given: where no answer counts more than `no_answer` (0.0) above it; math.inf asks for one always.
+    `max_answer` (30) tokens in all windows (`max_length` 384 tokens, `stride` 128, as in `tokenize`); each counts
+    start's plus end's logit, no answer the least such sum of a window's token for none (tasks/answers.py).  "score" is
+    the best one's probability, a softmax over all and no answer, which is given where it counts more than `no_answer`
+    (0.0) above the best: math.inf asks for an answer always.
     Of tokenized windows "labels" are [start, end], "probabilities" and "logits" float32 (tokens, 2).
     Of texts with masked tokens: for every text a list with an entry a mask, the `top_k` likeliest tokens there,
     [{"token", "text", "score"}, ...], each mask by itself.
@@ -249,8 +250,10 @@ def predict(
         raise ValueError(f"unknown task {task!r}; the model has {has}")
     kind, count = tasks[task]
     if TASKS[kind].draw:
+        from .filling import fill
+
         given = _listed(data, TASKS[kind])
-        return filling.fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
+        return fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
     if not TASKS[kind].labelled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     record, names = TASKS[kind], names_of(model, task)

@@ -6,7 +6,6 @@ To copy: this file, engine/distributed.py, core/anatomy.py, core/loop.py and tor
 import gc
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,7 +108,7 @@ def halving(gradient: Gradient, device: torch.device) -> Gradient:
     return careful
 
 
-_BAD = "step {step}: loss {loss}, gradient norm {grad_norm} on the rows {skipped} of train_dataset"
+BAD = "step {step}: loss {loss}, gradient norm {grad_norm} on the rows {skipped} of train_dataset"
 
 
 def hopeless(history: list[dict], config: Any, total: int) -> str | None:
@@ -119,12 +118,7 @@ def hopeless(history: list[dict], config: Any, total: int) -> str | None:
     if in_a_row < min(config.max_bad_steps, total):
         return None
     return (
-        f"{_BAD.format(**taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good "
+        f"{BAD.format(**taken[0])}, not finite in {in_a_row} steps in a row; the weights are those of the last good "
         "step. Look for bad labels, or for numbers in the weights that are not finite; or begin anew, in another "
         f"checkpoint_dir, with a lower learning_rate ({config.learning_rate:g}) and with max_grad_norm"
     )
-
-
-def warn_of(record: dict[str, Any]) -> None:
-    if distributed.rank() == 0:
-        warnings.warn(f"{_BAD.format(**record)}; the step is skipped", stacklevel=4)

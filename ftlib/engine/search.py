@@ -42,8 +42,8 @@ class Found:
 
 def search(
     train: Callable[..., float], space: Mapping[str, Any], *, method: Any = "random", trials: int | None = None,
-    seconds: float = math.inf, budget: tuple[int, int] | None = None, eta: int = 3, at_once: int = 1,
-    file: str | os.PathLike | None = None, seed: int = 0, maximize: bool = True, progress: bool = True,
+    seconds: float = math.inf, budget: tuple[int, int] | None = None, eta: int = 3, seed: int = 0,
+    file: str | os.PathLike | None = None, maximize: bool = True, progress: bool = True,
 ) -> Found:  # fmt: skip
     """Try settings; train(settings) -> score, on validation rows: the test rows stay out of it.
 
@@ -55,14 +55,13 @@ def search(
         trials: how many settings; default: 20, for "halving" as many as leave one for the last rung.
         seconds: no trial starts later than this after the call.
         budget: (least, most) of "halving": epochs, steps or rows, whatever `train` takes it for.
-        at_once: settings that Optuna gives before it is told their scores; more processes than these don't help.
         file: JSON lines, one a finished trial.  A search that starts again takes from it what is there, failures too
-            (delete a line to try again).  Several processes, started with the same arguments, share the work; one that
-            dies leaves its trial to the others.  On Windows one process a file.
+            (delete a line to try again).  Several processes with the same arguments share the work, of Optuna's a trial
+            at a time, and give the same result; one that dies leaves its trial to the others.  On Windows one a file.
 
-    The result hangs on the seed, not on the number of processes.  A trial that raises, or whose score is not finite, is
-    kept with its error.  Of "halving" trials with the largest budget alone compete.  Warns of a best value in the outer
-    5 % of a range, or the least or most of three or more numbers, 0 aside: a better one may lie beyond.
+    A trial that raises, or whose score is not finite, is kept with its error.  Of "halving" trials with the largest
+    budget alone compete.  Warns of a best value in the outer 5 % of a range, or the least or most of three or more
+    numbers, 0 aside: a better one may lie beyond.
     Raises ValueError for a space, options or a file that don't fit, RuntimeError where no trial gave a score.
     Source: Bergstra and Bengio 2012 (random); Jamieson and Talwalkar 2016, Li et al. 2018 (Hyperband).
 
@@ -75,7 +74,7 @@ def search(
     halving, count = isinstance(method, str) and method == "halving", whole("trials", 20 if trials is None else trials)
     refuse((halving != (budget is not None), f"method={short(method)}, budget={budget}: only 'halving' has a budget"))
     if not isinstance(method, str):
-        batches = _optuna(space, method, count, whole("at_once", at_once), maximize)
+        batches = _optuna(space, method, count, maximize)
     else:
         ranges = [name for name, how in space.items() if isinstance(how, tuple)]
         grid = one_of("method", method, ("grid", "random", "halving")) == "grid"
@@ -164,7 +163,7 @@ def _halving(left: list[dict[str, Any]], steps: list[tuple]) -> Batches:
         left = [left[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if scores[i] > -math.inf]
 
 
-def _optuna(space: dict[str, Any], sampler: Any, trials: int, at_once: int, maximize: bool) -> Batches:
+def _optuna(space: dict[str, Any], sampler: Any, trials: int, maximize: bool) -> Batches:
     """Asked and told in an order that is always the same, so that a search that goes on asks for what it has."""
     try:
         from optuna import create_study, distributions, trial
@@ -176,12 +175,11 @@ def _optuna(space: dict[str, Any], sampler: Any, trials: int, at_once: int, maxi
         else kinds[type(how[0] + how[1])](*how[:2], log=len(how) == 3) for name, how in space.items()
     }  # fmt: skip
     study = create_study(sampler=sampler, direction="maximize" if maximize else "minimize")
-    for first in range(0, trials, at_once):
-        asked = [study.ask(asks) for _ in range(min(at_once, trials - first))]
-        scores = yield [({name: one.params[name] for name in space}, None) for one in asked]
-        for one, score in zip(asked, scores, strict=True):
-            told = {"state": trial.TrialState.FAIL} if math.isinf(score) else {"values": score if maximize else -score}
-            study.tell(one, **told)
+    for _ in range(trials):
+        one = study.ask(asks)
+        (score,) = yield [({name: one.params[name] for name in space}, None)]
+        told = {"state": trial.TrialState.FAIL} if math.isinf(score) else {"values": score if maximize else -score}
+        study.tell(one, **told)
 
 
 def _at_an_end(how: Any, value: Any) -> bool:

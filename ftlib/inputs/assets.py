@@ -1,10 +1,12 @@
 """Real texts and real weights out of archives on the Python package index, pinned by SHA-256.
 
-To copy: this file alone (source archives: inputs/sdist.py; weights in other formats: inputs/converting.py).
+To copy: this file alone (source archives: inputs/sdist.py; a zip in parts: inputs/parts.py; weights in other formats:
+inputs/converting.py).
 
 `fetch` downloads a wheel (zip) or source archive (tar.gz) with the running Python's pip, its index and proxy, checks it
 and every file against `data/sources.toml` (installed: `ftlib/_shipped/`), and unpacks; nothing is installed or run.
-Weights in another format, GGUF or ONNX, are written anew, once, as the folder that Transformers opens in a moment.
+Weights in another format, GGUF, ONNX or a pickle of PyTorch's, are written anew, once, as the folder that Transformers
+opens in a moment.
 """
 
 import difflib
@@ -26,6 +28,7 @@ from pathlib import Path, PurePosixPath
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
 WAYS = {"model": "load it with load_model", "corpus": "load it with load_corpus", "table": "see ftlib.assets.path"}
+_READERS = {"gguf": "gguf", "onnx": "onnx", "spm": "sentencepiece"}  # who reads files with such an ending
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -130,15 +133,16 @@ def verify(name: str) -> Path:
 
 
 def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str, Path]:
-    """Bring assets (all of them when `names` is None) into the cache; returns their folders by name.
+    """Bring assets (all that are not optional when `names` is None) into the cache; returns their folders by name.
 
     What is there is left alone unless `force`; where all is, nothing is written. Every asset appears whole or not at
     all; processes that fetch at the same time wait for each other. `progress` shows pip's words on stderr.
-    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails, or gguf or onnx, which reads the
-    weights, is lacking; OSError, naming the folder, for a full disk and a cache that can't be written to.
+    Raises ValueError for an unknown name or a wrong hash; RuntimeError when pip fails, or a package that reads the
+    files is lacking; OSError, naming the folder, for a full disk and a cache that can't be written to.
     """
-    entries = manifest()
-    names, cache = _as_list(names, entries), cache_dir()
+    entries, cache = manifest(), cache_dir()
+    usual = [name for name, entry in entries.items() if "optional" not in entry]
+    names = usual if names is None else _as_list(names, entries)
     missing = [name for name in names if force or _problem(entries[name], cache / name)]
     if not missing:
         return {name: cache / name for name in names}
@@ -151,14 +155,20 @@ def fetch(names=None, progress: bool = True, *, force: bool = False) -> dict[str
                 groups.setdefault(entries[name]["wheel_sha256"], []).append(name)
         for pinned, group in groups.items():
             kinds = {file.rpartition(".")[2] for name in group for file in entries[name]["files"]}
-            for package in kinds & {"gguf", "onnx"}:
-                if importlib.util.find_spec(package) is None:
-                    raise RuntimeError(f"{', '.join(group)}: no package reads .{package} files; pip install {package}")
+            for kind in kinds & {*_READERS}:
+                if importlib.util.find_spec(package := _READERS[kind]) is None:
+                    raise RuntimeError(f"{', '.join(group)}: no package reads .{kind} files; pip install {package}")
             with _room(cache, entries, group), tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as work:
-                wheel = download(entries[group[0]], group, Path(work), progress)
-                compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), pinned)
+                first = entries[group[0]]
+                wheels = download(first, group, Path(work), progress)
+                for wheel, own in zip(wheels, [pinned, *first.get("parts", {}).values()], strict=True):
+                    compare(f"{', '.join(group)}: {wheel.name}", sha256(wheel), own)
+                if "parts" in first:
+                    from . import parts
+
+                    wheels = [parts.join(wheels, [f"{first['folder']}/{file}" for file in first["files"]])]
                 for name in group:
-                    _put(name, entries[name], wheel, Path(work), cache)
+                    _put(name, entries[name], wheels[0], Path(work), cache)
     return {name: cache / name for name in names}
 
 
@@ -204,23 +214,27 @@ def _room(cache: Path, entries: dict, group: list[str]):
         raise OSError(f"{error.strerror}; {room}; make room, or set FTLIB_DATA to another disk") from error
 
 
-def download(entry: dict, names: list[str], work: Path, progress: bool) -> Path:
-    """Have pip put the wheel of these assets into `work`; RuntimeError with pip's answer, and how without a network."""
-    requirement = f"{entry['package']}=={entry['version']}"
+def download(entry: dict, names: list[str], work: Path, progress: bool) -> list[Path]:
+    """Have pip put the wheels of these assets into `work`; RuntimeError with pip's answer, and how without a network.
+
+    One, or as many as the parts that the asset is in, by their names.
+    """
+    packages = [entry["package"], *entry.get("parts", ())]
+    requirement = " ".join(f"{package}=={entry['version']}" for package in packages)
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(f"no pip to fetch {requirement}: `{sys.executable} -m ensurepip` or `uv pip install pip`")
     tool = ["-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     if entry.get("archive") == "sdist":  # pip would run what is in it
         tool = ["-P", str(Path(__file__).with_name("sdist.py"))]
-    command = [sys.executable, *tool, "-d", str(work / "wheel"), requirement]
+    command = [sys.executable, *tool, "-d", str(work / "wheel"), *requirement.split()]
     # pip downloads to its temporary folder first: inside ours, an interrupted download leaves nothing behind.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     environment |= dict.fromkeys(("PIP_DISABLE_PIP_VERSION_CHECK", "PIP_NO_INPUT"), "1")
     bar = 2 if progress else subprocess.DEVNULL  # 2: where stderr goes
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, env=environment)
-    wheels = [*(work / "wheel").glob("*")]
-    if pip.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
+    wheels = sorted((work / "wheel").glob("*"))
+    if pip.returncode == 0 and len(wheels) == len(packages):
+        return wheels
     said = pip.stderr.decode(errors="replace").strip()
     if full := [code for code in _FULL if os.strerror(code) in said]:  # in the middle of a traceback
         raise OSError(full[0], f"{os.strerror(full[0])} for pip, in {work} or its own cache")
@@ -283,6 +297,8 @@ def _made(folder: Path, *files: str) -> dict[str, dict]:
 
     if files[0].endswith(".gguf"):
         converting.from_gguf(folder, *files)
+    elif "pytorch_model.bin" in files:
+        converting.from_pickle(folder)
     else:
         converting.from_onnx(folder, *(file for file in files if file.endswith(".onnx")))
     made = {}
@@ -320,11 +336,11 @@ def _sync(output) -> None:
 
 
 def describe(names=None) -> list[dict]:
-    """Rows for `data list`: name, kind, about, package, megabytes (of the download), licence, present."""
+    """Rows for `data list`: name, kind, about, package, megabytes (of the download), licence, present, optional."""
     entries = manifest()
     return [
         {key: entry[key] for key in ("kind", "about", "licence")}
-        | {"name": name, "package": f"{entry['package']}=={entry['version']}"}
+        | {"name": name, "package": f"{entry['package']}=={entry['version']}", "optional": "optional" in entry}
         | {"megabytes": round(entry["wheel_size"] / 1e6, 1), "present": _problem(entry, cache_dir() / name) is None}
         for name in _as_list(names, entries) for entry in [entries[name]]
     ]  # fmt: skip

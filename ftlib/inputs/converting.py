@@ -1,6 +1,6 @@
-"""Weights in other programs' files, written anew as the folder that Transformers opens: llama.cpp's GGUF, 8-bit ONNX.
+"""Weights in other files, written anew as the folder that Transformers opens: llama.cpp's GGUF, 8-bit ONNX, pickles.
 
-Nothing in an ONNX file is run.
+Nothing in an ONNX file is run, and of a pickle only tensors are taken.
 
 To copy: this file alone, torch and transformers; gguf or onnx, by the kind of file.
 Source: the operator DequantizeLinear of ONNX 1.17.
@@ -36,6 +36,16 @@ def from_gguf(folder: Path, gguf: str) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     (folder / gguf).unlink()
+
+
+def from_pickle(folder: Path) -> None:
+    """Write an encoder-decoder's pytorch_model.bin as safetensors in its place; the tokenizer's files stay."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    with redirect_stderr(io.StringIO()):
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto", use_safetensors=False, weights_only=True)
+        model.save_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
 
 
 def from_onnx(folder: Path, *files: str) -> None:

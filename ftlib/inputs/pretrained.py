@@ -5,6 +5,7 @@ Weights are float32, the model in eval mode, unless you ask otherwise. No remote
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -24,11 +25,14 @@ def load_tokenizer(name, **kwargs):
     """The fast tokenizer of a model named as in `load_model`; `kwargs` go to AutoTokenizer.from_pretrained.
 
     It truncates and pads only where the caller asks for it. `model_max_length` is the length of the model's position
-    table: 512 for minilm, trained on 128. A folder without tokenizer files raises ValueError.
+    table: 512 for minilm, trained on 128. A folder without tokenizer files raises ValueError, one whose files
+    sentencepiece reads ImportError without that.
     """
     from transformers import AutoTokenizer
 
     place = _locate(name, kwargs)
+    if any(Path(place).glob("*.spm")) and importlib.util.find_spec("sentencepiece") is None:
+        raise ImportError(f"'{name}': sentencepiece reads its tokenizer; pip install sentencepiece sacremoses")
     with _explain(name, place):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **kwargs)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers made one up from config.json

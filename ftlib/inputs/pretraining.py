@@ -26,9 +26,8 @@ class PackedText:
     is what its `task` makes of it, special tokens and end token included; one follows the other, rows are cut
     anywhere, and the tokens left at the end are dropped.  options: of the task, whole_words=True say.
 
-    Every iteration begins anew.  A run of `fit` that is resumed reads the stream again up to its place.  In a loop of
-    your own `state_dict` after a row, and `load_state_dict` before the next iteration, go on behind that row: texts
-    before it are passed over without being tokenized.
+    Every iteration begins anew; a resumed `fit` reads up to its place.  In a loop of your own `state_dict` after a row,
+    and `load_state_dict` before the next iteration, go on behind that row, without tokenizing what comes before.
     Raises ValueError or TypeError, naming the text by its number, for what is none, when it comes.
     """
 
@@ -70,17 +69,13 @@ class PackedText:
             if not texts:
                 return
             texts = [text[self.column] if isinstance(text, Mapping) else text for text in texts]
-            places = [(f"text {read + i}", text) for i, text in enumerate(texts) if not _blank(text)]
+            places = [(f"text {i}", text) for i, text in enumerate(texts, read) if str(text).strip()]
             read += len(texts)
             if places:
                 wheres, kept = map(list, zip(*places, strict=True))
                 made = self._made(kept, wheres)
                 for name in sorted({"input_ids", "labels", "begins"} & made.keys()):
                     rest[name] = [*rest.get(name, ()), *(token for row in made[name] for token in row)]
-
-
-def _blank(text: Any) -> bool:
-    return isinstance(text, str) and not text.strip()
 
 
 def sentence_pairs(

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.anatomy import max_positions
 from ..core.batches import Row, short
-from ..tasks.classification import plain
+from ..tasks.classification import plain, text_of
 from ..tasks.task import TASKS, given_names, names_of, tasks_of
 from . import agreement
 from .agreement import inputs_of
@@ -292,20 +292,11 @@ def checked_column(values: Sequence[Any], indices: Sequence[int], column: str) -
     return [checked_text(value, row, column) for row, value in zip(indices, values, strict=True)]
 
 
-def checked_text(value: Any, row: int, column: str, inside: bool = False) -> Any:
+def checked_text(value: Any, row: int, column: str) -> Any:
     """The text, or list of words, as it is; ValueError or TypeError naming row and column for one that is none."""
     where = f"row {row}, column {column!r}"
-    if isinstance(value, (list, tuple)) and not inside:
-        if not value:
-            raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
-        return [checked_text(word, row, f"{column}[{i}]", inside=True) for i, word in enumerate(value)]
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise TypeError(f"{where}: expected text, got {short(value)} ({kind}); drop the row or fill it in")
-    if not value.strip():
-        raise ValueError(f"{where}: the text is empty; drop the row or give it text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
-    return value
+    if not isinstance(value, (list, tuple)):
+        return text_of(value, where)
+    if not value:
+        raise ValueError(f"{where}: the list of words is empty; drop the row or give it words")
+    return [text_of(word, f"row {row}, column '{column}[{i}]'") for i, word in enumerate(value)]

@@ -39,14 +39,11 @@ def tokenize(
         label: column with the labels, default `label` or `labels` if there; or {task name: column} for multi-task rows,
             where `labels` becomes a dict.  A list of whole numbers or names beside a list of words is tags, one a word:
             each is put on the first piece of its word, -100 elsewhere.  Any other list is kept: multi-label.
-        task: the kind of task, for those that read further columns: "relation-classification" reads `spans`;
-            with "multi-label-classification" lists of class names become a 0 or 1 for each class; "causal-lm" reads
-            `messages` (by the tokenizer's chat template; with `tools`, if there), or `prompt` and `completion`, or
-            `text`, and its labels are the tokens that are trained: see tasks/language_modeling.py;
-            "question-answering" reads `question`, `context` and, where it is there, `answers`, and makes a row of at
-            most `max_length` tokens (default 384) of every window on a context: see tasks/answers.py;
-            "seq2seq-lm" reads `source` and `target`, or the columns that text= and label= name: see tasks/seq2seq.py;
-            "masked-lm" reads `text`; masks are drawn when a step reads the row: see tasks/masked.py.
+        task: the kind of task, where lists of class names are to be a 0 or 1 for each class ("multi-label-
+            classification"), or other columns are read: `spans` ("relation-classification"); `messages` (and `tools`),
+            or `prompt` and `completion`, or `text` ("causal-lm"); `question`, `context` and, if there, `answers`, of
+            which every window is a row ("question-answering"); `source` and `target`, or those that text= and label=
+            name ("seq2seq-lm"); `text` ("masked-lm").  tasks/ says more of each.
         stride: tokens of a context that its next window has again; default 128, at most a third of max_length.
         max_target_length, prefix: of text to text: longest target, its end token included, default what the tokenizer
             takes, a longer one is an error; and what stands before every source.  There a source is cut only where

@@ -1,7 +1,7 @@
-"""Attention by hand: the formula, the multi-head layer, and the maps of a pretrained encoder.
+"""Attention by hand: the formula, the multi-head layer, and the maps of a pretrained encoder, rolled out.
 
 A mask is boolean and True means "may attend" (masking.py makes them); `nn.MultiheadAttention` means the opposite.
-To copy: this file alone.
+To copy: this file alone (scipy for `attention_flow`).
 """
 
 import math
@@ -161,6 +161,53 @@ def attention_maps(model: nn.Module, **inputs) -> Tensor:
             found = f"layer {number} gave weights of shape {tuple(layer.shape)} for {batch} rows of {tokens} tokens"
             raise ValueError(f"{found}; an unpadded model shows its maps after ftlib.repad(model)")
     return torch.stack([layer.float() for layer in layers])  # (layers, batch, heads, queries, keys)
+
+
+def rollout(attentions: Tensor) -> Tensor:
+    """How much of each input token is in each output, if maps were all there is: (batch, outputs, inputs).
+
+    attentions: (layers, batch, heads, tokens, tokens), of `attention_maps`; the result's rows sum to 1, too.  A layer
+    counts with the mean of its heads and, for the residual connection, the identity, (W + I) / 2; the layers are
+    multiplied.  What values and feed-forward blocks do is left out.  Padding takes a share: rows of one length only.
+    Source: Abnar and Zuidema 2020 (arXiv:2005.00928).
+
+    >>> rollout(torch.tensor([[[[[0.0, 1.0], [0.0, 1.0]]]]]))
+    tensor([[[0.5000, 0.5000],
+             [0.0000, 1.0000]]])
+    """
+    reach = torch.eye(attentions.shape[-1], dtype=attentions.dtype, device=attentions.device)
+    for weights in _with_residual(attentions):
+        reach = weights @ reach  # (batch, outputs, inputs)
+    return reach
+
+
+def attention_flow(attentions: Tensor, output: int = 0) -> Tensor:
+    """The most that can flow from one output to each input token, if maps were pipes: float32 (batch, tokens).
+
+    The graph has a node for every token of every layer and `rollout`'s (W + I) / 2 as capacities; a maximum flow for
+    each input.  Source: Abnar and Zuidema 2020 (arXiv:2005.00928).
+    """
+    from scipy.sparse import coo_array, csr_matrix
+    from scipy.sparse.csgraph import maximum_flow
+
+    mixed, unit = _with_residual(attentions).double().cpu(), 2**28  # capacities are whole numbers
+    layers, batch, tokens, _ = mixed.shape
+    above, query, key = torch.meshgrid(*map(torch.arange, (layers, tokens, tokens)), indexing="ij")
+    ends = ((above + 1) * tokens + query).flatten().numpy(), (above * tokens + key).flatten().numpy()
+    flows, source = torch.empty(batch, tokens), layers * tokens + range(tokens)[output]
+    for row in range(batch):
+        capacity = (mixed[:, row] * unit).round().int().flatten().numpy()
+        graph = csr_matrix(coo_array((capacity, ends), shape=[(layers + 1) * tokens] * 2))
+        flows[row] = torch.tensor([maximum_flow(graph, source, sink).flow_value / unit for sink in range(tokens)])
+    return flows
+
+
+def _with_residual(attentions: Tensor) -> Tensor:
+    """(layers, batch, tokens, tokens)."""
+    if attentions.dim() != 5 or attentions.shape[-1] != attentions.shape[-2]:
+        found = tuple(attentions.shape)
+        raise ValueError(f"attentions of shape {found}; need (layers, batch, heads, tokens, tokens): attention_maps")
+    return (attentions.mean(2) + torch.eye(attentions.shape[-1]).to(attentions)) / 2
 
 
 def _past(query: Tensor, key: Tensor) -> Tensor:

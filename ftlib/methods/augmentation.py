@@ -18,7 +18,8 @@ from torch import nn
 from ..core import anatomy
 from ..core.batches import number, refuse, short, whole
 from ..inputs.reading import as_dataset
-from ..inputs.rows import checked_text, token_limit
+from ..inputs.rows import token_limit
+from ..tasks.classification import text_of
 from ..tasks.task import TASKS, kind_of, task_loss
 
 Change = Callable[[str, np.random.Generator], str]
@@ -131,9 +132,9 @@ def augment(rows: Any, how: Change | Sequence[Change], times: int = 1, *, seed: 
     changed, grown = [how] if callable(how) else list(how), []
     for i, row in enumerate(table):
         for copy in range(whole("times", times)):
-            given = checked_text(row[text], i, text, inside=True)
+            given = text_of(row[text], f"row {i}, column {text!r}")
             new = changed[copy % len(changed)](given, np.random.default_rng([whole("seed", seed, 0), i, copy]))
-            grown.append({**row, text: checked_text(new, i, text, inside=True)})
+            grown.append({**row, text: text_of(new, f"row {i}, column {text!r}")})
     return datasets.concatenate_datasets([table, datasets.Dataset.from_list(grown, table.features)])
 
 

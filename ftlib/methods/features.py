@@ -77,15 +77,15 @@ def extract_features(
         model: a Transformers model (its encoder is used, without a task head or decoder), or a name for `load_model`.
             The name of a sentence-transformers folder gives the vectors that its `encode` gives: with its pooling,
             Dense and Normalize, its max_seq_length and its default prompt; minilm is one.
-        texts: strings, (text, text_pair) tuples, or lists of words: any iterable, a generator too.  It is read in the
-            caller's thread, 16,384 texts at a time, the longest of them computed first, and never held as a whole.
+        texts: strings, (text, text_pair) tuples, or lists of words: any iterable, read 16,384 texts at a time, the
+            longest of them computed first, and never held as a whole.
         tokenizer: default: found by the model's name.
         pooling: one of POOLINGS over real tokens; see `pool`.  Default: what the folder named says, else "mean".
         layer: which layer's output, counted like hidden_states: 0 the embeddings, 1 the first layer, -1 the last.
             A list of layers costs one pass.  With a pooling or layer of your own a folder's Dense and Normalize,
             which were made for its own, are left out.
-        batch_size, max_tokens: most texts, and most tokens with padding, a batch; a longer text is a batch of its own.
-            Default: any number of texts; 4,096 tokens on a CPU, where more was no faster, and 32,768 on a GPU.
+        batch_size, max_tokens: most texts (default: any number), and most tokens with padding, a batch (default: 4,096
+            on a CPU, 32,768 on a GPU); a longer text is a batch of its own.
         max_length: cut longer texts, in tokens; default: what the folder says, else what the model takes.
         truncation: False refuses longer texts instead of cutting them.
         normalize: divide each vector by its length, so that a dot product is a cosine.  Default: as the folder says.
@@ -268,8 +268,7 @@ def _vectors(
 def _written(chunks: Iterator[np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:
     """The chunks one after the other in a .npy file, which is then memory-mapped.
 
-    Appended with plain writes: a full disk is then an error that can be told (into a memory map it kills the process),
-    and pages written do not count as this process's memory.  NumPy's header leaves room for the number of texts.
+    Plain writes, as a full disk kills a process that writes into a memory map; the header has room for the number.
     """
     aside, count = Path(f"{path}.part"), 0
     about = {"descr": "<f4", "fortran_order": False}

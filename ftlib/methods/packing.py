@@ -1,7 +1,8 @@
 """The real tokens of padded rows in one long row, (1, N_tokens, hidden), and attention that keeps examples apart in it.
 
 On a CPU by `speedups.attend`, on a CUDA GPU of capability 8.0 or more, in half precision and without attention dropout,
-by `torch.nn.attention.varlen`.  Otherwise, as for soft-capped scores and a CPU's sliding windows, the heads are padded.
+by `torch.nn.attention.varlen`.  Otherwise, as for soft-capped scores, a GPU's biases of positions and a CPU's sliding
+windows, the heads are padded.
 
 To copy: this file, methods/speedups.py, core/anatomy.py and torch.
 Source: Portes et al. 2023 (MosaicBERT, arXiv:2312.17482); Warner et al. 2024 (ModernBERT, arXiv:2412.13663).
@@ -105,11 +106,13 @@ def pad_input(packed: Tensor, packing: Packing) -> Tensor:
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
     sliding_window: int | None = None, softcap: float | None = None, keys: Packing | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of (1, heads, N_tokens, head_dim), every token in its own example; (1, N_tokens, heads, head_dim).
 
     key and value may have fewer heads, each for as many of query's in turn.  sliding_window: how far a token sees, in
-    tokens, itself included.  keys: the packing of key and value where they are other rows', of an encoder.
+    tokens, itself included.  keys: the packing of key and value where they are other rows', of an encoder.  bias: as in
+    `speedups.attend`, for the places in the padded row.
     """
     device = query.device.type  # rotary positions leave float32 under autocast
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
@@ -118,13 +121,14 @@ def attend_packed(
     window = sliding_window - 1 if local else None
     keys = packing if keys is None else keys
     quick = softcap is None and not local and keys is packing and packing.lengths is not None
+    quick = quick and (bias is None or packing.gapless)
     if quick and speedups.computed_in(query):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale, packing.causal)
+        out = speedups.attend(query[0], key[0], value[0], packing.lengths, dropout, scale, packing.causal, bias)
         return out.transpose(0, 1).unsqueeze(0)
-    if softcap is None and (packing.gapless or not local) and can_varlen(query, packing, dropout):
+    if bias is None and softcap is None and (packing.gapless or not local) and can_varlen(query, packing, dropout):
         return attend_varlen(query, key, value, packing, keys, scaling, window)
-    return attend_padded(query, key, value, packing, keys, dropout, scaling, window, softcap)
+    return attend_padded(query, key, value, packing, keys, dropout, scaling, window, softcap, bias)
 
 
 def can_varlen(query: Tensor, packing: Packing, dropout: float) -> bool:
@@ -155,7 +159,7 @@ def attend_varlen(
 
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, keys: Packing, dropout: float,
-    scaling: float | None, window: int | None, softcap: float | None = None,
+    scaling: float | None, window: int | None, softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `attend_packed`; window: how far a token sees to each side, without itself."""
     # (batch, heads, tokens, head_dim) each
@@ -168,6 +172,9 @@ def attend_padded(
         back = position[:, None] - position  # (tokens, tokens), how far back the key is from the query
         seen = seen & (back >= 0) if packing.causal else seen  # (batch, 1, tokens, tokens)
         seen = seen & (back.abs() <= window) if window is not None else seen
+    if bias is not None:
+        bias = bias[:, : packing.mask.shape[1], : packing.mask.shape[1]].to(query.dtype)
+        seen = torch.where(seen, bias, torch.finfo(query.dtype).min)  # (batch, heads, tokens, tokens)
     out = capped_attention(query, key, value, seen, dropout, scaling, softcap)
     return pack(out.transpose(1, 2), packing, packing.spare)
 
@@ -205,30 +212,16 @@ def padded(output: Any, packing: Packing) -> Any:
 
 
 def forward_both(base: nn.Module, kwargs: dict) -> Any:
-    """An encoder with a decoder, both packed; without both as it came.  No target mask: its last padding ids count."""
+    """An encoder with a decoder, both packed; without both as it came."""
     names = {"": ("input_ids", "inputs_embeds"), "decoder_": ("decoder_input_ids", "decoder_inputs_embeds")}
-    given = {side: [kwargs[name] for name in own if kwargs.get(name) is not None] for side, own in names.items()}
-    masks = {side: kwargs.get(f"{side}attention_mask") for side in names}
-    cached = kwargs.get("use_cache") or any(kwargs.get(n) is not None for n in ("encoder_outputs", "past_key_values"))
-    if cached or any(len(own) != 1 for own in given.values()) or any(
-        mask is not None and getattr(mask, "shape", None) != given[side][0].shape[:2] for side, mask in masks.items()
-    ):  # fmt: skip
+    if (found := _packed(names, kwargs, "decoder_", base.config.pad_token_id)) is None:
         return type(base).forward(base, **kwargs)
-    found, places = [], {}
-    for side, (ids,) in given.items():
-        mask = masks[side]
-        if mask is None:
-            mask = torch.ones(ids.shape[:2], device=ids.device, dtype=torch.bool)
-            if side and ids.ndim == 2:
-                mask = (ids != base.config.pad_token_id).flip(1).cummax(1).values.flip(1)
-        packing = Packing.of(mask.to(ids.device, torch.bool), host_of(masks[side]), bool(side))
-        place = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[:2])
+    places = {}
+    for side, packing in found.items():
+        place = torch.arange(packing.mask.shape[1], device=packing.mask.device).expand(packing.mask.shape)
         table = (base.decoder if side else base.encoder).embed_positions
         places[table] = partial(_placed, places=pack(place, packing, packing.spare)[0])
-        kwargs |= {name: pack(ids, packing, packing.spare) for name in names[side] if kwargs.get(name) is not None}
-        kwargs[f"{side}attention_mask"] = packing.mask[:1, None, None, :0]  # handed on as it is: see `unpadding`
-        found.append(packing)
-    packings = Packings(*found)
+    packings = Packings(*found.values())
     with anatomy.forwards(places):
         output = type(base).forward(base, **kwargs | {"packing": packings, "use_cache": False, "return_dict": True})
     for name in output:
@@ -239,6 +232,67 @@ def forward_both(base: nn.Module, kwargs: dict) -> Any:
 def _placed(table: nn.Module, *args: Any, places: Tensor, **kwargs: Any) -> Tensor:
     """What a table of positions gives for those of packed tokens."""
     return type(table).forward(table, None, position_ids=places)
+
+
+def _packed(names: dict[str, tuple[str, ...]], kwargs: dict, causal: str | None, pad: int | None) -> Any:
+    """Put packed tokens into kwargs, return {side: its packing}; None for a side without tokens, a cache, other masks.
+
+    names: {side: what its tokens may be called}; <side>attention_mask has its mask.  Where the causal side has none,
+    its last padding ids don't count.
+    """
+    cached = kwargs.get("use_cache") or any(kwargs.get(n) is not None for n in ("encoder_outputs", "past_key_values"))
+    given = {side: [kwargs[name] for name in own if kwargs.get(name) is not None] for side, own in names.items()}
+    masks = {side: kwargs.get(f"{side}attention_mask") for side in names}
+    if cached or any(len(own) != 1 for own in given.values()) or any(
+        mask is not None and getattr(mask, "shape", None) != given[side][0].shape[:2] for side, mask in masks.items()
+    ):  # fmt: skip
+        return None
+    found = {}
+    for side, (ids,) in given.items():
+        mask = masks[side]
+        if mask is None:
+            mask = torch.ones(ids.shape[:2], device=ids.device, dtype=torch.bool)
+            if side == causal and ids.ndim == 2:
+                mask = (ids != pad).flip(1).cummax(1).values.flip(1)
+        packing = Packing.of(mask.to(ids.device, torch.bool), host_of(masks[side]), side == causal)
+        kwargs |= {name: pack(ids, packing, packing.spare) for name in names[side] if kwargs.get(name) is not None}
+        kwargs[f"{side}attention_mask"] = packing.mask[:1, None, None, :0]  # handed on as it is: see `unpadding`
+        found[side] = packing
+    return found
+
+
+def forward_stack(stack: nn.Module, kwargs: dict) -> Any:
+    """T5's encoder, or its decoder, for which the encoder's output is packed too; else as it came."""
+    names: dict[str, tuple[str, ...]] = {"": ("input_ids", "inputs_embeds")}
+    if stack.is_decoder:
+        names["encoder_"] = ("encoder_hidden_states",)
+    found = _packed(names, kwargs, "" if stack.is_decoder else None, stack.config.pad_token_id)
+    if found is None:
+        return type(stack).forward(stack, **kwargs)
+    kwargs |= {"packing": Packings(found.get("encoder_", found[""]), found[""]), "use_cache": False}
+    return padded(type(stack).forward(stack, **kwargs), found[""])
+
+
+def attend_relative(
+    attention: nn.Module, hidden: Tensor, *args: Any, packing: Packings | None = None, **kwargs: Any
+) -> tuple:
+    """T5's attention of packed tokens; the first layer's bias goes on to the others, in UMT5 each has its own."""
+    if packing is None:
+        return type(attention).forward(attention, hidden, *args, **kwargs)
+    source = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
+    layers = zip((attention.q, attention.k, attention.v), (hidden, source, source), strict=True)
+    # (1, heads, N_tokens, head_dim) each
+    query, key, value = (
+        layer(hidden if x is None else x).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for layer, x in layers
+    )
+    (own, keys), bias = packing.of(attention), kwargs.get("position_bias")
+    if bias is None and attention.has_relative_attention_bias:
+        width = -(-own.mask.shape[1] // 8) * 8
+        bias = attention.compute_bias(width, width)[0]  # (heads, width, width)
+    dropout = attention.dropout if attention.training else 0.0
+    out = attend_packed(query, key, value, own, dropout, attention.scaling, keys=keys, bias=bias)
+    out = attention.o(out.flatten(2))  # (1, N_tokens, hidden)
+    return (out, bias, None) if "position_bias" in kwargs else (out, None)
 
 
 def host_of(mask: Tensor | None) -> Tensor | None:

@@ -82,19 +82,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def dpo(
-    beta: float = 0.1, *, reference: Reference = None, loss: str = "sigmoid", label_smoothing: float = 0.0,
-    autocast: Callable = nullcontext, scaler: torch.amp.GradScaler | None = None,
+    beta: float = 0.1, *, reference: Reference = None, autocast: Callable = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Gradient:  # fmt: skip
     """Direct preference optimization: the gradient of -log σ(beta (g_chosen - g_rejected)), mean over a step's pairs.
 
     g is how much log-probability an answer gained against the reference: its own kept in the batch, that of a frozen
     model, or of this model inside a context (`without_adapters`).  Batches are those of `preference_batch`.
-    loss: "ipo" is (g_chosen - g_rejected - 1 / (2 beta))², g a token (Azar et al. 2023, arXiv:2310.12036; as in TRL).
-    label_smoothing: the share of pairs taken to be the wrong way round, for "sigmoid".
     `last` of the function has the last step's means over pairs: margin, beta (g_chosen - g_rejected); accuracy, the
     share of margins above 0; the log-probabilities chosen and rejected.
     """
-    one_of("loss", loss, ("sigmoid", "ipo")), number("beta", beta, 1e-6)
+    number("beta", beta, 1e-6)
 
     def part(model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:
         pairs = sum(len(one["input_ids"]) for one in step) / 2
@@ -103,45 +101,38 @@ def dpo(
         with autocast():
             own = label_log_probs(model, _inputs(batch)).sum(1)  # (2 * pairs,)
         margin = torch.sub(*(own - theirs).chunk(2))  # (pairs,)
-        if loss == "ipo":
-            tokens = (batch["labels"][:, 1:] != IGNORE).sum(1)
-            each = (torch.sub(*((own - theirs) / tokens).chunk(2)) - 1 / (2 * beta)).square()
-        else:
-            right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-            each = -(1 - label_smoothing) * right - label_smoothing * wrong
-        return [value.sum() / pairs for value in (each, beta * margin, margin > 0, *own.chunk(2))]
+        values = (-F.logsigmoid(beta * margin), beta * margin, margin > 0, *own.chunk(2))
+        return [value.sum() / pairs for value in values]
 
     return _gradient(part, ("margin", "accuracy", "chosen", "rejected"), scaler)
 
 
-def advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
+def advantages(rewards: Tensor, group_size: int) -> Tensor:
     """(reward - mean of its group) / (standard deviation of the group + 1e-4); groups of answers stand together.
 
-    rewards: float (prompts * group_size,), and so is what is returned.  scale=False does not divide (Liu et al. 2025,
-    arXiv:2503.20783).
+    rewards: float (prompts * group_size,), and so is what is returned.
 
     >>> advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2)
     tensor([-0.7071,  0.7071,  0.0000,  0.0000])
     """
     groups = rewards.view(-1, whole("group_size", group_size, 2))
-    apart = groups - groups.mean(1, keepdim=True)
-    return (apart / (groups.std(1, keepdim=True) + 1e-4) if scale else apart).flatten()
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 def rollouts(
     model: nn.Module, prompts: Sequence[Any], reward: Callable[[Any, str], float], *, generate: Callable,
-    tokenizer: Any, group_size: int = 8, batch_size: int | None = None, scale: bool = True,
+    tokenizer: Any, group_size: int = 8, batch_size: int | None = None,
 ) -> Step:  # fmt: skip
     """A step for `grpo`: `group_size` answers to each prompt with their rewards, in micro-batches of `batch_size`.
 
     prompts: texts or lists of messages.  reward: (prompt, answer) -> number.  generate: (model, prompts) -> the token
-    ids of an answer to each, with its end token where the model wrote one.  scale: as in `advantages`.
+    ids of an answer to each, with its end token where the model wrote one.
     """
     asked = [prompt for prompt in prompts for _ in range(group_size)]
     answers = [[int(token) for token in answer] for answer in generate(model, asked)]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     rewards = [float(reward(prompt, text)) for prompt, text in zip(asked, texts, strict=True)]
-    gains, rows = advantages(torch.tensor(rewards), group_size, scale).tolist(), []
+    gains, rows = advantages(torch.tensor(rewards), group_size).tolist(), []
     for i, answer in enumerate(answers):
         before = prompt_ids(tokenizer, asked[i], f"prompt {i // group_size}")
         rows.append({"input_ids": before + answer, "labels": [IGNORE] * len(before) + answer})
@@ -159,9 +150,8 @@ def keep_log_probs(model: nn.Module, step: Step, temperature: float = 1.0, autoc
 
 
 def grpo(
-    *, beta: float = 0.0, epsilon: float = 0.2, loss: str = "dapo", max_new_tokens: int | None = None,
-    reference: Reference = None, temperature: float = 1.0, autocast: Callable = nullcontext,
-    scaler: torch.amp.GradScaler | None = None,
+    *, beta: float = 0.0, epsilon: float = 0.2, loss: str = "dapo", reference: Reference = None,
+    temperature: float = 1.0, autocast: Callable = nullcontext, scaler: torch.amp.GradScaler | None = None,
 ) -> Gradient:  # fmt: skip
     """Group relative policy optimization: the gradient of -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta KL.
 
@@ -169,15 +159,12 @@ def grpo(
     advantage; KL: r (exp(d) - d - 1), d the reference's log-probability less its own (the r as in TRL, after
     DeepSeek-V3.2, arXiv:2512.02556).
     loss: "dapo", the mean over the step's tokens (Yu et al. 2025, arXiv:2503.14476); "grpo", over its answers, of the
-    mean over an answer's tokens; "dr_grpo", the sum over tokens / (answers * max_new_tokens) (Liu et al. 2025).
+    mean over an answer's tokens.
     Batches are those of `rollouts`; reference: a frozen model or `without_adapters`; temperature: that of the draws.
     `last` of the function has the last step's mean reward, and means over tokens: KL, and the share that was clipped.
     """
-    one_of("loss", loss, ("dapo", "grpo", "dr_grpo"))
-    refuse(
-        (loss == "dr_grpo" and not max_new_tokens, "loss='dr_grpo' divides by max_new_tokens; give it"),
-        (beta and reference is None, f"beta={beta} needs a reference: without_adapters, or a copy of the model"),
-    )
+    one_of("loss", loss, ("dapo", "grpo"))
+    refuse((beta and reference is None, f"beta={beta} needs a reference: without_adapters, or a copy of the model"))
 
     def part(model: nn.Module, batch: Batch, step: Step) -> list[Tensor]:
         mask, *others = [F.pad(one["labels"][:, 1:] != IGNORE, (1, 0)) for one in (batch, *step)]  # (rows, tokens)
@@ -190,8 +177,7 @@ def grpo(
         kl = ratio * (apart.exp() - apart - 1)
         clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * gain
         each = mask * (beta * kl - torch.minimum(ratio * gain, clipped))
-        long = mask.sum(1, keepdim=True).clamp(min=1)
-        each = each / {"dapo": tokens, "grpo": rows * long, "dr_grpo": rows * (max_new_tokens or 1)}[loss]
+        each = each / (tokens if loss == "dapo" else rows * mask.sum(1, keepdim=True).clamp(min=1))
         cut = (mask & (clipped < ratio * gain)).sum() / tokens
         return [each.sum(), batch["rewards"].sum() / rows, (mask * kl).sum() / tokens, cut]
 

@@ -22,6 +22,7 @@ _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 ONEDNN = _product is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _RMS = "Exaone4 Gemma Gemma2 Gemma3 Glm Glm4 Granite Llama Ministral3 Mistral Olmo2 Olmo3 Phi3 Qwen2 Qwen3 SeedOss "
 _RMS = tuple(f"{name}RMSNorm" for name in (_RMS + "SmolLM3").split())  # Transformers' classes that `rms_norm` knows
+_RMS += ("MT5LayerNorm", "T5LayerNorm", "UMT5LayerNorm")
 SHORT = 128  # tokens of a row up to which many small products are better made into few
 LONG = 384  # tokens from which a causal row in bfloat16 is left to PyTorch's kernel, which keeps no scores
 
@@ -75,13 +76,13 @@ class _RMSNorm(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, layout, p):
+    def forward(ctx, query, key, value, layout, p, bias):
         q, k, v = layout.lay(query), layout.keys.lay(key), layout.keys.lay(value)
         scores = q.new_empty(layout.squares)
         for rows, keys, square in layout.groups:
             torch.bmm(rows(q), keys(k).transpose(1, 2), out=square(scores))
         weights = scores.to(torch.promote_types(q.dtype, torch.float32))  # the softmax is never half precision
-        layout.hide(weights)
+        layout.prepare(weights, bias)
         for _, _, square in layout.groups:
             torch.softmax(square(weights), -1, out=square(weights))
         kept = keep_mask(weights, p).div_(1 - p) if p else None
@@ -89,7 +90,7 @@ class _Attend(torch.autograd.Function):
         for rows, keys, square in layout.groups:
             torch.bmm(square(dropped), keys(v), out=rows(out))
         ctx.save_for_backward(q, k, v, weights, kept, dropped)
-        ctx.layout, ctx.shapes = layout, (query.shape, key.shape)
+        ctx.layout, ctx.shapes, ctx.bias = layout, (query.shape, key.shape), None if bias is None else bias.shape
         return layout.back(out, query.shape)
 
     @staticmethod
@@ -102,18 +103,21 @@ class _Attend(torch.autograd.Function):
             torch.bmm(square(dropped).transpose(1, 2), rows(g), out=keys(d_value))
             torch.bmm(rows(g), keys(v).transpose(1, 2), out=square(d_dropped))
         d_weights = d_dropped.to(weights.dtype)
+        d_bias = d_weights.new_zeros(ctx.bias) if ctx.needs_input_grad[5] else None
         if kept is not None:
             d_weights.mul_(kept)
         for _, _, square in layout.groups:
             own = square(d_weights)
             torch._softmax_backward_data(own, square(weights), -1, own.dtype, grad_input=own)
+            if d_bias is not None:
+                d_bias[:, : own.shape[1], : own.shape[1]] += own.unflatten(0, (-1, len(d_bias))).sum(0)
         d_scores = d_weights.to(q.dtype)
         for rows, keys, square in layout.groups:
             torch.bmm(square(d_scores), keys(k), out=rows(d_query))
             torch.bmm(square(d_scores).transpose(1, 2), rows(q), out=keys(d_key))
         of_query, of_key = ctx.shapes
         found = layout.back(d_query, of_query), layout.keys.back(d_key, of_key), layout.keys.back(d_value, of_key)
-        return *found, None, None
+        return *found, None, None, d_bias
 
 
 class Layout:
@@ -155,10 +159,13 @@ class Layout:
             begin, self.squares = begin + count * n, square.stop
         self.hidden = torch.cat(hidden)  # the scores of padded keys
 
-    def hide(self, scores: Tensor) -> None:
-        """-inf where a query must not look."""
+    def prepare(self, scores: Tensor, bias: Tensor | None) -> None:
+        """Add the bias of places, (heads, n, n), to every row's; -inf where a query must not look."""
         scores.index_fill_(0, self.hidden, -torch.inf)
         for (_, _, square), later in zip(self.groups, self.later, strict=True):
+            if bias is not None:
+                own = square(scores).unflatten(0, (-1, len(bias)))  # (rows, heads, tokens, tokens)
+                own += bias[:, : own.shape[2], : own.shape[2]]
             if later is not None:
                 square(scores).view(-1, *later.shape).masked_fill_(later, -torch.inf)
 
@@ -229,25 +236,26 @@ def rms_norm(x: Tensor, module: nn.Module) -> Tensor:
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], p: float = 0.0, scale: float = 1.0,
-    causal: bool = False,
+    causal: bool = False, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of packed rows (heads, N_tokens, head_dim): each of `lengths` tokens sees its own example alone.
 
     softmax(scale * QKᵀ) V with dropout p on the softmax; returns (heads, N_tokens, head_dim), zeros for tokens after
     the last example.  key and value may have fewer heads, each for as many of query's in turn.  causal: a token sees
-    those up to itself.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
+    those up to itself.  bias: (heads, n, n), n at least the longest row's tokens and a multiple of 8, added to the
+    scores of every row, from its first token on.  Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.1.
 
     >>> q = torch.randn(2, 5, 8)
     >>> out = attend(q, q, q, [3, 2], scale=8**-0.5)
     >>> torch.allclose(out[:, 3:], F.scaled_dot_product_attention(*[q[:, 3:]] * 3), atol=1e-6)
     True
     """
-    longest = torch.inf if p or not causal else SHORT if query.dtype == torch.float32 else LONG
+    longest = torch.inf if p or not causal or bias is not None else SHORT if query.dtype == torch.float32 else LONG
     layout = _layout(tuple(lengths), query.shape[1], len(query), len(key), causal, longest)
     query, key, value = (x.transpose(0, 1) for x in (query * scale, key, value))  # (N_tokens, heads, head_dim)
     with torch.autocast("cpu", enabled=False):
-        if causal or torch.is_grad_enabled() or p or layout.squares == layout.short:
-            out = _Attend.apply(query, key, value, layout, p).transpose(0, 1)
+        if causal or torch.is_grad_enabled() or p or bias is not None or layout.squares == layout.short:
+            out = _Attend.apply(query, key, value, layout, p, bias).transpose(0, 1)
             return _with_long_rows(query, key, value, lengths, out, longest) if max(lengths) > longest else out
         q, k, v = layout.lay(query), layout.keys.lay(key), layout.keys.lay(value)
         seen, out = torch.ones(layout.short, dtype=torch.bool).index_fill_(0, layout.hidden, 0), layout.empty(q)
@@ -290,7 +298,8 @@ def memory_kept() -> Iterator[None]:
 def shortcuts(model: nn.Module) -> Iterator[None]:
     """Inside, nn.Linear, nn.Dropout, nn.LayerNorm and RMSNorm run by `linear`, `dropout`, `layer_norm` and `rms_norm`.
 
-    Without gradients a BERT layer's GELU is computed inside the product before it; freed memory is kept.
+    GELU by its tanh formula is one function.  Without gradients a BERT layer's GELU is computed inside the product
+    before it; freed memory is kept.
     """
     ours = {
         nn.Linear: lambda module, input: linear(input, module.weight, module.bias),
@@ -301,6 +310,8 @@ def shortcuts(model: nn.Module) -> Iterator[None]:
     functions = {module: ours[type(module)] for module in free if type(module) in ours}
     functions |= {module: _gelu_forward for module in free if _makes_gelu(module)}
     functions |= {m: lambda module, x: rms_norm(x, module) for m in free if type(m).__name__ in _RMS}
+    tanh = [module for module in free if type(module).__name__ == "NewGELUActivation"]
+    functions |= dict.fromkeys(tanh, lambda module, x: F.gelu(x, approximate="tanh"))
     with anatomy.forwards(functions), memory_kept():
         yield
 

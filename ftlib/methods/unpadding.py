@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..core import anatomy
-from .packing import Packing, Packings, attend_packed, capped_attention, forward_both, host_of, pack, pad_input, padded
+from . import packing as packed
+from .packing import Packing, Packings, attend_packed, capped_attention, host_of, pack, pad_input, padded
 from .packing import unpad_input as unpad_input
 
 PREFIX = "unpadded_by_"
@@ -38,12 +39,13 @@ _DECODER = (
 )  # fmt: skip
 # Encoders with a decoder whose layers do so; both sides have a table of positions.
 _BOTH = ("bart", "marian", "mbart", "pegasus", "plbart")
-_KNOWN = (*_ENCODER, *_ROTARY, *_DECODER, *_BOTH)
-_WHY_NOT = dict.fromkeys(
-    ("longt5", "mt5", "switch_transformers", "t5", "umt5"), "it adds biases of relative positions to the scores"
-) | {
+# With biases of relative positions, added to the scores; each stack packs for itself.
+_RELATIVE = ("mt5", "t5", "umt5")
+_KNOWN = (*_ENCODER, *_ROTARY, *_DECODER, *_BOTH, *_RELATIVE)
+_WHY_NOT = dict.fromkeys(_RELATIVE, "this Transformers gives its attention no function from outside; upgrade it") | {
     "bloom": "ALiBi biases the scores by position",
     "falcon": "its attention takes no function from outside",
+    "longt5": "its encoder looks at blocks of tokens",
     "gemma3": "images see each other both ways; load the text model alone, of type gemma3_text",
     "mpt": "ALiBi biases the scores by position",
     "stablelm": "its layers keep from the attention where an example ends",
@@ -67,7 +69,8 @@ def _attention(
     if mask is not None and mask.ndim == 2:  # of an encoder that only shares the config of an unpadded one
         mask = mask[:, None, None]
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=causal)
+    bias = {"position_bias": kwargs["position_bias"]} if "position_bias" in kwargs else {}  # T5's
+    return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=causal, **bias)
 
 
 def _mask(config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -95,8 +98,8 @@ def _forward(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if asked or (asked is None and base.config.output_attentions):
         remedy = 'call repad(model) and model.set_attn_implementation("eager") first'
         raise ValueError(f"output_attentions=True: an unpadded {kind} keeps no attention weights; {remedy}")
-    if kind in _BOTH:
-        return forward_both(base, kwargs)
+    if kind in (*_BOTH, *_RELATIVE):
+        return (packed.forward_both if kind in _BOTH else packed.forward_stack)(base, kwargs)
     output = type(base).forward(base, **_checked(base, kwargs))
     packing = vars(_encoder_of(base)).pop("_packing", None)
     return output if packing is None else padded(output, packing)
@@ -202,7 +205,7 @@ def unpad(model: nn.Module) -> nn.Module:
     runs as it came: exact, and padded.
 
     Raises ValueError naming the model type for what can't be unpadded: a decoder alone that has cross-attention,
-    relative position biases; unpadded, for `output_attentions`, and an encoder's mask that isn't (batch, tokens).
+    ALiBi; unpadded, for `output_attentions`, and an encoder's mask that isn't (batch, tokens).
     """
     base = _base_of(model)
     if why := _obstacle(base):
@@ -214,7 +217,8 @@ def unpad(model: nn.Module) -> nn.Module:
     encoder._before_unpad = "sdpa" if before == NAME else before
     base.set_attn_implementation(NAME)
     _remove_hooks(base)  # left over in a copy whose attention was switched back
-    anatomy.put_forward(base, _forward, signature=True)
+    for module, function in _answered(base).items():
+        anatomy.put_forward(module, function, signature=function is _forward)
     if encoder is not base:
         encoder.register_forward_pre_hook(_before_encoder, with_kwargs=True)
         encoder.register_forward_hook(_after_encoder)
@@ -228,9 +232,9 @@ def _obstacle(base: nn.Module) -> str | None:
     config, kind = getattr(base, "config", None), anatomy.kind_of(base)
     if (by := str(getattr(config, "_attn_implementation", ""))).startswith(PREFIX) and by != NAME:
         return f"another copy of unpad is on ({by.removeprefix(PREFIX)}); call its repad(model) first"
-    if kind not in _KNOWN:
+    if kind not in _KNOWN or (kind in _RELATIVE and not base._supports_sdpa):
         why = f" ({_WHY_NOT[kind]})" if kind in _WHY_NOT else ""
-        need = "models with Transformers' own attention, without relative positions"
+        need = "models with Transformers' own attention"
         return f"unpad can't handle model type {kind!r}{why}; it handles {need}: {', '.join(sorted(_KNOWN))}"
     crossed, decoder = getattr(config, "add_cross_attention", False), getattr(config, "is_decoder", False)
     if crossed or (decoder and kind not in _DECODER):
@@ -247,8 +251,17 @@ def repad(model: nn.Module) -> nn.Module:
     return model
 
 
+def _answered(base: nn.Module) -> dict[nn.Module, Any]:
+    """Whose forward is ours, and which: the base model's, or those of T5's stacks and of their attention."""
+    if base.config.model_type not in _RELATIVE:
+        return {base: _forward}
+    stacks = {module: _forward for module in base.modules() if type(module).__name__.endswith("Stack")}
+    return stacks | {module: packed.attend_relative for module in base.modules() if hasattr(module, "compute_bias")}
+
+
 def _remove_hooks(base: nn.Module) -> None:
-    anatomy.take_forward(base)
+    for module in _answered(base):
+        anatomy.take_forward(module)
     ours = (_before_encoder, _before_pooler, _after_encoder)
     for module in _hooked(base):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -258,6 +271,6 @@ def _remove_hooks(base: nn.Module) -> None:
 
 def is_unpadded(model: nn.Module) -> bool:
     base = _base_of(model)
-    config, forward = getattr(base, "config", None), anatomy.taken_by(base)  # a config may be that of several models
+    config = getattr(base, "config", None)  # which may be that of several models
     on = getattr(config, "_attn_implementation", None) == NAME and config.model_type in _KNOWN
-    return on and getattr(forward, "func", None) is _forward
+    return on and getattr(anatomy.taken_by(next(iter(_answered(base)))), "func", None) is _forward

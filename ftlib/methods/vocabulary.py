@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, refuse, short
@@ -43,17 +43,12 @@ def add_tokens(model: nn.Module, tokenizer: Any, tokens: Iterable[Any]) -> list[
     ids = tokenizer.convert_tokens_to_ids(words)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some tables have rows to spare
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for table in {id(t): t for t in _tables(model)}.values():
+    out = model.get_output_embeddings()
+    tables = [model.get_input_embeddings().weight, *(() if out is None else (out.weight, out.bias))]
+    for table in {id(t): t for t in tables if t is not None}.values():
         for row, own in zip(ids, pieces, strict=True):
             table[row] = table[own].mean(0)
     return ids
-
-
-def _tables(model: nn.Module) -> list[Tensor]:
-    """All with a row a token: embeddings, the head's weights, its bias."""
-    out = model.get_output_embeddings()
-    found = [model.get_input_embeddings().weight, *(() if out is None else (out.weight, out.bias))]
-    return [table for table in found if table is not None]
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ what counts (`least`, such as one test row), it is a tie. Several comparisons of
 To copy: this file alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -36,10 +36,9 @@ def measure() -> Iterator[Measurement]:
     """Wall-clock seconds of a block and the peak memory of the process while it ran.
 
     `peak_mb` is the largest resident memory of this whole process during the block: models loaded before it count,
-    child processes don't. On Linux the kernel keeps that maximum, and writing 5 to /proc/self/clear_refs sets it back
-    when the block starts; where that isn't allowed a thread reads the resident memory every 5 ms, which can miss a
-    short peak (outside Linux with psutil; nan without it). On CUDA `peak_gpu_mb` is `torch.cuda.max_memory_allocated`
-    (tensors, not the allocator's reserve), and the clock waits for the GPU. Blocks may be nested.
+    child processes don't. Linux keeps that maximum, and writing 5 to /proc/self/clear_refs sets it back; where that
+    isn't allowed a thread reads the memory every 5 ms, which can miss a short peak (outside Linux with psutil; nan
+    without it). `peak_gpu_mb` is of tensors on CUDA, and the clock waits for the GPU. Blocks may be nested.
     """
     cuda = torch.cuda.is_available()
     _note_peaks(cuda)  # before the marks go back, so that an outer block keeps what it has seen

@@ -6,8 +6,6 @@ Every function draws into `ax`, by default a new figure of notebook size, and re
 stand beside the axes, never on the data: make figures of your own with `layout="constrained"`.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,23 +151,21 @@ def confusion_matrix(labels, predictions, names: Sequence[str], ax=None, normali
     return _describe(ax, f"{title}\ncells: {unit}", "predicted class", "true class")
 
 
-def attention_map(weights, tokens: Sequence[str], ax=None, *, query_tokens=None, title: str | None = None):
+def attention_map(weights, tokens: Sequence[str], ax=None, *, title: str | None = None):
     """One head's attention as a picture: a row a query, a column a key, darker where more weight goes.
 
-    weights: (queries, keys); tokens: one for each key; query_tokens: one for each query, when those differ.
-    Raises ValueError for weights that are not 2-D or not finite, and for a wrong number of tokens.
+    weights: (tokens, tokens).  Raises ValueError for another shape or number of tokens, and for what is not finite.
     """
     weights = _numbers(weights)  # (queries, keys)
-    queries = tokens if query_tokens is None else query_tokens
-    given = f"finite (queries, keys) of one head, {len(queries)} query tokens and {len(tokens)} tokens as lists"
-    fits = weights.shape == (len(queries), len(tokens)) and weights.size and not isinstance(tokens, str)
+    fits = weights.shape == (len(tokens), len(tokens)) and weights.size and not isinstance(tokens, str)
     if not fits or not np.isfinite(weights).all():
+        given = f"finite (queries, keys) of one head, and a list of as many tokens, got {len(tokens)}"
         raise ValueError(f"weights have shape {weights.shape}: expected {given}")
     size = min(max(3.2, 1.4 + 0.27 * max(weights.shape)), 7.5)
     ax = _cells(ax, weights, (size + 0.9, size), "attention weight", cmap="Blues", vmin=0, aspect="auto")
     look = dict(fontsize=9 if max(weights.shape) <= 24 else 6.5, parse_math=False)  # "$" is a token like any other
     ax.set_xticks(range(len(tokens)), tokens, rotation=90 if max(map(len, tokens)) > 2 else 0, **look)
-    ax.set_yticks(range(len(queries)), queries, **look)
+    ax.set_yticks(range(len(tokens)), tokens, **look)
     ax.set(xlabel="key (attended to)", ylabel="query (attending)", title=title or "attention weights")
     return ax
 

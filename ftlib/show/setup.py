@@ -1,7 +1,5 @@
 """Seed, and say where a notebook runs: `setup`.  To copy: this file, core/batches.py, core/device.py and torch."""
 
-from __future__ import annotations
-
 import os
 import platform
 import random

@@ -66,9 +66,7 @@ def windows(
     stride = min(STRIDE, limit // 3) if stride is None else whole("stride", stride, 0)
     for name, texts in (("question", questions), ("context", contexts)):
         for text, where in zip(texts, wheres, strict=True):
-            if not isinstance(text, str) or not text.strip():
-                wrong = ValueError if isinstance(text, str) else TypeError
-                raise wrong(f"{where}, column {name!r}: {short(text)} is no text; fill it in or drop the row")
+            classification.text_of(text, f"{where}, column {name!r}")
     questions, special = [text.strip() for text in questions], tokenizer.num_special_tokens_to_add(pair=True)
     alone = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
     for ids, where in zip(alone, wheres, strict=True):

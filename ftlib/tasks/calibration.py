@@ -3,8 +3,6 @@
 To copy: this file alone.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -9,7 +9,6 @@ To copy: this file and core/batches.py.
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +21,25 @@ _LARGEST = 3.4e38  # what fits into a float32
 def plain(value: Any) -> Any:
     """Tensors and numpy values as Python's lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def text_of(value: Any, where: str) -> str:
+    """The value, a text; TypeError or ValueError saying where for what is none, is empty or is no valid Unicode."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{where}: expected text, got {short(value)} ({kind}); fill it in or drop the row")
+    if not value.strip():
+        raise ValueError(f"{where}: the text is empty; fill it in or drop the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode at character {error.start}; decode the file again") from None
+    return value
+
+
+def labelled(labels: Any) -> Any:
+    """How many items are labelled, of an array or a tensor of any shape."""
+    return (labels != IGNORE).sum()
 
 
 def check_class(label: Any, num_labels: int, length: int, where: str) -> int:
@@ -109,11 +127,3 @@ def divergence_of_labels(first: Tensor, second: Tensor, labels: Tensor) -> Tenso
     a, b = first.float(), second.float()
     each = (a.sigmoid() - b.sigmoid()) * (a - b)  # KL both ways: the logarithms of 1-p cancel
     return each[labels != IGNORE].sum() / 2
-
-
-def one_name(decided: np.ndarray, names: dict[int, str]) -> list[str]:
-    return [names[int(value)] for value in decided]
-
-
-def all_names(decided: np.ndarray, names: dict[int, str]) -> list[list[str]]:
-    return [[names[int(i)] for i in np.flatnonzero(values)] for values in decided]

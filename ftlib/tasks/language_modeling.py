@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.batches import IGNORE, short
 from . import classification
+from .classification import text_of
 from .tagging import check_tags
 
 FORMS = (("messages",), ("prompt", "completion"), ("text",))  # columns of a dataset, the first form that is there
@@ -79,7 +80,7 @@ def rows(
 def prompt_ids(tokenizer: Any, prompt: Any, where: str) -> list[int]:
     """The tokens after which a model is to go on: a text's, or those of messages and the template's prompt for more."""
     if isinstance(prompt, str):
-        return _joined(tokenizer, [_text(prompt, where), ""], True, where)[0]
+        return _joined(tokenizer, [text_of(prompt, where), ""], True, where)[0]
     return _ids(tokenizer, _rendered(tokenizer, _messages(prompt, where), where, add_generation_prompt=True), False)
 
 
@@ -118,7 +119,7 @@ Parts = list[tuple[list[int], bool]]  # tokens, and whether they are trained
 def _completed(tokenizer: Any, row: Mapping[str, Any], where: str) -> Parts:
     """A text, or prompt and completion, and the end token."""
     names = next(form for form in FORMS[1:] if form[-1] in row)
-    *before, last = _joined(tokenizer, [_text(row[name], f"{where}, column {name!r}") for name in names], True, where)
+    *before, last = _joined(tokenizer, [text_of(row[name], f"{where}, column {name!r}") for name in names], True, where)
     end = tokenizer.eos_token_id
     if end is None and before:
         raise ValueError(f"{where}: nothing would end the completion; set tokenizer.eos_token")
@@ -150,7 +151,7 @@ def _turns(tokenizer: Any, row: Mapping[str, Any], where: str) -> Parts:
 
 def _end_of_turn(tokenizer: Any, text: str, start: int, turns: list, place: int, render: Any) -> int | None:
     """Where what an assistant says from `start` on ends, its end token included; None where nothing tells."""
-    _, special = _special(tokenizer)
+    _, special = _special(tokenizer, len(tokenizer), tokenizer.eos_token_id)
     if text.startswith(said := render(turns[: place + 1])):
         content = last = len(said)
         for found in reversed(list(special.finditer(said, start))):
@@ -172,7 +173,8 @@ def _end_of_turn(tokenizer: Any, text: str, start: int, turns: list, place: int,
 
 def _by_marks(tokenizer: Any, found: Any, before: list[int]) -> Parts:
     """By the template's own marks, behind the tokens `before`; an end token just behind them is trained too."""
-    ids, mask, (special, _) = found["input_ids"], list(found["assistant_masks"]), _special(tokenizer)
+    ids, mask = found["input_ids"], list(found["assistant_masks"])
+    special, _ = _special(tokenizer, len(tokenizer), tokenizer.eos_token_id)
     for i in range(1, len(ids)):
         if mask[i - 1] and not mask[i] and ids[i] in special:
             said = next(j for j in range(i - 1, -1, -1) if not mask[j] or tokenizer.decode(ids[j]).strip())
@@ -202,26 +204,15 @@ def _messages(value: Any, where: str) -> list[dict]:
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in value]
     for i, turn in enumerate(turns):
         if "content" in turn and turn["role"] == "assistant" and isinstance(turn["content"], str):
-            _text(turn["content"], f"{where}, message {i}")
+            text_of(turn["content"], f"{where}, message {i}")
         elif turn.keys() == {"role"}:
             raise ValueError(f"{where}, message {i}: no content; fill it in or drop the row")
     return turns
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        got = "the text is empty" if isinstance(value, str) else f"expected text, got {short(value)}"
-        raise (ValueError if isinstance(value, str) else TypeError)(f"{where}: {got}; fill it in or drop the row")
-    return value
-
-
-def _special(tokenizer: Any) -> tuple[set[int], re.Pattern]:
-    """The special tokens: their numbers, and a pattern of them."""
-    return _known(tokenizer, len(tokenizer), tokenizer.eos_token_id)
-
-
 @lru_cache(maxsize=4)
-def _known(tokenizer: Any, size: int, end: int | None) -> tuple[set[int], re.Pattern]:
+def _special(tokenizer: Any, size: int, end: int | None) -> tuple[set[int], re.Pattern]:
+    """The special tokens of a tokenizer of this size and end token: their numbers, and a pattern of them."""
     added = getattr(tokenizer, "added_tokens_decoder", {})  # thousands in some tokenizers
     ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
     return ids, re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(ids)))) or "(?!)")

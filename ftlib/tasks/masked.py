@@ -8,7 +8,7 @@ token.  A row without `masking` has been masked by somebody else and stays as it
 A model with a second head on pairs (BertForPreTraining, AlbertForPreTraining) also learns `next_sentence_label` or
 `sentence_order_label`, where rows have it: the mean over rows is added to the mean over masked tokens.
 
-To copy: this file, core/batches.py and tasks/{classification,language_modeling,tagging}.py.
+To copy: this file, core/batches.py and tasks/{classification,tagging}.py.
 Source: Devlin et al. 2019 (BERT, arXiv:1810.04805); Lan et al. 2020 (ALBERT, arXiv:1909.11942).
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.batches import IGNORE, Row, number, short
-from .language_modeling import _text
+from .classification import labelled, text_of
 from .tagging import check_tags
 
 PAIRS = ("next_sentence_label", "sentence_order_label")  # 0: they belong together, 1: they don't
@@ -27,11 +27,6 @@ READS = {"text": "text"}
 OPTIONS = ("mask_probability", "whole_words")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 COLUMNS = ("masking", "begins")  # of a row, beside token ids and labels
-
-
-def items(labels: Any) -> Any:
-    """How many tokens are predicted: all that are labelled; labels (..., tokens)."""
-    return (labels != IGNORE).sum()
 
 
 def check_tokens(label: Any, num_labels: int, length: int, where: str) -> list[int]:
@@ -72,7 +67,7 @@ def rows(
     Raises ValueError, TypeError naming the row for what is empty, no text, no label of a pair, or too long.
     """
     texts = [
-        [_text(text, f"{at}, column {name!r}") for text, at in zip(columns[name], wheres, strict=True)]
+        [text_of(text, f"{at}, column {name!r}") for text, at in zip(columns[name], wheres, strict=True)]
         for name in FORMS[2] if name in columns
     ]  # fmt: skip
     pairs = {name: columns[name] for name in PAIRS if name in columns}
@@ -122,7 +117,7 @@ def draw(rows: Sequence[Row], keys: Sequence[Sequence[int]]) -> list[Row]:
     """
     made = [mask(row, key) for row, key in zip(rows, keys, strict=True)]
     if any(name in row for row in made for name in PAIRS):
-        count = sum(int(items(np.asarray(row["labels"]))) for row in made)
+        count = sum(int(labelled(np.asarray(row["labels"]))) for row in made)
         made = [row | {"pair_weight": float(count / len(made))} for row in made]
     return made
 

@@ -6,8 +6,6 @@ Class labels of -100 (`IGNORE`) are left out, as in the losses. A macro average 
 either side; anything divided by zero is 0. A correlation with a constant is nan: 0.0 would read as "no relation".
 """
 
-from __future__ import annotations
-
 import json
 import re
 import string
@@ -276,7 +274,7 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
 
     - "sequence-classification": class ids (n,) -> accuracy, f1_macro, precision, recall (macro), matthews.
     - "multi-label-classification": 0/1 matrices (n, labels) -> f1_micro, f1_macro, accuracy (exact match).
-    - "regression": numbers (n,) or (n, 1) -> mse, pearson, spearman.
+    - "regression": numbers (n,) or (n, 1) -> mse, pearson, spearman; (n, k) -> mse.
     - "token-classification": a row of ids per sentence; when `label_names` are BIO tags -> precision, recall,
       f1 of entities, accuracy of tokens; otherwise (parts of speech) the scores of tokens as classes.
     - "question-answering": [start, end] of every window, (n, 2) -> span_exact, span_f1; of answers: `squad`.
@@ -303,6 +301,8 @@ def compute_metrics(task: str, predictions, labels, label_names: Sequence[str] |
     if task == "regression":  # a head with one output gives (n, 1)
         sides = _array(predictions, "predictions"), _array(labels, "labels")
         sides = [side[:, 0] if side.ndim == 2 and side.shape[1] == 1 else side for side in sides]
+        if sides[1].ndim > 1:
+            return {"mse": mse(*sides)}
     else:
         sides = _ids(predictions, labels, label_names)
         if (sides[1].ndim == 2) != (task == "multi-label-classification"):

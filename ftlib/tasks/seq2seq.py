@@ -4,7 +4,7 @@ A label is the target's tokens with the end token, a row of its own beside the s
 shifted by one, the model's start token before them (methods/token_losses.py), so that every token is predicted.  A
 tokenizer with languages writes their codes into source and target: tokenizer.src_lang, tokenizer.tgt_lang.
 
-To copy: this file, core/batches.py and tasks/{classification,language_modeling,tagging}.py.
+To copy: this file, core/batches.py and tasks/classification.py.
 Source: Sutskever et al. 2014 (arXiv:1409.3215); Raffel et al. 2020 (T5, arXiv:1910.10683).
 """
 
@@ -15,16 +15,11 @@ from torch import Tensor
 
 from ..core.batches import IGNORE, padded, refuse, short, whole
 from . import classification
-from .language_modeling import _text
+from .classification import text_of
 
 FORMS = (("source", "target"), ("source",))  # columns of a dataset, the first form that is there
 READS = {"text": "source", "label": "target"}  # which of them text= and label= name
 OPTIONS = ("max_target_length", "prefix")
-
-
-def items(labels: Any) -> Any:
-    """How many tokens are predicted: all that are labelled; labels (..., tokens)."""
-    return (labels != IGNORE).sum()
 
 
 def stack(labels: list, sizes: Sequence[int], side: str = "right") -> Tensor:
@@ -56,7 +51,7 @@ def rows(
     """
     if max_target_length is not None:
         whole("max_target_length", max_target_length)
-    sources = [prefix + _text(text, f"{at}, source") for text, at in zip(columns["source"], wheres, strict=True)]
+    sources = [prefix + text_of(text, f"{at}, source") for text, at in zip(columns["source"], wheres, strict=True)]
     check_languages(tokenizer, "target" in columns)
     limit, asked = max_length or tokenizer.model_max_length, truncation and max_length is not None
     found = tokenizer(sources, return_token_type_ids=False, return_attention_mask=True, verbose=False)
@@ -69,7 +64,7 @@ def rows(
         found = tokenizer(sources, truncation=True, max_length=limit, return_token_type_ids=False, verbose=False)
     made = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "cut": cut}
     if "target" in columns:
-        targets = [_text(text, f"{at}, target") for text, at in zip(columns["target"], wheres, strict=True)]
+        targets = [text_of(text, f"{at}, target") for text, at in zip(columns["target"], wheres, strict=True)]
         made["labels"] = target_ids(tokenizer, targets)
         most = max_target_length if max_target_length is not None else tokenizer.model_max_length
         for ids, at in zip(made["labels"], wheres, strict=True):
@@ -81,7 +76,7 @@ def rows(
 
 def source_ids(tokenizer: Any, text: Any, where: str) -> list[int]:
     """The tokens of a text to be read."""
-    return tokenizer(_text(text, where), verbose=False)["input_ids"]
+    return tokenizer(text_of(text, where), verbose=False)["input_ids"]
 
 
 def target_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

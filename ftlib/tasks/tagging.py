@@ -21,6 +21,29 @@ def word_ids(encoded: Any, i: int) -> list[int | None]:
     return [word if text == 0 else None for word, text in both]
 
 
+def text_words(encoding: Any, i: int) -> list[tuple[int, int] | None]:
+    """(text of a pair, word) of each token of row i, padding left out; None for special tokens."""
+    every = zip(encoding.sequence_ids(i), encoding.word_ids(i), encoding["attention_mask"][i], strict=True)
+    return [None if word is None else (text, word) for text, word, real in every if real]
+
+
+def words_of(scores: Sequence, encoding: Any, texts: Sequence) -> list[list[dict]]:
+    """Scores of tokens added up to words': [{"text", "start", "end", "score"}, …] for every text, in its characters.
+
+    encoding: what the tokenizer made of the texts, strings or (text, text_pair), whose words come after the others.
+    """
+    found: list[list[dict]] = []
+    for i, (values, text) in enumerate(zip(scores, texts, strict=True)):
+        sums: dict = {}
+        for word, value in zip(text_words(encoding, i), values, strict=True):
+            sums[word] = sums.get(word, 0.0) + float(value)
+        found.append([])
+        for part, word in [key for key in sums if key]:
+            (a, b), own = encoding.word_to_chars(i, word, part), text if isinstance(text, str) else text[part]
+            found[i].append({"text": own[a:b], "start": a, "end": b, "score": sums[part, word]})
+    return found
+
+
 def align(value: Any, text: Any, encoded: Any, i: int, where: str) -> list[int]:
     """Tags of words as tags of tokens: each on the first piece of its word, -100 elsewhere."""
     words = "one string" if isinstance(text, str) else f"{len(text)} words"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import anatomy
-from ..core.batches import IGNORE, padded, stacked
+from ..core.batches import IGNORE, one_of, padded, stacked
 from . import answers, classification, language_modeling, masked, relations, seq2seq, tagging
-from .metrics import compute_metrics, mse
+from .metrics import compute_metrics
 
 
 def encode_plain(tokenized: Callable, first: list, second: list | None, columns: dict, wheres: list) -> tuple:
@@ -53,7 +53,7 @@ class Task:
     trim: Callable = keep_label  # (label, tokens that are kept of the row, where) -> the label of these, if it moves
     multi_hot: bool = False  # several classes a text, a 0 or 1 for each
     probabilities: Callable | None = None  # of logits; None: the task predicts numbers
-    named: Callable = classification.one_name  # (decisions, {number: name}) -> names
+    named: Callable | None = None  # (decisions, {number: name}) -> names
     divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
     smooths: bool = False  # whether `loss` takes label_smoothing
     likelihood: float = 1.0  # of "uncertainty" weighting: 1/2 for a Gaussian, 1 for classes
@@ -70,30 +70,31 @@ class Task:
     measures: Callable | None = None  # row -> names of what evaluation counts beside the loss, of such a task
 
 
-def _score_numbers(predictions: Any, labels: Any, names: Any) -> dict[str, float]:
-    several = labels.ndim > 1 and labels.shape[1] > 1
-    return {"mse": mse(predictions, labels)} if several else compute_metrics("regression", predictions, labels)
-
-
 _classes = partial(
-    Task, check=classification.check_class, items=lambda labels: (labels != IGNORE).sum(), smooths=True,
-    loss=classification.cross_entropy, score=partial(compute_metrics, "sequence-classification"),
-    decide=partial(torch.argmax, dim=-1), probabilities=partial(torch.softmax, dim=-1),
+    Task, check=classification.check_class, items=classification.labelled, loss=classification.cross_entropy,
+    decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "sequence-classification"), smooths=True,
+    probabilities=partial(torch.softmax, dim=-1), named=lambda decided, names: [names[int(value)] for value in decided],
 )  # fmt: skip
 _text = partial(_classes, auto="AutoModelForSequenceClassification", architecture="ForSequenceClassification")
+_tokens = partial(
+    Task, items=classification.labelled, loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1),
+    stack=partial(padded, fill=IGNORE), divergence=None, smooths=True, labelled=False,
+)  # fmt: skip
 
 TASKS: dict[str, Task] = {
     "sequence-classification": _text(problem_type="single_label_classification"),
     "multi-label-classification": _text(
         check=classification.check_labels, loss=classification.binary_cross_entropy, probabilities=torch.sigmoid,
-        decide=lambda logits: (logits > 0).long(), named=classification.all_names, smooths=False, multi_hot=True,
+        decide=lambda logits: (logits > 0).long(), smooths=False, multi_hot=True,
+        named=lambda decided, names: [[names[int(i)] for i in np.flatnonzero(values)] for values in decided],
         score=partial(compute_metrics, "multi-label-classification"), problem_type="multi_label_classification",
         divergence=classification.divergence_of_labels,
     ),
     "regression": _text(
-        check=classification.check_numbers, items=lambda labels: len(labels.reshape(-1)), score=_score_numbers,
+        check=classification.check_numbers, items=lambda labels: len(labels.reshape(-1)), problem_type="regression",
         loss=classification.squared_error, decide=lambda logits: logits[:, 0] if logits.shape[-1] == 1 else logits,
-        problem_type="regression", probabilities=None, divergence=None, smooths=False, likelihood=0.5,
+        score=partial(compute_metrics, "regression"), probabilities=None, divergence=None, smooths=False,
+        likelihood=0.5,
     ),
     "token-classification": _classes(
         auto="AutoModelForTokenClassification", architecture="ForTokenClassification", check=tagging.check_tags,
@@ -112,29 +113,24 @@ TASKS: dict[str, Task] = {
         named=lambda decided, names: decided.tolist(), score=partial(compute_metrics, "question-answering"),
         forms=answers.FORMS, rows=answers.rows, options=("stride",), windows=True,
     ),
-    "causal-lm": Task(
+    "causal-lm": _tokens(
         auto="AutoModelForCausalLM", architecture=("ForCausalLM", "LMHeadModel"), peft_type="CAUSAL_LM",
         check=language_modeling.check_tokens, items=language_modeling.items, loss=language_modeling.cross_entropy,
-        decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "causal-lm"),
-        stack=partial(padded, fill=IGNORE), a_token=True, divergence=None, smooths=True, labelled=False,
-        forms=language_modeling.FORMS, rows=language_modeling.rows, use="text-generation", reads={"text": "text"},
-        prompt=language_modeling.prompt_ids, answer=language_modeling.last_answer,
+        score=partial(compute_metrics, "causal-lm"), a_token=True, use="text-generation", reads={"text": "text"},
+        forms=language_modeling.FORMS, rows=language_modeling.rows, prompt=language_modeling.prompt_ids,
+        answer=language_modeling.last_answer,
     ),
-    "masked-lm": Task(
+    "masked-lm": _tokens(
         auto="AutoModelForMaskedLM", architecture=("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"),
-        peft_type="FEATURE_EXTRACTION", check=masked.check_tokens, items=masked.items, divergence=None, smooths=True,
-        loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1), labelled=False, a_token=True,
-        score=partial(compute_metrics, "token-classification"), stack=partial(padded, fill=IGNORE), use="fill-mask",
-        forms=masked.FORMS, rows=masked.rows, reads=masked.READS, options=masked.OPTIONS,
-        draw=masked.draw, measures=masked.measures,
+        peft_type="FEATURE_EXTRACTION", check=masked.check_tokens, a_token=True, use="fill-mask",
+        score=partial(compute_metrics, "token-classification"), forms=masked.FORMS, rows=masked.rows,
+        reads=masked.READS, options=masked.OPTIONS, draw=masked.draw, measures=masked.measures,
     ),
-    "seq2seq-lm": Task(
+    "seq2seq-lm": _tokens(
         auto="AutoModelForSeq2SeqLM", architecture=("ForConditionalGeneration", "MTModel"), peft_type="SEQ_2_SEQ_LM",
-        check=seq2seq.check_target, items=seq2seq.items, loss=classification.cross_entropy, stack=seq2seq.stack,
-        decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "seq2seq-lm"), divergence=None,
-        smooths=True, labelled=False, forms=seq2seq.FORMS, rows=seq2seq.rows, reads=seq2seq.READS,
-        options=seq2seq.OPTIONS, prompt=seq2seq.source_ids, answer=seq2seq.pair, encoder_decoder=True,
-        use="text2text-generation",
+        check=seq2seq.check_target, stack=seq2seq.stack, score=partial(compute_metrics, "seq2seq-lm"),
+        forms=seq2seq.FORMS, rows=seq2seq.rows, reads=seq2seq.READS, options=seq2seq.OPTIONS,
+        prompt=seq2seq.source_ids, answer=seq2seq.pair, encoder_decoder=True, use="text2text-generation",
     ),
 }  # fmt: skip
 KINDS = tuple(TASKS)
@@ -218,12 +214,6 @@ def formed(values: Any, output: str, record: Task, names: dict[int, str]) -> Any
     return decided if output == "labels" else record.named(decided, names)
 
 
-def _record(task: str) -> Task:
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
-    return TASKS[task]
-
-
 def task_loss(task: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of a kind of task as a function (logits, labels) -> scalar, **summed** over labelled items.
 
@@ -235,7 +225,7 @@ def task_loss(task: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tens
     >>> loss(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 4.0]))
     tensor(4.)
     """
-    record = _record(task)
+    record = TASKS[one_of("task", task, TASKS)]
     if not label_smoothing:
         return record.loss
     if not record.smooths or not 0.0 <= label_smoothing <= 1.0:
@@ -249,4 +239,4 @@ def count_labelled(labels: Tensor, task: str) -> Tensor:
     >>> count_labelled(torch.tensor([[3, -100, -100], [0, 1, -100]]), "token-classification")
     tensor(3)
     """
-    return torch.as_tensor(_record(task).items(labels), device=labels.device)
+    return torch.as_tensor(TASKS[one_of("task", task, TASKS)].items(labels), device=labels.device)

@@ -305,8 +305,8 @@ ONE = [{"question": "k1", "context": "w1"}]
 @pytest.mark.parametrize(
     ("data", "options", "kind", "message"),
     [
-        ([{"question": "k1", "context": ""}], {}, ValueError, "row 0, column 'context': '' is no text"),
-        ([{"question": None, "context": "w1"}], {}, TypeError, "row 0, column 'question': None is no text"),
+        ([{"question": "k1", "context": ""}], {}, ValueError, "row 0, column 'context': the text is empty"),
+        ([{"question": None, "context": "w1"}], {}, TypeError, "row 0, column 'question': expected text, got None"),
         ([{"question": "k1", "text": "w1"}], {}, ValueError, "no column 'input_ids'"),
         (["k1"], {}, TypeError, "data holds texts alone; pass a table with question and context"),
         ([("k1", "w1")], {}, TypeError, "pass a table with question and context"),

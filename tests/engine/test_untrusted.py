@@ -177,7 +177,7 @@ def test_any_wheel(tmp_path, monkeypatch, made):
     def download(entry, names, work, progress):
         (work / "wheel").mkdir()
         (work / "wheel" / "fake-1.0-py3-none-any.whl").write_bytes(wheel)
-        return work / "wheel" / "fake-1.0-py3-none-any.whl"
+        return [work / "wheel" / "fake-1.0-py3-none-any.whl"]
 
     monkeypatch.setattr(assets, "download", download)
     monkeypatch.setattr(assets, "manifest", lambda: {name: entry})

@@ -96,7 +96,7 @@ def shop(tmp_path, monkeypatch):
     def download(entry, names, work, progress):
         shop.downloads += 1
         (work / "wheel").mkdir()
-        return _copy(shop.wheel, work / "wheel")
+        return [_copy(shop.wheel, work / "wheel")]
 
     monkeypatch.setattr(assets, "download", download)
     monkeypatch.setattr(assets, "_manifest_path", lambda: tmp_path / "sources.toml")
@@ -516,7 +516,7 @@ import os, pathlib, shutil, signal, sys
 from ftlib.inputs import assets
 def download(entry, names, work, progress):
     (work / "wheel").mkdir()
-    return pathlib.Path(shutil.copy(sys.argv[1], work / "wheel"))
+    return [pathlib.Path(shutil.copy(sys.argv[1], work / "wheel"))]
 def sync(output):
     if output.name.endswith("model.safetensors"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -607,7 +607,7 @@ OPTIONAL = {"hub": r"[\w.-]+/[\w.-]+", "archive": "sdist"}
 
 def mistakes(entries: dict):
     """What is wrong in a list of assets: (asset, key)."""
-    sizes, tables = ("wheel_size",), ("files", "made_size", "held_out", "labels", "splits")
+    sizes, tables = ("wheel_size",), ("files", "made_size", "held_out", "labels", "splits", "optional", "parts")
     for name, entry in entries.items():
         if not re.fullmatch("[a-z0-9][a-z0-9-]*", name):  # it becomes a folder of the cache
             yield name, name
@@ -621,11 +621,16 @@ def mistakes(entries: dict):
         sizes_of |= {f"files.{file}": files[file].get("size") for file in files}
         kinds = [Path(file).suffix for file in files]
         if "made_size" in entry or {".gguf", ".onnx"} & {*kinds}:  # others are made of these files alone
-            whole = kinds == [".gguf"] or sorted(kinds) == [".json", ".onnx", ".onnx"]
+            whole = kinds == [".gguf"] or sorted(kinds) == [".json", ".onnx", ".onnx"] or "pytorch_model.bin" in files
             sizes_of["made_size"] = entry.get("made_size") if whole else None
         for key, size in sizes_of.items():
             if type(size) is not int or size < 0:
                 yield name, key
+        if entry.get("optional", True) is not True:
+            yield name, "optional"
+        for package, pin in entry.get("parts", {}).items():
+            if not re.fullmatch(TEXTS["package"], package) or not re.fullmatch(TEXTS["wheel_sha256"], str(pin)):
+                yield name, f"parts.{package}"
         for file, pin in files.items():
             right = pin.keys() == {"size", "sha256"} and re.fullmatch("[0-9a-f]{64}", str(pin["sha256"]))
             inside = any(str(parent) in files for parent in Path(file).parents)
@@ -653,6 +658,9 @@ def test_the_committed_manifest_is_well_formed():
         ({"files": {"a.txt": {"size": 1}}}, "files.a.txt"),
         ({"files": {"../a.txt": {"size": 1, "sha256": "0" * 64}}}, "files.../a.txt"),
         ({"made_size": 7}, "made_size"),
+        ({"optional": False}, "optional"),
+        ({"parts": {"--a": "0" * 64}}, "parts.--a"),
+        ({"parts": {"a": "0"}}, "parts.a"),
         ({"files": {"a.gguf": {"size": 1, "sha256": "0" * 64}}}, "made_size"),
         ({"files": {f"{n}.gguf": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
         ({"files": {f"{n}.onnx": {"size": 1, "sha256": "0" * 64} for n in "ab"}, "made_size": 1}, "made_size"),
@@ -713,7 +721,7 @@ def test_pip_is_called_with_the_users_settings_and_without_dependencies_or_build
         json.dump([sys.argv[1:], dict(os.environ)], open({str(tmp_path / "call.json")!r}, "w"))
     """)  # fmt: skip
     monkeypatch.setenv("PIP_INDEX_URL", "an address the caller set")
-    assert download_with(pip, work, wheel, monkeypatch) == work / "wheel" / wheel.name
+    assert download_with(pip, work, wheel, monkeypatch) == [work / "wheel" / wheel.name]
     arguments, environment = json.loads((tmp_path / "call.json").read_text())
     assert {"download", "--no-deps", "--only-binary=:all:", "fake-pack==1.0"} <= set(arguments)
     assert not any("index" in argument for argument in arguments)
@@ -878,7 +886,8 @@ def test_the_committed_manifest_is_complete():
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
     names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr 20newsgroups"
     names += " wikitext-2 albert-tiny-zh opencc ctrip-zh"
-    assert set(names.split()) <= entries.keys()
+    assert {*names.split(), "opus-mt-en-fr"} == entries.keys()
+    assert [name for name, entry in entries.items() if "optional" in entry] == ["opus-mt-en-fr"]
     rows = assets.describe()
     assert [row["name"] for row in rows] == list(entries)
     assert all(row["licence"] and row["megabytes"] > 0 for row in rows)

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ftlib.methods.attention
-from ftlib.methods.attention import MultiHeadAttention, attention_maps, scaled_dot_product_attention
+from ftlib.methods.attention import (
+    MultiHeadAttention,
+    attention_flow,
+    attention_maps,
+    rollout,
+    scaled_dot_product_attention,
+)  # fmt: skip
 from ftlib.methods.masking import causal_mask, combine_masks, padding_mask
 
 
@@ -388,3 +394,52 @@ def test_runs_alone_in_an_empty_folder(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.MultiHeadAttention(4, 2)(torch.randn(1, 3, 4)).shape == (1, 3, 4)
+
+
+# ---- maps through the layers ----
+
+
+def test_rollout_by_hand():
+    first, second = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    maps = torch.stack(
+        [torch.stack([first, 2 * torch.eye(2) - first]), torch.stack([second, second])]
+    )  # (2, 2 heads, …)
+    # (mean of heads + I) / 2: layer 1 the identity; layer 2 [[1, 0], [.25, .75]]
+    close(rollout(maps[:, None]), torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]))
+    maps[0, 1] = first  # layer 1 [[.75, .25], [0, 1]]
+    close(rollout(maps[:, None]), torch.tensor([[[0.75, 0.25], [0.1875, 0.0625 + 0.75]]]))
+
+
+def random_maps(layers=3, batch=2, heads=2, tokens=5):
+    return (
+        torch.randn(layers, batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    )
+
+
+def test_rollouts_rows_sum_to_one():
+    close(rollout(random_maps()).sum(-1), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("output", [0, -1])
+def test_attention_flow_is_networkxs_maximum_flow(output):
+    networkx = pytest.importorskip("networkx")
+    maps = random_maps()
+    found = attention_flow(maps, output)
+    mixed = (maps.mean(2) + torch.eye(5)) / 2
+    for row in range(2):
+        graph = networkx.DiGraph()
+        for layer, query, key in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(5)).tolist():
+            graph.add_edge((layer + 1, query), (layer, key), capacity=mixed[layer, row, query, key].item())
+        expected = [networkx.maximum_flow_value(graph, (3, output % 5), (0, key)) for key in range(5)]
+        torch.testing.assert_close(found[row], torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_flow_through_one_layer_is_the_map_itself():
+    maps = random_maps(layers=1)
+    close(attention_flow(maps, 2), rollout(maps)[:, 2])
+
+
+@pytest.mark.parametrize("function", [rollout, attention_flow])
+def test_maps_of_another_shape_are_refused(function):
+    with pytest.raises(ValueError, match=r"attentions of shape \(2, 3, 3\); need \(layers, batch, heads"):
+        function(torch.ones(2, 3, 3))

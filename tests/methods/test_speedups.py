@@ -234,7 +234,12 @@ RMS_TYPES = {  # model type -> options of its tiny config that bring in the norm
     "exaone4": {}, "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "glm": {},
     "glm4": {}, "granite": {}, "llama": {}, "ministral3": {}, "mistral": {}, "olmo2": {}, "olmo3": {}, "phi3": {},
     "qwen2": {}, "qwen3": {"head_dim": 8}, "seed_oss": {}, "smollm3": {},
+    **{kind: {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2} for kind in ("mt5", "t5", "umt5")},
 }  # fmt: skip
+
+
+def rms_norms(model):
+    return [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "T5LayerNorm"))]
 
 
 def called_with(norm, x, weight):
@@ -245,7 +250,7 @@ def called_with(norm, x, weight):
 def test_rms_norm_is_that_of_the_stock_classes(tiny_model, kind):
     """All by name; the tuple holds no others, and every RMSNorm of these models is taken."""
     model = tiny_model("encoder", model_type=kind, **RMS_TYPES[kind])
-    norms = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+    norms = rms_norms(model)
     assert norms and {type(m).__name__ for m in norms} <= set(speedups._RMS)
     for norm in {type(m): m for m in norms}.values():
         x = torch.randn(3, 40, len(norm.weight)) * 3
@@ -267,9 +272,7 @@ def test_rms_norm_is_that_of_the_stock_classes(tiny_model, kind):
 
 def test_every_rms_norm_by_name_is_tested(tiny_model):
     made = [tiny_model("encoder", model_type=kind, **options) for kind, options in RMS_TYPES.items()]
-    assert {type(m).__name__ for model in made for m in model.modules() if "RMSNorm" in type(m).__name__} == set(
-        speedups._RMS
-    )
+    assert {type(m).__name__ for model in made for m in rms_norms(model)} == {*speedups._RMS}
 
 
 def test_rms_norm_of_double_precision_is_the_stock_one(tiny_model):
@@ -302,6 +305,42 @@ def test_causal_attention_and_heads_that_share_keys(lengths, shared):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours(query, key, value), twin(query, key, value), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 2, 5], [150, 2, 20]])
+def test_a_bias_of_places(lengths, causal):
+    """Added to every row's scores from its first token on; its gradient is the sum over rows."""
+    size = -(-max(lengths) // 8) * 8
+    query, key, value, bias = *torch.randn(3, 2, sum(lengths) + 3, 8), torch.randn(2, size, size)
+
+    def ours(q, k, v, b):
+        return speedups.attend(q, k, v, lengths, scale=0.3, causal=causal, bias=b)
+
+    def twin(q, k, v, b):
+        outs = []
+        for one in zip(*(x.split([*lengths, 3], 1) for x in (q, k, v)), strict=True):
+            n = one[0].shape[1]
+            later = torch.ones(n, n, dtype=torch.bool).triu(1) & causal
+            added = b[:, :n, :n].masked_fill(later, -torch.inf)
+            outs.append(F.scaled_dot_product_attention(*(x[None] for x in one), added[None], scale=0.3)[0])
+        return torch.cat([*outs[:-1], outs[-1] * 0], 1)
+
+    given = query, key, value, bias
+    for a, b in zip(gradients(ours, *given), gradients(twin, *given), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*given), twin(*given), atol=1e-5, rtol=1e-5)
+
+
+def test_the_tanh_formula_of_gelu_is_one_function():
+    from transformers.activations import ACT2FN
+
+    model, x = nn.Sequential(ACT2FN["gelu_new"]), torch.linspace(-6, 6, 101)
+    expected = model(x)
+    with speedups.shortcuts(model):
+        assert "forward" in vars(model[0])
+        torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [[5, 2], [150, 2]])

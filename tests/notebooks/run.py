@@ -392,10 +392,10 @@ def at_a_time(count: int) -> int:
 
 
 def named(paths: list[Path]) -> list[str]:
-    """The corpora and weights whose names stand in quotes in the code of these notebooks."""
+    """The corpora and weights whose names stand in quotes in the code of these notebooks; optional ones aside."""
     code = [cells.source(cell) for path in paths for cell in cells.read(path)["cells"] if cell["cell_type"] == "code"]
     quoted = set(re.findall(r"""["']([\w-]+)["']""", "\n".join(code)))
-    return [name for name in ftlib.assets.manifest() if name in quoted]
+    return [name for name, entry in ftlib.assets.manifest().items() if name in quoted and "optional" not in entry]
 
 
 def fetch(names: list[str]) -> None:

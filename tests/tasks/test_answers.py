@@ -184,9 +184,9 @@ def test_answers_of_another_form(value):
 @pytest.mark.parametrize(
     ("rows", "options", "kind", "message"),
     [
-        (bad(context=" "), {}, ValueError, "row 1, column 'context': ' ' is no text; fill it in or drop the row"),
-        (bad(context=None), {}, TypeError, "row 1, column 'context': None is no text"),
-        (bad(question=""), {}, ValueError, "row 1, column 'question': '' is no text"),
+        (bad(context=" "), {}, ValueError, "row 1, column 'context': the text is empty; fill it in or drop the row"),
+        (bad(context=None), {}, TypeError, "row 1, column 'context': expected text, got None"),
+        (bad(question=""), {}, ValueError, "row 1, column 'question': the text is empty"),
         (bad(question=None), {}, TypeError, "row 1, column 'question'"),
         (bad(question="k1 " * 70), {}, ValueError, "row 1: the question of 70 tokens leaves 0 of max_length=64"),
         (bad(question="k1 " * 45), {}, ValueError, "leaves 16 of .* the context, which must be more than stride=21"),

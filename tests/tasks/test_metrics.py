@@ -55,6 +55,7 @@ def test_regression_by_hand():
     assert found["mse"] == pytest.approx((1 + 0 + 4) / 3)
     assert found["pearson"] == pytest.approx(3 / math.sqrt(2 * 6))
     assert found["spearman"] == pytest.approx(1.5 / math.sqrt(2 * 1.5))  # ranks 1, 2, 3 and 1.5, 1.5, 3
+    assert compute_metrics("regression", [[1.0, 2.0]], [[3.0, 2.0]]) == {"mse": 2.0}  # several numbers a row
     column = compute_metrics("regression", np.array([[1.0], [2.0], [3.0]]), [2.0, 2.0, 5.0])
     assert column == found
 
@@ -296,7 +297,6 @@ def test_order_of_rows_does_not_matter(rows, random):
         ("regression", [1.0, math.nan], [1.0, 2.0], "predictions row 1 is nan"),
         ("regression", [1.0, math.inf], [1.0, 2.0], "predictions row 1 is inf"),
         ("regression", [1.0, None], [1.0, 2.0], "predictions must be numbers"),
-        ("regression", [[1.0, 2.0]], [[1.0, 2.0]], "one number a row"),
         ("token-classification", [[0]], [[0], [1]], "row 1: no predictions for 1 labels"),
         ("token-classification", [[0], [0, 1]], [[0], [1]], "row 1: 2 predictions for 1 labels"),
         ("token-classification", [[0], [7]], [[0], [1]], "sentence 1: predictions row 0 is 7"),
