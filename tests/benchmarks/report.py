@@ -118,8 +118,9 @@ TASKS = ("sentiment", "similarity", "intents")
 
 
 def scored(part: str, task: str) -> dict[str, list[float]]:
-    """{way: its scores of a task over seeds}."""
-    return runs_of(rows_of("multitask", part=part), "way", lambda row: row["scores"].get(task))
+    """{way: its scores of a task, or their mean ("mean"), over seeds}."""
+    own = lambda row: row["mean"] if task == "mean" else row["scores"].get(task)  # noqa: E731
+    return runs_of(rows_of("multitask", part=part), "way", own)
 
 
 def multitask() -> str:
@@ -143,18 +144,28 @@ def multitask() -> str:
 
 
 def methods() -> str:
-    """The transfer matrix of three unlike tasks; what more tasks cost."""
+    """Every method of balancing on three unlike tasks; the transfer matrix; what more tasks cost."""
+    [steps] = {row["steps"] for row in rows_of("multitask", part="balancing")}
     return (
-        "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300: accuracy of "
-        "sentiment (rotten-tomatoes) and of intents (the first ten of banking77), Pearson's r of similarity (stsb, "
-        "standardized labels), on up to 1,000 test rows, "
-        f"{RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
+        "**Balancing several tasks** (notebook 05b): accuracy of sentiment (rotten-tomatoes) and of intents (the first "
+        "ten of banking77), Pearson's r of similarity (stsb, standardized labels), on up to 1,000 test rows, "
+        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 300 rows of each task, {steps} "
+        f"updates of 16, tasks drawn alike, at the learning rate of fixed weights.\n\n{balancing()}\n\n"
+        "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300, on the same "
+        f"test rows, {RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
         "pair makes twice the updates of one alone (200 in place of 100), so that each task makes as many passes over "
         "its rows as alone, with half of every batch of 16. The control is the task alone on half batches, as many of "
         "them: the same updates, passes and rows of the task, and no partner. Twice as long is alone on as many whole "
         f"batches, the total of the pair. Every way has a learning rate of its own.\n\n{transfers()}\n\n"
         f"*{source('multitask')}*\n\n{growth()}"
     )
+
+
+def balancing() -> str:
+    """The methods on the three tasks."""
+    shown = {task: compared(scored("balancing", task), "fixed") for task in (*TASKS, "mean")}
+    lines = [{"method": f"`{how}`", **{task: own[how] for task, own in shown.items()}} for how in shown["mean"]]
+    return results_table(lines)._repr_markdown_()
 
 
 def transfers() -> str:
