@@ -168,6 +168,37 @@ def balancing() -> str:
     return results_table(lines)._repr_markdown_()
 
 
+TEXT_TO_TEXT = {  # of seq2seq.py: what the rows are, the score, the way that the others are compared with
+    "titles": ("titles of 80 abstracts, 24 updates of 8", "ROUGE-L", "192"),
+    "french": ("French of 200 English sentences, 48 updates of 16", "chrF", "768"),
+    "opus": ("a translator, French of 400 sentences, 125 updates of 16", "chrF", "2,000"),
+}
+
+
+def text_to_text() -> str:
+    """Titles, French, and a translator that is tuned: what training brings, and what costs nothing."""
+    tables = []
+    for part, (words, measure, base) in TEXT_TO_TEXT.items():
+        rows = rows_of("seq2seq", part=part)
+        seeds = sum(row["way"] == base for row in rows)
+        own = runs_of([{"seed": 0} | row for row in rows], "way", lambda row: row["score"])
+        shown = compared({way: scores * (seeds // len(scores)) for way, scores in own.items()}, base)
+        rates = {row["way"]: f"{row['rate']:g}" for row in rows if "rate" in row}
+        lines = [
+            {words: f"trained on {way}" if way in rates else way, measure: text.replace(" ± 0.000", ""),
+             "rate": rates.get(way, "")}
+            for way, text in shown.items()
+        ]  # fmt: skip
+        tables.append(results_table(lines)._repr_markdown_())
+    joined = "\n\n".join(tables)
+    return (
+        "**Text to text** (notebook 08b): flan-t5-titles (77 million parameters) taught titles and French, and "
+        f"opus-mt-en-fr (75 million) tuned: {RULE.format(seeds=3, base='training on the most rows')}. Each way to "
+        "train has a learning rate of its own, searched with another seed on validation rows until the best lies "
+        f"inside.\n\n{joined}\n\n*{source('seq2seq')}*"
+    )
+
+
 def transfers() -> str:
     """Every task alone, its controls, and with each of the others."""
     grid = []
@@ -800,8 +831,8 @@ def section(name: str, text: str) -> str:
 
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
-    parts = [strategies(), multitask(), methods(), speed(), profiles(), half_precision(), *language_models()]
-    results = "\n\n".join(parts)
+    learnt = [strategies(), multitask(), methods(), text_to_text()]
+    results = "\n\n".join([*learnt, speed(), profiles(), half_precision(), *language_models()])
     tables = [
         section("headlines", headlines()),
         section("results", results),
