@@ -1,6 +1,7 @@
 """The base model under an adapter: whether it lies on disk as the adapter knows it, and what of it has to travel.
 
-To copy: this file, inputs/{files,pretrained,assets}.py, methods/adapters.py, core/, tasks/, torch and transformers.
+To copy: this file, inputs/{files,pretrained,assets,sentence_folders}.py, methods/adapters.py, core/, tasks/, torch,
+transformers.
 """
 
 import copy
