@@ -133,8 +133,8 @@ def write_settings(folder: Path, config: Any) -> None:
     ]
     modes = {key: mode == config.pooling for key, mode in _OLDER.items()}
     (folder / "1_Pooling").mkdir()
-    for name, said in {
+    for name, content in {
         "modules.json": steps, "sentence_bert_config.json": {"max_seq_length": None, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
     }.items():  # fmt: skip
-        (folder / name).write_text(json.dumps(said, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -10,6 +10,7 @@ Source: Reimers & Gurevych 2019 (Sentence-BERT, arXiv:1908.10084); names and def
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def rows(
             long = f"{at}, column {name!r}: {len(ids)} tokens, the limit is {limit}"
             refuse((len(ids) > limit, f"{long}; cut it or set truncation=True"))
     keys = [key for key in ("input_ids", "token_type_ids") if key in made[0]]
-    out = {key: [sum(texts, []) for texts in zip(*(one[key] for one in made), strict=True)] for key in keys}
+    out = {key: [[*chain(*texts)] for texts in zip(*(one[key] for one in made), strict=True)] for key in keys}
     out["text_lengths"] = [[*map(len, texts)] for texts in zip(*(one["input_ids"] for one in made), strict=True)]
     scores, ends = columns.get("label", [1] * len(wheres)), [f"{at}, column 'label'" for at in wheres]
     scores = [float(score) if type(score) is int and "label" in columns else score for score in scores]

@@ -138,6 +138,7 @@ TYPES = [("bert", {}), ("modernbert", {}), ("roberta", {}), ("distilbert", {}), 
 def test_a_vector_is_that_of_its_text_alone(tiny_tokenizer, model_type, options, pooling):
     model = build(model_type, pooling=pooling, **options)
     rows = rows_of(TRIPLETS, tiny_tokenizer)
+    rows = rows.remove_columns("token_type_ids")  # which some models embed, and their own tokenizers don't make
     with torch.no_grad():
         expected = []
         for texts in zip(*TRIPLETS.values(), strict=True):
@@ -148,14 +149,12 @@ def test_a_vector_is_that_of_its_text_alone(tiny_tokenizer, model_type, options,
         expected = torch.nn.functional.normalize(torch.stack(expected), dim=-1).view(4, 3, -1)
     for side in ("right", "left"):
         inputs = {k: v for k, v in batch_of(rows, side).items() if k != "labels"}
-        inputs.pop("token_type_ids")
         with torch.no_grad():
             assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
     assert_close(torch.from_numpy(predict(model, rows)), expected, atol=1e-5, rtol=0)
-    if model_type != "gpt2":
-        unpad(model)
-        assert is_unpadded(model)
-        assert_close(torch.from_numpy(predict(model, rows)), expected, atol=1e-5, rtol=0)
+    unpad(model)
+    assert is_unpadded(model)
+    assert_close(torch.from_numpy(predict(model, rows)), expected, atol=1e-5, rtol=0)
     assert isinstance(model, transformers.PreTrainedModel) and kind_of(model) == KIND
     assert tasks_of(model) == {"": (KIND, 16)}
 
@@ -256,7 +255,7 @@ def test_loss_and_gradients_are_sentence_transformers(tiny_tokenizer, tmp_path, 
     assert got.keys() == wanted.keys() and len(got) > 20
     assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-3
     for key, gradient in wanted.items():
-        assert_close(got[key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+        assert_close(got[key], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max())), rtol=1e-5, msg=key)
 
 
 def test_losses_by_hand():
@@ -271,9 +270,9 @@ def test_losses_by_hand():
     near = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 7.0]], [[0.0, 0.0], [3.0, 4.0], [0.0, 70.0]]])
     assert triplet(near).item() == pytest.approx(5 - 7 + 5, abs=1e-4)
     assert triplet(near, margin=1.0).item() == 0
-    for widths, weights, message in (([], None, "0 weights for 0 widths"), ([0], None, "widths=0"), ([2], [], "0 wei")):
+    for widths, shares, message in (([], None, "0 weights for 0 widths"), ([0], None, "widths=0"), ([2], [], "0 wei")):
         with pytest.raises(ValueError, match=message):
-            matryoshka(in_batch, widths, weights)
+            matryoshka(in_batch, widths, shares)
     with pytest.raises(ValueError, match="widths=3: the vectors have 2 numbers"):
         matryoshka(in_batch, [3])(vectors, None)
 
@@ -314,7 +313,8 @@ def test_scores_by_hand(tiny_tokenizer):
     nearest = (vectors[:, 0] @ np.concatenate([vectors[:, 1], vectors[:, 2]]).T).argmax(1)
     assert found["accuracy_at_1"] == np.mean(nearest == np.arange(4)) and set(found) == {"loss", "accuracy_at_1"}
     assert embedding.score([[[1, 0], [2, 0]], [[0, 1], [1, 1]]], [1, 1]) == {"accuracy_at_1": 1.0}
-    assert embedding.score([[[1, 0], [0, 2]], [[0, 1], [0, 2]]], [1, 1]) == {"accuracy_at_1": 0.5}  # a tie counts
+    assert embedding.score([[[1, 0], [0, 2]], [[1, 0], [1, 0]]], [1, 1]) == {"accuracy_at_1": 0.5}
+    assert embedding.score([[[1, 0], [1, 0]], [[1, 0], [2, 0]]], [1, 1]) == {"accuracy_at_1": 1.0}  # a tie counts
 
 
 def test_patience_knows_the_metric(tiny_tokenizer):
