@@ -158,7 +158,7 @@ def in_batch(vectors: Tensor, labels: Tensor | None = None, scale: float = 20.0)
 
     vectors: (rows, 2 or more texts, hidden): anchor, positive, further negatives.  What counts as wrong are all other
     rows' positives and all negatives, so the loss hangs on which rows are taken together, and the same positive twice
-    among them is counted as wrong.  sentence-transformers' MultipleNegativesRankingLoss, which is the mean.
+    among them is counted as wrong; evaluation takes batches.  The mean is MultipleNegativesRankingLoss of that library.
     Source: Henderson et al. 2017 (arXiv:1705.00652), section 4.4; van den Oord et al. 2018 (InfoNCE, arXiv:1807.03748).
     """
     with torch.autocast(vectors.device.type, enabled=False):  # 20 times a cosine in bf16 has an error of 0.1

@@ -308,6 +308,42 @@ def test_pairs_are_in_setfits_own_order():
     assert pairs[::2].tolist() == positives and pairs[1::2].tolist() == negatives * 2
 
 
+@pytest.fixture
+def sampler(monkeypatch):
+    """setfit.sampler alone: the rest of the package asks for another Transformers."""
+    import importlib.util
+    import sys
+    from types import ModuleType
+
+    if (found := importlib.util.find_spec("setfit")) is None:
+        pytest.skip("setfit is not installed")
+    alone = ModuleType("setfit_alone")
+    alone.__path__ = list(found.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "setfit_alone", alone)
+    yield importlib.import_module("setfit_alone.sampler")
+    for name in [name for name in sys.modules if name.startswith("setfit_alone.")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("strategy", ["oversampling", "undersampling", "unique"])
+@pytest.mark.parametrize("iterations", [None, 1, 7])
+@pytest.mark.parametrize("labels", [[0, 0, 1], [2, 0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 0], [1, 1, 1, 1, 1, 0]])
+def test_pairs_are_setfits_own(sampler, labels, iterations, strategy):
+    rows = list(range(len(labels)))
+    theirs = list(sampler.ContrastiveDataset(rows, labels, False, iterations, strategy))
+    pairs, scores = contrastive_pairs(labels, strategy=strategy, iterations=iterations)
+    assert [[one["sentence_1"], one["sentence_2"]] for one in theirs] == pairs.tolist()
+    assert [one["label"] for one in theirs] == scores.tolist()
+
+
+def test_pairs_of_several_labels_are_setfits_own(sampler):
+    labels = [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]
+    theirs = list(sampler.ContrastiveDataset(list(range(5)), labels, True))
+    pairs, scores = contrastive_pairs(labels)
+    assert [[one["sentence_1"], one["sentence_2"]] for one in theirs] == pairs.tolist()
+    assert [one["label"] for one in theirs] == scores.tolist()
+
+
 def test_several_labels_share_one():
     pairs, scores = contrastive_pairs([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]], strategy="unique")
     found = {tuple(pair): score for pair, score in zip(pairs.tolist(), scores, strict=True)}
