@@ -221,6 +221,25 @@ def toy(folder: Path, *arguments: str) -> list[dict]:
     return json.loads(path.read_text())["rows"]
 
 
+def test_few_labels_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "few_labels.py")
+    found = {(row["corpus"], row["method"], row["shots"]) for row in rows if row["part"] == "accuracy"}
+    methods = {("zero-shot", 0), ("prototypes", 2), ("probe", 2), ("fine-tuning", 2), ("contrastive", 2)}
+    assert found >= {(corpus, *one) for corpus in ("rotten-tomatoes", "banking77") for one in methods}
+    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] != "vectors")
+    assert all(row["seconds"] > 0 for row in rows if row.get("method") in ("fine-tuning", "contrastive"))
+    before = len(rows)
+    assert len(toy(tmp_path, "few_labels.py")) == before  # it resumes: nothing is measured twice
+
+
+def test_few_labels_of_a_draw_are_a_part_of_more(program):
+    few = program("few_labels")
+    small, large = few.drawn("banking77", 2, 3), few.drawn("banking77", 8, 3)
+    labels = few.corpus_of("banking77")[0]["train"][1]
+    assert set(small) < set(large) and sorted(labels[small]) == [label for label in range(10) for _ in range(2)]
+    assert set(small) != set(few.drawn("banking77", 2, 4))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["bert_base.py", "gpu_day.py"])
 def test_gpu_programs_leave_stored_rows_alone_without_a_gpu(name):

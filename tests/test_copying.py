@@ -39,6 +39,14 @@ SNIPPETS = {
     "assert made['labels'] == [[2, 1, 0]] and pair({'input_ids': [1], 'labels': [2, 0]}) == ([1], [2, 0])",
     "tasks/relations.py": "m = AutoModelForRelationClassification.from_config(model.config)\n"
     "at = torch.tensor([[0, 1]]); assert m(torch.tensor([[5, 6]]), marker_positions=at).logits.shape == (1, 2)",
+    "tasks/heads.py": "class Head(OnBase):\n"
+    "    def forward(self, input_ids=None): return self.base_model(input_ids)[0]\n"
+    "m = class_on(type(model.bert), Head, 'ForNothing')(model.config)\n"
+    "assert type(m).__name__ == 'BertForNothing' and m(torch.tensor([[1, 2]])).shape == (1, 2, 16)",
+    "tasks/embedding.py": "m = AutoModelForSentenceEmbedding.from_config(model.config)\n"
+    "assert m(torch.tensor([[1, 2, 1]]), text_lengths=torch.tensor([[2, 1]])).logits.shape == (1, 2, 16)",
+    "methods/fewshot.py": "assert contrastive_pairs([0, 1])[1].tolist() == [1, 0, 1, 0]\n"
+    "assert k_center([[0.0], [1.0]], 1, [0]) == [1]",
     "tasks/tagging.py": "assert check_tags([0, -100], 2, 2, 'row 0') == [0, -100]",
     "tasks/task.py": "assert kind_of(model) == KINDS[0]\n"
     "assert task_loss('regression')(torch.ones(1, 1), torch.zeros(1)) == 1",

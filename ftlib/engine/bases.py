@@ -1,6 +1,7 @@
 """The base model under an adapter: whether it lies on disk as the adapter knows it, and what of it has to travel.
 
-To copy: this file, inputs/{files,pretrained,assets}.py, methods/adapters.py, core/, tasks/, torch and transformers.
+To copy: this file, inputs/{files,pretrained,assets,sentence_folders}.py, methods/adapters.py, core/, tasks/, torch,
+transformers.
 """
 
 import copy
@@ -17,7 +18,7 @@ from ..core.anatomy import base_of
 from ..inputs import pretrained
 from ..inputs.files import fingerprint
 from ..methods import adapters
-from ..tasks.task import kind_of
+from ..tasks.task import TASKS, kind_of
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _HELD = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")  # in names: what an adapter holds
@@ -48,7 +49,8 @@ def _rest(model: nn.Module, state: Any) -> tuple[dict[str, torch.Tensor], str, s
 def _settings(config: Any) -> dict[str, Any]:
     """What of a config makes another model of the same weights."""
     plain = json.loads(json.dumps(config.to_dict(), default=str)).items()
-    return {key: value for key, value in plain if key not in _FREE and "drop" not in key and key[0] != "_"}
+    free = {*_FREE, *(key for task in TASKS.values() for key in task.vectors)}  # of a head, which `ftlib.json` knows
+    return {key: value for key, value in plain if key not in free and "drop" not in key and key[0] != "_"}
 
 
 def _differing(one: dict, other: dict) -> list[str]:
@@ -83,7 +85,7 @@ def put_down(model: nn.Module, state: dict, folder: Path, target: Path) -> tuple
             raise ValueError(f"{why}; its base is in 4 bits and can't be saved too: save it first, tune it by name")
         with torch.device("meta"):
             bare, own = type(base)(copy.deepcopy(base.config)), _own(base)
-        words, exact = {}, {name: own[name].cpu() for name in bare.state_dict()}
+        words, exact = {}, {name: own[name].cpu() for name in bare.state_dict() if name in own}  # a pooler may be new
         bare.save_pretrained(folder / "base", state_dict=dict(exact))
         warnings.warn(f"the adapter's base model is saved too, in {target / 'base'}: {why}", stacklevel=4)
     left, *_ = _rest(model, [*state, *words])

@@ -314,6 +314,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
           for kind in kinds if TASKS[kind].divergence is None),
         (loss is not None and not all(record.labelled for record in records),
          "loss= takes logits, which a language model never has all at once; give ftlib.steps a gradient function"),
+        (distributed.world_size() > 1 and any(record.vectors for record in records),
+         "the loss compares vectors of all rows, and a process has its own alone: train in one process"),
         (config.patience and not held_out, "patience needs eval_dataset"),
         (config.patience and config.metric not in names,
          f"metric={config.metric!r}: evaluation gives {', '.join(names)}"),

@@ -125,7 +125,7 @@ def scores(
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
     sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
     tokens = not (record := _record(model)).labelled
-    more = record.measures(parts[0][0]) if record.measures and parts else ()
+    more = record.measures(parts[0][0]) if tokens and record.measures and parts else ()
     sums |= {name: [] for name in more}
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
         if indices and tokens:  # the logits are the summed loss, and what is counted beside it
@@ -200,7 +200,7 @@ def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
     more = record.measures(parts[0][0]) if (record := _record(model)).measures else ()
-    found = [] if record.labelled else ["loss", "perplexity", *more]
+    found = [] if record.labelled and not more else ["loss", *(() if record.labelled else ("perplexity",)), *more]
     for task, (kind, count) in labelled(model, parts).items() if not found else ():
         decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
         decided = [decided] if TASKS[kind].a_token else decided
@@ -318,6 +318,8 @@ def _rows_to_predict(model: nn.Module, data: Any, kind: str, tokenizer: Any, max
             need = f"a dataset from tokenize(..., task=...), which reads {', '.join(record.columns)} beside the text"
             need = f"a table with {' and '.join(record.forms[-1])}" if record.windows else need
             raise TypeError(f"data holds texts alone; pass {need}")
+        if record.vectors and isinstance(data[0], tuple):
+            raise TypeError("data holds pairs, but each text is a vector: pass texts, or pairs as rows from tokenize")
         if record.a_token:  # an empty string stays one, for encode_texts to refuse
             data = [text.split() or text if isinstance(text, str) else text for text in data]
         data = encode_texts(data, tokenizer, max_length=token_limit(max_length, tokenizer, model.config))

@@ -1,7 +1,8 @@
 """Models on disk: safetensors and JSON, never pickle; adapters in PEFT's format; proved, then moved into place.
 
-To copy: this file, engine/{untrusted,bases}.py, inputs/{files,pretrained,assets}.py, core/, tasks/, torch, transformers
-and methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py (methods/multitask.py, peft).
+To copy: this file, engine/{untrusted,bases}.py, inputs/{files,pretrained,assets,sentence_folders}.py, core/, tasks/,
+torch, transformers and methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py
+(methods/multitask.py, peft).
 """
 
 import copy
@@ -23,6 +24,7 @@ from torch import nn
 from ..core.anatomy import head_modules, unwrapped
 from ..inputs import files, pretrained
 from ..inputs.files import fingerprint, read_json, read_tensors, said, tensors_of
+from ..inputs.sentence_folders import write_settings
 from ..methods import adapters, through_peft
 from ..methods.optimizing import tuning_of
 from ..methods.tuning import tune
@@ -60,6 +62,8 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, abo
             _save_adapter(trunk, new / part, folder / part, tuning, wrapper)
         else:
             _save_whole(trunk, new / part)
+        if _vectors(trunk):
+            write_settings(new, unwrapped(trunk).config)
         if several:
             save_file(tensors_of(model.heads.state_dict()), new / "heads.safetensors")
             specs = {name: asdict(spec) for name, spec in model.specs.items()}
@@ -105,6 +109,12 @@ def _opened(folder: Path, **options: Any) -> tuple[nn.Module, list[str]]:
         model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = sorted(str(name) for how in ("missing", "mismatched") for name in info[f"{how}_keys"])
     return pretrained.say_ties(model), wrong
+
+
+def _vectors(model: nn.Module) -> dict[str, Any]:
+    """What the config of a model of vectors says of these; {} for another."""
+    kind = kind_of(model)
+    return {name: getattr(model.config, name) for name in (TASKS[kind].vectors if kind else ())}
 
 
 def _save_whole(model: nn.Module, folder: Path) -> None:
@@ -174,6 +184,7 @@ def _save_adapter(model: nn.Module, folder: Path, target: Path, tuning: Any, wra
         "strategy": tuning and tuning.strategy, "options": tuning.options if tuning else {}, "task": kind_of(model),
         "num_labels": len(names_of(model)), "label_names": given_names(names_of(model)), "base": identity,
     }  # fmt: skip
+    note |= _vectors(model)
     (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
     if fingerprint(read_tensors(path)) != fingerprint(state) or (wrapper and not through_peft.settings_in(folder)):
         raise OSError(f"{path}: what was read back is not what was written")
@@ -193,7 +204,8 @@ def _base_of(folder: Path, base: Any, note: dict) -> nn.Module:
         raise ValueError(f"{folder}/adapter_config.json names no base model; pass base=... (a name, folder or model)")
     note = note or through_peft.head_guess(folder, config)
     classes = note.get("task") in TASKS and TASKS[note["task"]].labelled
-    given = {key: note[key] for key in ("num_labels", "label_names") if classes and note.get(key) is not None}
+    labels = ("num_labels", "label_names", *TASKS[note["task"]].vectors) if classes else ()
+    given = {key: note[key] for key in labels if note.get(key) is not None}
     safe = {"use_safetensors": True} if name == own else {}
     with said(f"{folder}: can't load its base model {str(name)!r}; pass base=..."):
         return pretrained.load_model(pretrained.local_name(name), note.get("task"), **given, **safe)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.Gra
     def gradient(model: nn.Module, step: Step) -> torch.Tensor:
         if joint:
             joint.begin(step, losses)
+        if losses.vectors and len(step) > 1:
+            return as_one(losses, scaler, model, step)
         total = torch.zeros((), device=step.feed.device)
         for place, (batch, weight) in enumerate(zip(step, step.weights, strict=True)):
             with nullcontext() if place + 1 == len(step) else distributed.hold_gradients(model):
@@ -63,6 +66,32 @@ def task_gradient(losses: "Losses", joint: "Joint | None", scaler: torch.amp.Gra
         return total
 
     return gradient
+
+
+def as_one(losses: "Losses", scaler: torch.amp.GradScaler, model: nn.Module, step: Step) -> torch.Tensor:
+    """The gradient of vectors in several micro-batches, as if in one: a loss may compare the vectors of all rows.
+
+    They are computed without gradients, the loss gives theirs, and each micro-batch is computed again, with the same
+    dropout, to take its share of these on.  Source: Gao et al. 2021 (GradCache, arXiv:2101.06983).
+    """
+    device = step.feed.device
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in step]
+
+    def computed(own: dict) -> torch.Tensor:
+        with losses.autocast():
+            return model(**own).logits
+
+    with torch.no_grad():
+        states, found = zip(*((random_state(device), computed(own)) for own in inputs), strict=True)
+    vectors = torch.cat(found).requires_grad_()
+    whole = {"labels": torch.cat([batch["labels"] for batch in step])}
+    value = losses.parts(lambda: SimpleNamespace(logits=vectors), whole, step.items, 1.0)[""]
+    scaler.scale(value).backward()
+    for own, state, gradient in zip(inputs, states, vectors.grad.split([*map(len, found)]), strict=True):
+        set_random_state(state, device)
+        computed(own).backward(gradient)
+    step.feed.ahead()
+    return value.detach()
 
 
 def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool = False) -> Any:
@@ -91,6 +120,7 @@ class Losses:
     def __init__(self, functions: dict, tasks: dict, r_drop: float, autocast: Callable, check: bool = False):
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
         self.unseen = set(functions) if check else set()
+        self.vectors = any(TASKS[kind].vectors for kind, _ in tasks.values())
 
     def parts(self, forward: Callable, batch: dict, items: dict[str, int], weight: float) -> dict[str, torch.Tensor]:
         """The micro-batch's share of every task's mean loss: summed over items, divided by those of the whole step."""

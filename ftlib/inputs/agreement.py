@@ -67,6 +67,8 @@ def agree(model: nn.Module, tokenizer: Any = None, several: bool = True) -> Padd
     # behind the vectors of a tuned prompt there are no ids to find a row's end by: the last place is read
     prompt = last and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     alike = kind in _MIXING or pad == end_id(model) or (read != {"first"} and not left) or bool(prompt)
+    if alike and "text_lengths" in inputs_of(model):
+        raise ValueError(f"{kind} reads padding, so a row's texts, of several lengths, can't be computed together")
     return Padding(pad, "left" if left else "right", alike)
 
 
@@ -178,6 +180,15 @@ def checked_input(name: str, value: Any, length: int, size: int | None, where: s
         raise ValueError(f"{where}, column {name!r}: {why}")
     forms = {(-1, *shape[1:])} if shape[:1] == (length,) else {shape}
     return forms if name in A_TOKEN else forms | {shape}
+
+
+def longest_text(lengths: Any, tokens: int, where: str) -> int:
+    """Tokens of the longest of a row's texts, which has `tokens` in all; ValueError for lengths that don't add up."""
+    found = _numbers([tokens] if lengths is None else lengths)
+    if found is None or found.ndim != 1 or found.dtype.kind == "f" or found.min() < 1 or found.sum() != tokens:
+        need = f"one at least a text, {tokens} together"
+        raise ValueError(f"{where}, column 'text_lengths': {short(lengths)}; need how many tokens each has, {need}")
+    return int(found.max())
 
 
 def check_alike(first: dict, ids: Sequence[int], forms: dict[str, set[tuple]], end: int | None, where: str) -> None:

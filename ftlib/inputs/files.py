@@ -43,11 +43,13 @@ def aside(folder: Path) -> Iterator[Path]:
 
 # What a model's and a tokenizer's files are called: these are replaced, all others in the folder stay.
 _MODEL = r"(.+/)?((generation_|adapter_)?config|ftlib|multitask|model\.safetensors\.index)\.json"
+_MODEL += r"|(modules|sentence_bert_config|config_sentence_transformers)\.json"
 _MODEL += r"|(.+/)?((adapter_)?model(-\d+-of-\d+)?|heads)\.safetensors"
 _WORDS = r"(tokenizer(_config)?|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt|chat_template\.jinja"
 _WORDS += r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|additional_chat_templates/.*"
-_PARTS = (".", "encoder/base", "encoder", "base", "additional_chat_templates")  # the folders of a model
-_BESIDE = dict.fromkeys(("base", "encoder/base"), "adapter_config.json") | {"encoder": "multitask.json"}  # or not ours
+_PARTS = (".", "encoder/base", "encoder", "base", "additional_chat_templates", "1_Pooling")  # the folders of a model
+_BESIDE = {"base": "adapter_config.json", "encoder/base": "adapter_config.json"}  # or not ours
+_BESIDE |= {"encoder": "multitask.json", "1_Pooling": "modules.json"}
 _STAGE, _WHOLE = ".saving", "whole"  # where new files wait in a folder; what goes for them, once all are on the disk
 
 

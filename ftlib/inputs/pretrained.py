@@ -1,6 +1,6 @@
 """Pretrained tokenizers and models by short name, folder or hub id; what comes back is plain Transformers.
 
-To copy: this file, inputs/assets.py, inputs/files.py, core/anatomy.py, core/batches.py, tasks/, torch and transformers.
+To copy: this file, inputs/{assets,files,sentence_folders}.py, core/{anatomy,batches}.py, tasks/, torch, transformers.
 Weights are float32, the model in eval mode, unless you ask otherwise. No remote code is run; safetensors come first.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from ..core.batches import one_of, refuse, whole
 from ..tasks.task import TASKS, auto_class
-from . import assets, files
+from . import assets, files, sentence_folders
 
 _POOLER = r"(^|\.)(pooler|pooling_layer)(\.|$)"  # may start new although it lies inside the encoder: a head in effect
 
@@ -82,6 +82,8 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
         kwargs |= {"num_labels": num_labels, "problem_type": kind.problem_type}
     if label_names is not None:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    if kind is not None and kind.vectors:
+        kwargs = sentence_folders.settings_of(place) | kwargs
     kwargs.setdefault("dtype", torch.float32)  # Transformers 5 would keep whatever type the file has
     auto = auto_class(task) if kind else transformers.AutoModel
     if kind is None and (path := Path(place, "config.json")).is_file():  # T5's encoder alone, say
@@ -109,7 +111,7 @@ def _check_labels(kind, num_labels, label_names):
     names = None if label_names is None else [str(label) for label in label_names]
     count = num_labels if names is None else len(names)
     if kind and (not kind.labelled or kind.outputs):
-        what = "a head for answers has two outputs" if kind.labelled else "the labels of a language model are tokens"
+        what = f"this task has {kind.outputs} outputs" if kind.labelled else "the labels of a language model are tokens"
         own = count is not None and (names or count != kind.outputs)
         refuse((own, f"{what}: leave out num_labels and label_names"))
         return kind.outputs, None

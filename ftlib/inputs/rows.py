@@ -67,8 +67,9 @@ class Door:
         further = {name: row[name] for name in sorted(self.inputs & row.keys()) if row[name] is not None}
         out, kept = agreement.trimmed({"input_ids": ids, **further}, row.get("attention_mask"), self.pad, where)
         real, most = kept.stop - kept.start, self.max_positions
-        if real == 0 or (most is not None and real > most):
-            why = f"{real} tokens, the model takes {most}; tokenize with max_length={most}"
+        longest = agreement.longest_text(out.get("text_lengths"), real, where) if real else 0
+        if real == 0 or (most is not None and longest > most):
+            why = f"{longest} tokens, the model takes {most}; tokenize with max_length={most}"
             raise ValueError(f"{where_ids}: {why if real else 'no tokens; drop the row'}")
         forms = {n: agreement.checked_input(n, out[n], real, self.sizes.get(n), where) for n in further}
         if not self.first:

@@ -113,3 +113,28 @@ def _said(place: str, *names: str, several: bool = False) -> Any:
     with said(f"{file}: expected sentence-transformers' settings in JSON; mend it"):
         settings = json.loads(file.read_text("utf-8"))
         return list(map(dict, settings)) if several else dict(settings)
+
+
+def settings_of(place: str) -> dict[str, Any]:
+    """`pooling` and `normalize` of a folder, {} where it says nothing; ValueError for what a model would not learn."""
+    recipe = recipe_of(place)
+    asked = {"Dense": recipe.dense, "a default prompt": recipe.prompt, "small letters": recipe.lower}
+    if odd := [name for name, there in asked.items() if there]:
+        raise ValueError(f"{place}/modules.json asks for {', '.join(odd)}, which this task has not; pass its encoder")
+    return {"pooling": recipe.pooling, "normalize": recipe.normalize} if recipe.folder else {}
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Say beside a saved encoder how its vectors are made, from config.pooling and config.normalize."""
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", **({"Normalize": "2_Normalize"} if config.normalize else {})}
+    steps = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds.items())
+    ]
+    modes = {key: mode == config.pooling for key, mode in _OLDER.items()}
+    (folder / "1_Pooling").mkdir()
+    for name, content in {
+        "modules.json": steps, "sentence_bert_config.json": {"max_seq_length": None, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
+    }.items():  # fmt: skip
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")

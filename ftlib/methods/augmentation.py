@@ -153,7 +153,7 @@ def mixup(model: nn.Module, alpha: float = 0.2) -> Iterator[Callable[[torch.Tens
     """
     number("alpha", alpha, 1e-6)
     record, own, mixed = TASKS[kind_of(model)], task_loss(kind_of(model)), []
-    refuse((record.a_token or record.windows, f"mixup is for a label a row, not for {kind_of(model)}"))
+    refuse((record.a_token or record.rows, f"mixup is for a label a row, not for {kind_of(model)}"))
     head = model.get_submodule(anatomy.head_modules(model)[0])
 
     def mix(module: nn.Module, inputs: tuple) -> tuple | None:

@@ -31,38 +31,13 @@ from ..inputs.agreement import Padding, agree, token_ids, vocabulary
 from ..inputs.rows import checked_texts, text_iterator, token_limit
 from ..inputs.sentence_folders import Recipe, recipe_of
 from ..inputs.tokenizing import encode_texts
+from ..tasks.embedding import POOLINGS, pool
+from ..tasks.task import TASKS, kind_of
 from .speedups import shortcuts
 
-POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 CHUNK = 16_384  # texts read, sorted and written at a time: what bounds the memory
 SLICE, CHARACTERS = 2_048, 2**22  # most texts, and about as many characters, tokenized at a time
 AHEAD = 2  # slices tokenized before they are needed
-
-
-def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mean") -> torch.Tensor:
-    """One vector per text from (batch, tokens, hidden) and a 0/1 mask (batch, tokens): returns (batch, hidden).
-
-    Over the real tokens: "mean", "max" of each dimension, the first ("cls"), the last ("lasttoken"), which is a
-    decoder's only one to have seen the text; "weightedmean" weighs the n-th token n times, "mean_sqrt_len_tokens"
-    divides the sum by the root of the count: sentence-transformers' names.
-    Source: Reimers & Gurevych 2019 (Sentence-BERT, arXiv:1908.10084), section 3.
-
-    >>> hidden = torch.tensor([[[2.0], [4.0], [99.0]]])
-    >>> [pool(hidden, torch.tensor([[1, 1, 0]]), p).item() for p in ("mean", "cls", "max")]
-    [3.0, 2.0, 4.0]
-    """
-    one_of("pooling", pooling, POOLINGS)
-    mask = attention_mask.bool().unsqueeze(-1)  # (batch, tokens, 1)
-    if pooling in ("cls", "lasttoken"):
-        seen = attention_mask.to(torch.int64) if pooling == "cls" else attention_mask.to(torch.int64).cumsum(dim=1)
-        place = seen.argmax(dim=1)  # (batch,), the first of the largest: not 0 where padding is on the left
-        return hidden[torch.arange(len(hidden), device=hidden.device), place]
-    if pooling == "max":
-        return hidden.masked_fill(~mask, torch.finfo(hidden.dtype).min).amax(dim=1)
-    weights = mask.to(hidden.dtype) if pooling != "weightedmean" else mask.cumsum(dim=1).to(hidden.dtype) * mask
-    count = weights.sum(dim=1).clamp(min=1)  # (batch, 1)
-    total = (hidden.masked_fill(~mask, 0.0) * weights).sum(dim=1)
-    return total / (count.sqrt() if pooling == "mean_sqrt_len_tokens" else count)
 
 
 def extract_features(
@@ -149,7 +124,9 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     if name is not None or tokenizer is None:
         from ..inputs.pretrained import _locate, load_model, load_tokenizer, tokenizer_of
-    recipe = recipe_of(_locate(name, {})) if name is not None else Recipe()
+    kind = kind_of(model) if isinstance(model, nn.Module) else None  # a model of vectors knows how they are made
+    own = {key: getattr(model.config, key) for key in (TASKS[kind].vectors if kind else ())}
+    recipe = recipe_of(_locate(name, {})) if name is not None else Recipe(**own)
     if name is not None:
         model = load_model(name := recipe.place or name)
     base = anatomy.base_of(model)
@@ -164,7 +141,8 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
         (getattr(model, "prompt_encoder", None) is not None, "the prompts live around the encoder, whose features "
          "would be those without; take the hidden states of model(..., output_hidden_states=True)"),
     )  # fmt: skip
-    said = recipe_of(known) if name is None and pooling is None and os.path.isdir(known) else Recipe()
+    looked = name is None and pooling is None and not own and os.path.isdir(known)
+    said = recipe_of(known) if looked else Recipe()
     for odd, what in (
         (said.pooling != "mean" or said.dense, f"{known}/modules.json says pooling {said.pooling}, Dense "
          f"{len(said.dense)} times; a model passed as an object gives the mean: pass the folder, or pooling="),

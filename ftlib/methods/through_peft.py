@@ -36,7 +36,8 @@ def add_peft(model: nn.Module, config: Any, head: list[str]) -> Any:
 
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"{config!r} is no strategy and no PEFT configuration; pass e.g. peft.LoraConfig(r=8)")
-    if config.is_prompt_learning and TASKS[kind_of(model) or DEFAULT].columns:
+    record = TASKS[kind_of(model) or DEFAULT]
+    if config.is_prompt_learning and (record.columns or record.vectors):
         raise ValueError(f"{config.peft_type.value} moves the tokens whose positions the head reads; use LoRA, say")
     if config.is_prompt_learning and getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{config.peft_type.value} does not go into {anatomy.kind_of(model)}'s head; use LoRA, say")

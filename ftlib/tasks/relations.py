@@ -4,18 +4,17 @@ A row has `text` (one string) and `spans`, [[start, end], [start, end]] in chara
 signs that every tokenizer knows, "@ first @" and "# second #" (Zhou & Chen 2022, arXiv:2102.01373); the head reads the
 encoder's output at the marker before each span (Baldini Soares et al. 2019, arXiv:1906.03158, "entity start").
 
-To copy: this file, core/batches.py, torch and transformers.
+To copy: this file, tasks/heads.py, core/batches.py, torch and transformers.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.batches import short
+from .heads import Auto, OnBase
 
 MARKERS = ("@", "#")
 
@@ -62,17 +61,12 @@ def encode(tokenized: Callable, first: list, second: list | None, columns: dict,
     return encoded, {"marker_positions": positions}
 
 
-class _OnMarkers:
-    """A Transformers model with a linear layer on the outputs at two tokens; the base model has its usual name."""
+class _OnMarkers(OnBase):
+    """A linear layer on the outputs at two tokens."""
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        pools = "add_pooling_layer" in inspect.signature(self.base_class).parameters
-        options = {"add_pooling_layer": False} if pools else {}
-        setattr(self, self.base_model_prefix, self.base_class(config, **options))
+    def build(self, config: Any) -> None:
         self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", None) or 0.0)
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
-        self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, marker_positions=None, labels=None, **inputs) -> Any:
         """marker_positions: int64 (batch, 2); logits (batch, labels)."""
@@ -88,43 +82,5 @@ class _OnMarkers:
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-@cache
-def _class_on(base: type) -> type:
-    parent = next(kind for kind in base.__mro__[1:] if kind.__name__.endswith("PreTrainedModel"))
-    name = base.__name__.removesuffix("Model") + "ForRelationClassification"
-
-    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
-        return _OnMarkers.forward(self, *args, **inputs)
-
-    own, its = ({n: p for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
-                for f in (_OnMarkers.forward, base.forward))  # fmt: skip
-    more = [p.replace(kind=p.KEYWORD_ONLY) for name, p in its.items() if name not in own]
-    forward.__signature__ = inspect.Signature([*own.values(), *more])  # by which it is known what the model takes
-    return type(name, (_OnMarkers, parent), {"base_class": base, "__module__": __name__, "forward": forward})
-
-
-class AutoModelForRelationClassification:
-    """As Transformers' Auto classes: `from_pretrained` and `from_config`, for any encoder or decoder."""
-
-    @staticmethod
-    def class_of(config: Any) -> type:
-        """The model class for a config; ValueError for an encoder-decoder."""
-        from transformers import AutoModel
-
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"relations are read off an encoder or a decoder; {config.model_type} is both")
-        return _class_on(AutoModel._model_mapping[type(config)])
-
-    @classmethod
-    def from_config(cls, config: Any) -> nn.Module:
-        return cls.class_of(config)(config)
-
-    @classmethod
-    def from_pretrained(cls, name: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
-        from transformers import AutoConfig
-
-        labels = ("num_labels", "id2label", "label2id", "problem_type")
-        names = {key: options.pop(key) for key in labels if key in options}
-        places = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **places, **names)
-        return cls.class_of(config).from_pretrained(name, config=config, **options)
+class AutoModelForRelationClassification(Auto):
+    head, ending, what = _OnMarkers, "ForRelationClassification", "relations"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core import anatomy
 from ..core.batches import IGNORE, one_of, padded, stacked
-from . import answers, classification, language_modeling, masked, relations, seq2seq, tagging
+from . import answers, classification, embedding, language_modeling, masked, relations, seq2seq, tagging
 from .metrics import compute_metrics
 
 
@@ -67,7 +67,8 @@ class Task:
     prompt: Callable | None = None  # (tokenizer, prompt, where) -> token ids after which a model writes
     answer: Callable | None = None  # row -> (token ids of such a prompt, of the answer wanted)
     draw: Callable | None = None  # (rows, keys) -> rows as the model reads them, where this is new each time
-    measures: Callable | None = None  # row -> names of what evaluation counts beside the loss, of such a task
+    measures: Callable | None = None  # row -> names of what evaluation gives beside the loss, where this hangs on rows
+    vectors: tuple[str, ...] = ()  # logits are vectors, one for each of a row's texts; what the config says of these
 
 
 _classes = partial(
@@ -125,6 +126,13 @@ TASKS: dict[str, Task] = {
         peft_type="FEATURE_EXTRACTION", check=masked.check_tokens, a_token=True, use="fill-mask",
         score=partial(compute_metrics, "token-classification"), forms=masked.FORMS, rows=masked.rows,
         reads=masked.READS, options=masked.OPTIONS, draw=masked.draw, measures=masked.measures,
+    ),
+    "sentence-embedding": Task(
+        auto=embedding.AutoModelForSentenceEmbedding, architecture="ForSentenceEmbedding", check=embedding.check_score,
+        items=lambda labels: len(labels.reshape(-1)), loss=embedding.loss, decide=keep_label, score=embedding.score,
+        peft_type="FEATURE_EXTRACTION", use="sentence-similarity", outputs=1, divergence=None, forms=embedding.FORMS,
+        rows=embedding.rows, reads=embedding.READS, measures=embedding.measures,
+        vectors=embedding.AutoModelForSentenceEmbedding.settings,
     ),
     "seq2seq-lm": _tokens(
         auto="AutoModelForSeq2SeqLM", architecture=("ForConditionalGeneration", "MTModel"), peft_type="SEQ_2_SEQ_LM",
@@ -186,7 +194,8 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
     if kind is None:
         name = type(anatomy.unwrapped(model)).__name__
         raise ValueError(f"{name} has no classification head; load the model with task={DEFAULT!r}, num_labels=2, say")
-    return {"": (kind, getattr(model.config, "num_labels", 0))}
+    size = "hidden_size" if TASKS[kind].vectors else "num_labels"
+    return {"": (kind, getattr(model.config, size, 0))}
 
 
 def names_of(model: nn.Module, task: str = "") -> dict[int, str]:
