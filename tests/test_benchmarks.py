@@ -533,6 +533,26 @@ def test_tagging_program_at_toy_size(tmp_path):
     assert all(0 <= row.get("f1", row.get("accuracy")) <= 1 for row in rows)
 
 
+def test_smaller_program_at_toy_size(tmp_path, program):
+    pytest.importorskip("onnxruntime.transformers", reason="one way is ONNX Runtime's; pip install onnx onnxruntime")
+    rows, smaller = toy(tmp_path, "smaller.py"), program("smaller")
+    assert [row["way"] for row in rows if row["part"] == "accuracy"] == [*smaller.WAYS]
+    assert {row["way"] for row in rows if row["part"] == "rates"} == {*smaller.TRAINED}
+    assert {row["way"] for row in rows if row["part"] == "before"} == {*smaller.PRUNED}
+    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] != "speed")
+    speed = {row["way"]: row for row in rows if row["part"] == "speed"}
+    assert [*speed] == [*smaller.WAYS] and all(0 < row["p50_ms"] <= row["p99_ms"] for row in speed.values())
+    sizes = {way: round(row.get("mb_without_words", 0), 1) for way, row in speed.items()}
+    # MiniLM's 6 layers have 10.6 million weights in them and 0.4 million around them
+    assert sizes["6 layers"] == 41.9 and sizes["3 layers"] == sizes["3 layers, distilled"] == 21.6
+    assert sizes["int8 weights"] == sizes["int8 dynamic"] and 11.5 < sizes["int8 weights"] < 12.5
+    assert abs(sizes["torch.ao int8 dynamic"] - sizes["int8 weights"]) < 0.6  # it rounds the head as well
+    assert sizes["4-bit weights"] < 8 and speed["int8 weights and words"]["mb"] < 25 < speed["int8 weights"]["mb"]
+    assert sizes["half of the neurons out"] < 28.5 and sizes["both out"] < sizes["a third of the heads out"] < 38
+    again = toy(tmp_path, "smaller.py")  # all is there
+    assert again == rows
+
+
 def test_what_the_tagging_program_looks_up(program):
     """The longest run of words that training marked, by its most frequent type; F1 by hand."""
     tagging = program("tagging")

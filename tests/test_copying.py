@@ -86,6 +86,8 @@ SNIPPETS = {
     "methods/augmentation.py": "assert changes(20, 0.1) == 2 and callable(augment)\n"
     "with mixup(model) as loss: assert callable(loss)",
     "methods/balancing.py": "assert mgda(torch.eye(2)).tolist() == [0.5, 0.5]; assert Weighting().how == 'fixed'",
+    "methods/distillation.py": "assert shrink(model, 1).config.num_hidden_layers == 1\n"
+    "assert callable(Distillation(model).gradient())",
     "methods/features.py": "assert extract_features(model, ['a b'], tokenizer=tokenizer).shape == (1, 16)",
     "methods/interpretation.py": "encoding = tokenizer(['a b', 'b'], return_token_type_ids=False)\n"
     "scores = attribute(model, encoding, 'shapley', whole_words=True, samples=2)\n"
@@ -101,6 +103,9 @@ SNIPPETS = {
     "assert activation_patching(model, *rows, 0).shape == (3, 1)\n"
     "assert shuffled(model, ['bert']) is not model",
     "methods/preferences.py": "assert advantages(torch.tensor([1.0, 1.0]), 2).tolist() == [0.0, 0.0] and dpo()",
+    "methods/pruning.py": "assert [len(own) for own in importance(model, ROWS)] == [2, 2]\n"
+    "assert prune(model, {0: [1]}).config.kept_units == {'heads': {'0': [2, [0]]}}",
+    "methods/quantization.py": "assert quantize(model, dynamic=True)(torch.tensor([[5, 6]])).logits.shape == (1, 2)",
     "methods/regularization.py": "add_mixout([model.classifier], 0.5)\n"
     "assert model.classifier(torch.ones(1, 16)).shape == (1, 2)",
     "methods/speedups.py": "x = torch.ones(20, 3); assert linear(x, x).shape == (20, 20); assert dropout(x, 0.0) is x",
@@ -120,7 +125,7 @@ SNIPPETS = {
     "assert name == str(folder / 'm') and not words; fit_to(m, {}, identity, folder, given=False)",
     "engine/checkpoints.py": "prepare(folder / 'c', going_on=False); assert 'manifest' in damage(folder / 'c')",
     "engine/compiling.py": "asked = SimpleNamespace(gradient_checkpointing=True, compile=False, precision='fp32',\n"
-    "    shortcuts=True, dropout=None)\n"
+    "    shortcuts=True, dropout=None, distill=None)\n"
     "with training_modes(model, asked):\n    assert model.bert.encoder.layer[0].gradient_checkpointing",
     "engine/distributed.py": "start(); assert (rank(), world_size()) == (0, 1)",
     "engine/generation.py": "gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16,\n"

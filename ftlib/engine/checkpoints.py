@@ -185,6 +185,7 @@ def fingerprint(config: Any, **more: Any) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(config).items() if name not in free}  # the others change no numbers
     if callable(kept["task_gradients"]):  # in words that are the same in the next process
         kept["task_gradients"] = re.sub(" at 0x[0-9a-f]+", "", repr(kept["task_gradients"]))
+    kept["distill"] = kept["distill"] and kept["distill"].described
     return {"config": kept} | more
 
 

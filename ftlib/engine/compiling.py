@@ -39,6 +39,8 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
                 stack.enter_context(compiled_layers(model))
             elif config.shortcuts:
                 stack.enter_context(shortcuts(model))
+            if config.distill and config.shortcuts:
+                stack.enter_context(shortcuts(config.distill.teacher))
             stack.enter_context(dropout_rate(model, config.dropout))
             if (kind := kind_of(model)) and not TASKS[kind].labelled:  # a language model sums its own loss
                 stack.enter_context(token_losses.in_chunks(model, config.label_smoothing))

@@ -142,6 +142,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         tasks = tasks_of(model)
         _check(model, tasks, config, loss, held_out, list(parts.values()))
+        if config.distill:
+            config.distill.begin(model)
         smoothed = task_gradients.summed_loss(loss, config.label_smoothing, device)
         self.loss = task_gradients.summed_loss(loss, 0.0, device, quiet=True)  # for evaluation
         self.feed = Feed(parts, tasks, self.result, padding, device, is_unpadded(model))
@@ -158,7 +160,8 @@ class Training:
         self.wrapped = distributed.wrap(model)
         flat = config.label_smoothing
         functions = {t: smoothed or task_loss(k, flat * TASKS[k].smooths) for t, (k, _) in tasks.items()}
-        losses = task_gradients.Losses(functions, tasks, config.r_drop, self.autocast, check=smoothed is not None)
+        how = config.r_drop, self.autocast, smoothed is not None, config.distill
+        losses = task_gradients.Losses(functions, tasks, *how)
         self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
 
     def _checkpoints(self, parts: dict) -> checkpoints.Checkpoints:
@@ -312,6 +315,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
          f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
         *((config.r_drop, f"r_drop={config.r_drop} compares predicted distributions of classes; not for {kind}")
           for kind in kinds if TASKS[kind].divergence is None),
+        (config.distill and not all(record.labelled for record in records),
+         "distill takes logits, which a language model never has all at once; ftlib.steps takes distill.gradient()"),
         (loss is not None and not all(record.labelled for record in records),
          "loss= takes logits, which a language model never has all at once; give ftlib.steps a gradient function"),
         (distributed.world_size() > 1 and any(record.vectors for record in records),

@@ -2,7 +2,7 @@
 
 To copy: this file, engine/{untrusted,bases}.py, inputs/{files,pretrained,assets,sentence_folders}.py, core/, tasks/,
 torch, transformers and methods/{tuning,adapters,through_peft,optimizing,regularization,speedups}.py
-(methods/multitask.py, peft).
+(methods/{multitask,pruning}.py, peft).
 """
 
 import copy
@@ -59,6 +59,8 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, abo
         tuning = tuning_of(model)
         wrapper = trunk if hasattr(trunk, "get_base_model") else getattr(tuning, "peft", None)
         if adapters.adapters_of(trunk) or wrapper is not None:
+            if hasattr(trunk.config, "kept_units"):
+                raise ValueError("the model was pruned under its adapter; ftlib.merge(model) folds that in")
             _save_adapter(trunk, new / part, folder / part, tuning, wrapper)
         else:
             _save_whole(trunk, new / part)
@@ -96,6 +98,11 @@ def load(folder: str | os.PathLike, *, base: Any = None) -> nn.Module:
         trunk, wrong = (_base_of(inner, base, note), []) if adapted else _opened(inner, dtype=torch.float32)
         if wrong:
             raise ValueError(f"{inner}: weights missing or of another shape: {', '.join(wrong[:3])}")
+        if hasattr(trunk.config, "kept_units") and not adapted:
+            from ..methods.pruning import narrowed
+
+            with said(f"{folder}: config.json, kept_units, is not what was taken out of this model"):
+                narrowed(trunk)
         model = _with_heads(trunk, folder) if several else trunk
         if adapted:
             _put_adapter(model, trunk, inner, base, note)
@@ -119,6 +126,12 @@ def _vectors(model: nn.Module) -> dict[str, Any]:
 
 def _save_whole(model: nn.Module, folder: Path) -> None:
     """Write a stock model; ValueError naming what `load` would not bring back as it is: weights, ties, shapes."""
+    if coded := [name for name in model.state_dict() if name.endswith(".codes")]:
+        raise ValueError(f"{coded[0]} is quantized, which no config says; save the model before ftlib.quantize")
+    if hasattr(model.config, "kept_units"):
+        from ..methods.pruning import widened
+
+        model = widened(model)
     model.save_pretrained(folder)
     config, labels = read_json(folder / "config.json"), names_of(model)
     if type(model.config).from_dict(dict(config)).id2label != labels:  # two, which BART takes for its three: left out

@@ -9,6 +9,7 @@ from ..core.batches import number, one_of, refuse, whole
 from ..core.device import PRECISIONS
 from ..core.loop import SCHEDULES
 from ..methods.balancing import GRADIENTS, Combine, Weighting
+from ..methods.distillation import Distillation
 from ..methods.multitask import SAMPLERS
 from ..show.plots import learning_curves
 
@@ -62,6 +63,7 @@ class TrainConfig:
     task_weighting: str | Weighting = "fixed"  # fixed, uncertainty, gradnorm, dwa, random or famo: balancing.Weighting
     task_gradients: str | Combine | None = None  # pcgrad, cagrad, mgda, or a function: jacobian -> gradient
     task_cosines: int | None = None  # steps between records of the cosines between the tasks' gradients
+    distill: Distillation | None = None  # a teacher's part in the loss: distillation.Distillation
     seed: int = 0  # of the order, of dropout and of the task sampler
     progress: bool = True  # a bar while it runs
 
@@ -91,6 +93,9 @@ class TrainConfig:
             (self.micro_batch_size and self.max_tokens, "set micro_batch_size or max_tokens, not both"),
             (self.compile and self.distributed == "fsdp",
              "compile=True with distributed='fsdp' is not supported; drop one of them"),
+            (self.distill is not None and not isinstance(self.distill, Distillation),
+             f"distill={self.distill!r:.60}: need None or ftlib.Distillation(teacher)"),
+            (self.distill and self.r_drop, "r_drop and distill both weigh a second distribution; set one of them"),
             (self.r_drop and self.dropout == 0, "r_drop compares two passes with other dropout: dropout=0 leaves none"),
             (self.resume and not folder, "resume='auto' needs checkpoint_dir"),
             (self.checkpoint_every and not folder, "checkpoint_every needs checkpoint_dir"),

@@ -117,8 +117,11 @@ def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool =
 class Losses:
     """What tasks lose, by {task: (logits, labels) -> sum over items}; check: look on a first batch for a mean."""
 
-    def __init__(self, functions: dict, tasks: dict, r_drop: float, autocast: Callable, check: bool = False):
+    def __init__(
+        self, functions: dict, tasks: dict, r_drop: float, autocast: Callable, check: bool = False, distill: Any = None
+    ):
         self.functions, self.tasks, self.r_drop, self.autocast = functions, tasks, r_drop, autocast
+        self.distill, self.asked = distill, distill.asked if distill else {}
         self.unseen = set(functions) if check else set()
         self.vectors = any(TASKS[kind].vectors for kind, _ in tasks.values())
 
@@ -129,7 +132,8 @@ class Losses:
         with self.autocast():
             if "" in items and not TASKS[self.tasks[""][0]].labelled:  # summed by token_losses.in_chunks
                 return {"": forward(**inputs, labels=labels).loss * weight / max(items[""], 1)}
-            logits, again = forward(**inputs), forward(**inputs) if self.r_drop else None
+            output = logits = forward(**inputs, **self.asked)
+            again = forward(**inputs) if self.r_drop else None
             if not isinstance(labels, dict):
                 labels, logits = {"": labels}, {"": logits_of(logits, batch)}
                 again = again and {"": logits_of(again, batch)}
@@ -142,6 +146,8 @@ class Losses:
                 if again is not None:
                     apart = TASKS[self.tasks[task][0]].divergence(logits[task], again[task], labels[task])
                     value = (value + self.functions[task](again[task], labels[task])) / 2 + self.r_drop * apart
+                if self.distill:
+                    value = self.distill(value, output, inputs, labels[task])
                 parts[task] = value * weight / max(items[task], 1)
         if "" in self.tasks and torch.is_grad_enabled() and not parts[""].requires_grad:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")

@@ -320,7 +320,8 @@ def _makes_gelu(module: nn.Module) -> bool:
     """Whether this is the first half of a stock BERT-like feed-forward block: a linear layer, then GELU."""
     activation = getattr(module, "intermediate_act_fn", None)
     alone = [name for name, _ in module.named_children()] == ["dense", "intermediate_act_fn"]  # no norm before them
-    return alone and type(activation).__name__ == "GELUActivation" and type(getattr(module, "dense", None)) is nn.Linear
+    plain = type(getattr(module, "dense", None)) is nn.Linear and anatomy.taken_by(module.dense) is None
+    return alone and type(activation).__name__ == "GELUActivation" and plain
 
 
 def _gelu_forward(module: nn.Module, hidden: Tensor) -> Tensor:

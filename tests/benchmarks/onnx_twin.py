@@ -34,43 +34,54 @@ class MeanPooled(nn.Module):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (batch, hidden)
 
 
-@functools.cache
-def session(threads: int = 2, int8: bool = False) -> Any:
-    """An ONNX Runtime session with MiniLM's vectors as its output; made once a process, in about 10 seconds.
+def exported(module: nn.Module, encoder: nn.Module, int8: bool = False) -> bytes:
+    """A module that takes ids, mask and token types, with a BERT inside, as ONNX, its layers fused.
 
     int8: products of 8-bit numbers, the weights rounded once, by channel, the activations as they come.
     """
-    import onnxruntime
     from onnxruntime.transformers import optimizer
 
-    model = ftlib.load_model("minilm").eval()
-    model.set_attn_implementation("eager")  # the form that the optimizer knows how to fuse
+    encoder.set_attn_implementation("eager")  # the form that the optimizer knows how to fuse
     names = ["input_ids", "attention_mask", "token_type_ids"]
     example = (torch.tensor([[101, 2204, 102], [101, 102, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
     example = (*example, torch.zeros_like(example[0]))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this exporter is the older one; the newer one's graphs are fused less
-        exported, fused = Path(folder) / "model.onnx", Path(folder) / "fused.onnx"
+        plain, fused = Path(folder) / "model.onnx", Path(folder) / "fused.onnx"
         torch.onnx.export(
-            MeanPooled(model).eval(), example, str(exported), input_names=names, output_names=["vectors"],
-            dynamic_axes={name: {0: "batch", 1: "tokens"} for name in names} | {"vectors": {0: "batch"}},
+            module.eval(), example, str(plain), input_names=names, output_names=["found"],
+            dynamic_axes={name: {0: "batch", 1: "tokens"} for name in names} | {"found": {0: "batch"}},
             opset_version=17, dynamo=False,
         )  # fmt: skip
-        sizes = dict(num_heads=model.config.num_attention_heads, hidden_size=model.config.hidden_size)
-        better = optimizer.optimize_model(str(exported), model_type="bert", opt_level=0, **sizes)
+        sizes = dict(num_heads=encoder.config.num_attention_heads, hidden_size=encoder.config.hidden_size)
+        better = optimizer.optimize_model(str(plain), model_type="bert", opt_level=0, **sizes)
         found = better.get_fused_operator_statistics()["Attention"]
-        if found != model.config.num_hidden_layers:
-            raise RuntimeError(f"{found} of {model.config.num_hidden_layers} attention layers were fused")
+        if found != encoder.config.num_hidden_layers:
+            raise RuntimeError(f"{found} of {encoder.config.num_hidden_layers} attention layers were fused")
         better.save_model_to_file(str(fused))
         if int8:
             from onnx import TensorProto
             from onnxruntime.quantization import quantize_dynamic
 
             quantize_dynamic(fused, fused, per_channel=True, extra_options={"DefaultTensorType": TensorProto.FLOAT})
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        return onnxruntime.InferenceSession(fused.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return fused.read_bytes()
+
+
+def running(graph: bytes, threads: int) -> Any:
+    """An ONNX Runtime session of what was exported."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def session(threads: int = 2, int8: bool = False) -> Any:
+    """One with MiniLM's vectors as its output; made once a process, in about 10 seconds."""
+    model = ftlib.load_model("minilm").eval()
+    return running(exported(MeanPooled(model), model, int8), threads)
 
 
 @functools.cache
