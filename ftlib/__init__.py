@@ -19,6 +19,7 @@ _PUBLIC = {  # room and module -> the public names it defines
     "methods.unpadding": "unpad repad", "methods.tuning": "tune merge",
     "methods.augmentation": "augment mixup", "methods.regularization": "r_drop",
     "methods.interpretation": "attribute faithfulness", "methods.patching": "activation_patching logit_lens shuffled",
+    "methods.privacy": "Privacy",
     "methods.features": "extract_features pool", "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",
     "engine.prediction": "evaluate predict", "engine.entities": "entities", "engine.generation": "generate",
