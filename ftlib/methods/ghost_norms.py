@@ -11,6 +11,7 @@ model; Bu et al. 2023 (arXiv:2210.00038) for the weighted sum without a second b
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,9 @@ class GhostNorms:
 
     def _squares(self, p: nn.Parameter, uses: dict[str, list]) -> Tensor:
         """The squared length of each row's gradient of a parameter; a layer that is used twice has tokens twice."""
-        total = sum(b.sum(1) for _, b in uses["sum"]).square().sum(1) if "sum" in uses else 0.0
+        total = torch.zeros_like(self.losses)
+        if "sum" in uses:
+            total = torch.stack([b.sum(1) for _, b in uses["sum"]]).sum(0).square().sum(1)
         both = {role: [torch.cat(x, 1) for x in zip(*uses[role], strict=True)] for role in uses.keys() - {"sum"}}
         if "linear" in both:
             total = total + _linear_squares(*both["linear"])
@@ -143,7 +146,7 @@ class GhostNorms:
     @torch.no_grad()
     def add(self, factors: Tensor) -> None:
         """factors: (rows,); rows whose factor is 0 are left out, whatever is in them."""
-        kept = slice(None) if bool((factors != 0).all()) else factors != 0
+        kept: Any = slice(None) if bool((factors != 0).all()) else factors != 0
         for p, uses in self.uses.items():
             for role, a, b in ((role, a, b) for role, own in uses.items() for a, b in own):
                 b = (b[kept] * factors[kept, None, None]).flatten(0, 1)  # (n, width)
@@ -159,8 +162,8 @@ def _unscaled(norm: nn.Module, x: Tensor) -> Tensor:
     """What a normalization layer makes of x before its weight: the difference that a weight of 1 makes."""
     twin, made = copy.copy(norm), []
     for value in (1.0, 0.0):  # Gemma's weight is one less than what it multiplies by
-        twin._parameters = {name: p if p is None else torch.zeros_like(p) for name, p in norm._parameters.items()}
-        twin._parameters["weight"] += value
+        own: dict[str, Any] = {name: p if p is None else torch.zeros_like(p) for name, p in norm._parameters.items()}
+        vars(twin)["_parameters"] = own | {"weight": own["weight"] + value}
         made.append(type(norm).forward(twin, x))
     return made[0] - made[1]
 

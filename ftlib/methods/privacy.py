@@ -193,7 +193,8 @@ def _look(model: nn.Module, rows: Rows, batch: Batch) -> None:
     """ValueError where the first or last row has another gradient in the batch than alone, without dropout."""
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads, where = [p.grad for p in moving.values()], batch["input_ids"].device
-    with torch.random.fork_rng([where] if where.type == "cuda" else []), dropout_rate(model, _still(model)):
+    still = dropout_rate(model, 0.0 if dropout_places(model) else None)
+    with torch.random.fork_rng([where] if where.type == "cuda" else []), still:
         taken = GhostNorms(model, rows, batch)
         for i in (0, len(taken.norms) - 1):
             model.zero_grad(set_to_none=True)
@@ -202,15 +203,11 @@ def _look(model: nn.Module, rows: Rows, batch: Batch) -> None:
             for name, p in moving.items():
                 found, wanted = (torch.zeros_like(p) if g is None else g for g in (p.grad, own.get(p)))
                 if (found - wanted).norm() > (0.3 if taken.half else 0.01) * (wanted.norm() + 0.01 * length):
-                    what = f"a row's gradient of {name} is {found.norm():.4g} long in a batch, {wanted.norm():.4g} alone"
+                    what = f"a row's gradient of {name} has length {found.norm():.4g}, and {wanted.norm():.4g} alone"
                     why = "rows see each other (mixup, a loss across rows), or the weight is used past its layer"
                     raise ValueError(f"privacy: {what}: {why}; leave that out, freeze it, or set ghost=False")
     for p, grad in zip(moving.values(), grads, strict=True):
         p.grad = grad
-
-
-def _still(model: nn.Module) -> float | None:
-    return 0.0 if dropout_places(model) else None
 
 
 def begin(model: nn.Module, config: Any, parts: dict, held_out: list, steps: int, device: torch.device) -> Any:
