@@ -20,6 +20,7 @@ _PUBLIC = {  # room and module -> the public names it defines
     "methods.augmentation": "augment mixup", "methods.regularization": "r_drop",
     "methods.interpretation": "attribute faithfulness", "methods.patching": "activation_patching logit_lens shuffled",
     "methods.distillation": "Distillation shrink", "methods.pruning": "prune", "methods.quantization": "quantize",
+    "methods.privacy": "Privacy",
     "methods.features": "extract_features", "tasks.embedding": "pool",
     "methods.multitask": "MultiTaskModel Head TaskSampler",
     "engine.settings": "TrainConfig Run", "engine.fit": "fit", "engine.range_test": "find_learning_rate",

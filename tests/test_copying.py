@@ -102,6 +102,13 @@ SNIPPETS = {
     "methods/patching.py": "rows = {'input_ids': [1]}, {'input_ids': [2]}\n"
     "assert activation_patching(model, *rows, 0).shape == (3, 1)\n"
     "assert shuffled(model, ['bert']) is not model",
+    "methods/ghost_norms.py": "batch = dict.fromkeys(('input_ids', 'attention_mask'), torch.tensor([[5, 6], [7, 8]]))\n"
+    "taken = GhostNorms(model, lambda model, batch: model(**batch).logits[:, 0], batch)\n"
+    "taken.add(taken.norms); assert taken.norms.shape == (2,) and model.classifier.weight.grad is not None",
+    "methods/privacy.py": "batch = dict.fromkeys(('input_ids', 'attention_mask'), torch.tensor([[5, 6], [7, 8]]))\n"
+    "settings = Privacy(delta=1e-3, noise_multiplier=1.0); private = Private(settings, 9, 2, 5, torch.device('cpu'))\n"
+    "private.gradient(lambda model, batch: model(**batch).logits[:, 0])(model, [batch]); next(private.places())\n"
+    "assert model.classifier.weight.grad is not None",
     "methods/preferences.py": "assert advantages(torch.tensor([1.0, 1.0]), 2).tolist() == [0.0, 0.0] and dpo()",
     "methods/pruning.py": "assert [len(own) for own in importance(model, ROWS)] == [2, 2]\n"
     "assert prune(model, {0: [1]}).config.kept_units == {'heads': {'0': [2, [0]]}}",

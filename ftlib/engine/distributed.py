@@ -135,7 +135,7 @@ def evened(batches: list[list[Any]]) -> list[tuple[Any, float]]:
     [([0, 2], 1.0), ([4], 1.0)]
     """
     own = [(batch, 1.0) for batch in batches[rank()]]
-    return own + [(batches[0][0], 0.0)] * (max(map(len, batches)) - len(own))
+    return own + [(batch, 0.0) for batch in batches[0][:1]] * (max(map(len, batches)) - len(own))
 
 
 @contextmanager

@@ -105,11 +105,12 @@ class Feed:
         if run.config.max_tokens and self.longest > run.config.max_tokens:
             raise ValueError(f"max_tokens={run.config.max_tokens}: the longest training row has {self.longest} tokens")
 
-    def start(self, first: int, total: int) -> None:
-        """Walk to step `first` (0-based): the order is a function of the seed."""
+    def start(self, first: int, total: int, places: Iterator[list[Place]] | None = None) -> None:
+        """Walk to step `first` (0-based): the order is a function of the seed; places: each step's, if given."""
         config = self.run.config
         draw = None if "" in self.parts else TaskSampler.of(self.rows, config).draw
-        self.plan = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config, draw)
+        own = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config, draw)
+        self.plan = own if places is None else places
         self.number, self.total, self.ready, self.drawn, self.late = first, total, None, None, None
         if any(next(self.plan, None) is None for _ in range(first)):
             raise ValueError(f"train_dataset ends before step {first}, which a checkpoint has; pass it from its start")
@@ -144,7 +145,7 @@ class Feed:
             raise self.late
         if self.drawn is None and self.number < self.total:
             self.drawn = next(self.plan, None)
-        step = self.drawn and Step(self, self.number, self.drawn)
+        step = None if self.drawn is None else Step(self, self.number, self.drawn)  # one without rows is one
         self.drawn = None
         return step
 

@@ -17,7 +17,7 @@ from ..core.device import choose_device, choose_precision, computing
 from ..core.loop import schedule_factor, steps
 from ..inputs.agreement import agree, name_classes
 from ..inputs.rows import Stream, parts_for, rows_for
-from ..methods import optimizing
+from ..methods import optimizing, privacy
 from ..methods.regularization import dropout_places
 from ..methods.unpadding import is_unpadded
 from ..show.measuring import measure
@@ -150,6 +150,7 @@ class Training:
         self.epoch = math.ceil(sum(self.feed.rows.values()) / config.batch_size) or config.max_steps  # steps in one
         self.total = config.max_steps or config.epochs * self.epoch
         self.joint = task_gradients.begin(model, config, parts, precision, self.epoch)  # None for a single task
+        self.private = privacy.begin(model, config, parts, held_out, self.total, device)  # None without privacy
         self.optimizer = optimizing.optimizer(model, config)
         optimizing.attach(self.optimizer, model, l1=config.l1)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -162,7 +163,9 @@ class Training:
         functions = {t: smoothed or task_loss(k, flat * TASKS[k].smooths) for t, (k, _) in tasks.items()}
         how = config.r_drop, self.autocast, smoothed is not None, config.distill
         losses = task_gradients.Losses(functions, tasks, *how)
-        self.gradient = recovery.halving(task_gradients.task_gradient(losses, self.joint, self.scaler, model), device)
+        plain = task_gradients.task_gradient(losses, self.joint, self.scaler, model)
+        gradient = self.private.gradient(losses.rows) if self.private else plain
+        self.gradient = recovery.halving(gradient, device)
 
     def _checkpoints(self, parts: dict) -> checkpoints.Checkpoints:
         """Where the run is kept, all that must go on, and what another call must share with this one."""
@@ -177,12 +180,13 @@ class Training:
             "random": self.random, "model": checkpoints.ModelState(model), "scaler": self.scaler, "best": self.best,
             "optimizer": checkpoints.OptimizerState(self.optimizer, model), "run": self.result,
         } | ({"tasks": self.joint.weights} if self.joint else {})  # fmt: skip
+        resumable |= {"privacy": self.private} if self.private else {}
         return checkpoints.Checkpoints(config.checkpoint_dir, resumable, same, config.keep_last)
 
     def _run(self) -> None:
         run, config = self.result, self.config
         first = (self.kept.resume() or 0) if config.resume else 0
-        self.feed.start(first, self.total)
+        self.feed.start(first, self.total, self.private and self.private.places())
         self.begin = time.perf_counter() - run.seconds
         hidden = not config.progress or distributed.rank() > 0
         if not hidden and run.precision != "fp32":
@@ -235,6 +239,7 @@ class Training:
             run.metrics = self.best.metrics
             self.best.put_back()
         run.seconds = time.perf_counter() - self.begin
+        run.epsilon = self.private and self.private.spent()
 
     def steps(self, first: int) -> Any:
         config = self.config
@@ -242,7 +247,8 @@ class Training:
         return steps(
             self.wrapped, self.feed, self.optimizer, total=self.total, first=first, gradient=self.gradient,
             schedule=partial(schedule_factor, schedule=config.schedule, warmup=warmup),
-            max_grad_norm=config.max_grad_norm, scaler=self.scaler if self.scaler.is_enabled() else None,
+            max_grad_norm=None if self.private else config.max_grad_norm,  # of rows, not of the noisy step
+            scaler=self.scaler if self.scaler.is_enabled() else None,
             whole=self.together, done=self._done,
         )  # fmt: skip
 
@@ -261,8 +267,10 @@ class Training:
         record["seconds"] = run.seconds
         run.history.append(record)
         self.random.take()
+        self.private and self.private.take(run.steps)
 
     def _save(self) -> None:
+        self.result.epsilon = self.private and self.private.spent()
         self.kept and self.kept.save(self.result.steps, best=self.best.step)
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -309,6 +317,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
     names = metric_names(model, held_out) if held_out else []
     tuning = optimizing.tuning_of(model)
     refuse(
+        (config.privacy and config.distill, "privacy: a teacher has no part in a row's own loss; leave distill out"),
+        (config.privacy and distributed.world_size() > 1, "privacy: each process would draw rows and noise; start one"),
         (config.distributed == "fsdp" and tuning and (tuning.stages or tuning.start),  # which need the weights whole
          f"distributed='fsdp' has no {tuning and tuning.strategy}; use distributed='ddp'"),
         (smoothing and loss is None and not any(record.smooths for record in records),

@@ -11,6 +11,7 @@ from ..core.loop import SCHEDULES
 from ..methods.balancing import GRADIENTS, Combine, Weighting
 from ..methods.distillation import Distillation
 from ..methods.multitask import SAMPLERS
+from ..methods.privacy import Privacy
 from ..show.plots import learning_curves
 
 _RANGES = {  # of the numbers that may not be just any from 0
@@ -21,6 +22,7 @@ _CHOICES = {
     "schedule": (*SCHEDULES, "range"), "precision": PRECISIONS, "optimizer": ("adamw", "sgd"), "resume": (None, "auto"),
     "distributed": ("ddp", "fsdp"), "task_sampler": SAMPLERS,
 }  # fmt: skip
+_NOT_PRIVATE = "task_weighting task_gradients task_cosines r_drop compile gradient_checkpointing".split()
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,13 @@ class TrainConfig:
     task_gradients: str | Combine | None = None  # pcgrad, cagrad, mgda, or a function: jacobian -> gradient
     task_cosines: int | None = None  # steps between records of the cosines between the tasks' gradients
     distill: Distillation | None = None  # a teacher's part in the loss: distillation.Distillation
+    privacy: Privacy | None = None  # DP-SGD: ftlib.Privacy(delta=1e-5, epsilon=3), or a table of its fields
     seed: int = 0  # of the order, of dropout and of the task sampler
     progress: bool = True  # a bar while it runs
 
     def __post_init__(self) -> None:
+        if isinstance(self.privacy, dict):  # of a run.toml
+            object.__setattr__(self, "privacy", Privacy(**self.privacy))
         for name, kind, value in ((one.name, one.type, getattr(self, one.name)) for one in fields(self)):
             if kind in (int, int | None) and name != "seed" and (value is not None or kind is int):
                 whole(name, value)
@@ -99,6 +104,11 @@ class TrainConfig:
             (self.r_drop and self.dropout == 0, "r_drop compares two passes with other dropout: dropout=0 leaves none"),
             (self.resume and not folder, "resume='auto' needs checkpoint_dir"),
             (self.checkpoint_every and not folder, "checkpoint_every needs checkpoint_dir"),
+            (not isinstance(self.privacy, Privacy | None), f"privacy={self.privacy!r}: pass ftlib.Privacy(...)"),
+            *((self.privacy and getattr(self, one.name) != one.default,
+               f"privacy with {one.name}={getattr(self, one.name)!r}; leave it at {one.default!r}")
+              for one in fields(self) if one.name in _NOT_PRIVATE),
+            (self.privacy and self.precision == "fp16", "privacy: fp16 scales gradients; take precision='bf16'"),
         )  # fmt: skip
 
 
@@ -117,6 +127,7 @@ class Run:
     micro_batch_size: int | None = None  # in use at the end: smaller than asked for where memory ran out
     max_tokens: int | None = None
     peak_memory_mb: float | None = None  # of tensors on the GPU, without one of the whole process; 1 MB = 2**20 bytes
+    epsilon: float | None = None  # with `privacy`: what all steps have spent, resumed ones too, at its delta
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _KEPT}
@@ -129,4 +140,4 @@ class Run:
         return learning_curves(self, **options)
 
 
-_KEPT = ("steps", "history", "metrics", "seconds", "micro_batch_size", "max_tokens")
+_KEPT = ("steps", "history", "metrics", "seconds", "micro_batch_size", "max_tokens", "epsilon")

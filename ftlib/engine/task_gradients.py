@@ -153,6 +153,18 @@ class Losses:
             raise ValueError("the loss depends on no trainable parameter; compute it from the logits, with gradients")
         return parts
 
+    def rows(self, forward: Callable, batch: dict) -> torch.Tensor:
+        """Every row's own mean loss over its labelled items, float (rows,), in which no other row has a part."""
+        inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        record = TASKS[self.tasks[""][0]]
+        with self.autocast():
+            if record.encoder_decoder:  # which comes a row at a time
+                return forward(**inputs, labels=labels).loss[None] / max(int(record.items(labels)), 1)
+            logits = logits_of(forward(**inputs), batch)
+            each, host = zip(logits.split(1), labels.split(1), strict=True), getattr(labels, "host", labels)
+            sums = torch.stack([self.functions[""](x, y) for x, y in each])
+            return sums / torch.tensor([max(int(record.items(y)), 1) for y in host.split(1)], device=sums.device)
+
     def _look(self, task: str, logits: torch.Tensor, labels: torch.Tensor, value: torch.Tensor) -> None:
         """ValueError where the same items twice do not give twice the loss: a mean, which hangs on the batches."""
         if not torch.isfinite(value) or value == 0:  # says nothing; the next batch may

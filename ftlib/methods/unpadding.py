@@ -269,6 +269,14 @@ def _remove_hooks(base: nn.Module) -> None:
                 del hooks[key]
 
 
+def packing_of(model: nn.Module, mask: Tensor) -> Packing | None:
+    """How an unpadded model packs a batch of this mask, (batch, tokens); None for a model as it came."""
+    if not is_unpadded(model):
+        return None
+    config = _base_of(model).config
+    return Packing.of(mask.bool(), None, _sees_back_only(config, {}) if config.model_type in _DECODER else None)
+
+
 def is_unpadded(model: nn.Module) -> bool:
     base = _base_of(model)
     config = getattr(base, "config", None)  # which may be that of several models
