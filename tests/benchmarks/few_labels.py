@@ -142,8 +142,8 @@ def contrasted(corpus: str, rows: list[int], split: str, rate: float, seed: int)
     texts, labels = splits["train"]
     pairs, scores = contrastive_pairs(labels[rows], iterations=ITERATIONS, seed=seed)
     own = [texts[row] for row in rows]
-    table = {"text": [own[i] for i in pairs[:, 0]], "text_pair": [own[i] for i in pairs[:, 1]]}
-    table["label"] = scores.tolist()
+    first, second = ([own[place] for place in side] for side in pairs.T)
+    table = {"text": first, "text_pair": second, "label": scores.tolist()}
     table = ftlib.tokenize(table, tokenizer(), max_length=64, task="sentence-embedding")
     model = model_for("sentence-embedding")
     seconds = trained(model, table, rate, seed, min(PAIR_UPDATES, -(-len(pairs) // BATCH)))
