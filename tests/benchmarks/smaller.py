@@ -41,11 +41,11 @@ STEPS, AFTER, BATCH = 320, 100, 32  # updates; after pruning, or for few bits; s
 AFTER_RATE = 5e-5
 IMPORTANCE = 512  # sentences
 ROUNDS, SINGLE, MANY = 7, 100, 320  # rounds; sentences alone, and in batches
-TRAIN = 2000  # sentences
+TRAIN, TEST = 2000, None  # sentences; of validation and test: all
 PRECISION = "bf16"
 MODELS = Path(__file__).parents[2] / "build" / "smaller"
 TOY = {"SEEDS": (0,), "RATES": RATES[:1], "STEPS": 2, "AFTER": 1, "IMPORTANCE": 4, "ROUNDS": 1, "SINGLE": 3, "MANY": 40,
-       "TRAIN": 16, "BATCH": 8, "MODELS": None}  # fmt: skip
+       "TRAIN": 16, "TEST": 40, "BATCH": 8, "MODELS": None}  # fmt: skip
 WHOLE = "6 layers"
 TRAINED: dict[str, dict[str, Any] | None] = {  # way: what the teacher does, None for a way without
     WHOLE: None,
@@ -101,7 +101,7 @@ class Work:
         self.folder, self.table, self.rates = folder, table, {}
         tokenizer = ftlib.load_tokenizer("minilm")
         tokens = ftlib.tokenize(ftlib.load_corpus("rotten-tomatoes"), tokenizer, max_length=128)
-        self.tokens = {split: list(subset(part, TRAIN if split == "train" else None)) for split, part in tokens.items()}
+        self.tokens = {split: list(subset(part, TRAIN if split == "train" else TEST)) for split, part in tokens.items()}
 
     def fit(self, model: nn.Module, rate: float, seed: int, steps: int, **options: Any) -> float:
         sizes = dict(max_steps=steps, batch_size=BATCH, precision=PRECISION)
