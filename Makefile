@@ -65,7 +65,7 @@ lab: data  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
 	  --ContentsManager.pre_save_hook=$(subst /,.,$(NB)).cells.before_saving
 
-# What the book is built with stands in a file of its own, so that only who builds it installs it.
+# What the book is built with stands in a file of its own, so that only who builds or tests it installs it.
 book: $(VENV)/.book  ## one static site of the series in build/book, from the notebooks as they are stored
 	$(PY) $(NB)/book.py
 
@@ -94,7 +94,7 @@ unit nbval: export HF_HUB_OFFLINE := 1
 notebooks refresh nbval: export IPYTHONDIR := $(CURDIR)/build/ipython
 unit: export MPLBACKEND := Agg
 
-unit: install  ## unit tests and doctests
+unit: $(VENV)/.book  ## unit tests and doctests; the book is built too
 	$(PY) -m pytest -n 2 -q
 
 nbval: data  ## every notebook and every solution, outputs compared where tagged (ONLY=03: that one)

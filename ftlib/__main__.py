@@ -193,7 +193,7 @@ def print_assets(names: list[str] | None = None) -> None:
     for row in ftlib.assets.describe(names):
         here = "here" if row["present"] else "optional" if row["optional"] else "to fetch"
         licence = row["licence"].split(";")[0]  # of the data; the rest is the package's own
-        print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; licence: {licence}")
+        print(f"{row['name']:<16} {here:<9} {row['megabytes']:>5} MB  {row['about']}; license: {licence}")
 
 
 def announce(names: list[str] | None = None) -> None:

@@ -168,11 +168,11 @@ def test_card_labels_are_true(name):
         assert {k: number(v) for k, v in re.findall(r"(\w+) ([\d,]+\d)", labels)} == found
 
 
-def test_every_asset_has_a_card_with_source_licence_and_examples():
+def test_every_asset_has_a_card_with_source_license_and_examples():
     text = (Path(assets.__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
     cards = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
     for name, entry in assets.manifest().items():
-        assert "Licence:" in cards[name] and "Cite:" in cards[name], name
+        assert "License:" in cards[name] and "Cite:" in cards[name], name
         assert f"{entry['package']}=={entry['version']}" in text
         if entry["kind"] == "corpus":
             assert "Examples, described:" in cards[name], name

@@ -2,6 +2,8 @@
 
 import html
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import book
@@ -74,19 +76,10 @@ def test_pins_of_the_book_are_exact_and_not_in_the_lock_file():
     assert not set(own) & set(pins(cells.ROOT / "requirements.lock"))
 
 
-# ----------------------------------------------------------------------------- where `make book` was run once
+# --------------------------------------------------------------------------------- the site; built once for all checks
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    for package in ("myst_nb", "furo", "latex2mathml", "ziamath"):
-        pytest.importorskip(package, reason="make book installs it")
-    folder = tmp_path_factory.mktemp("build") / "book"
-    assert book.build(folder) == 0, "Sphinx warned"
-    return folder
-
-
-def test_the_site_needs_no_network(site):
+def needs_no_network(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text("utf8")
         tags = re.findall(r"<(?:script|link|img|source|iframe|video|audio|object|embed)\b[^>]*>", text)
@@ -97,13 +90,33 @@ def test_the_site_needs_no_network(site):
     assert (site / "_static/STIXTwoMath-Regular.ttf").exists()
 
 
-def test_the_site_has_pages_formulas_figures_and_an_index(site):
+def has_pages_formulas_figures_and_an_index(site: Path) -> None:
     assert all((site / f"{page}.html").exists() for page in ["index", *PAGES])
     front, attention = ((site / f"{page}.html").read_text("utf8") for page in ("index", "notebooks/01_attention"))
     order = [front.index(f'internal" href="{page}.html"') for page in PAGES[1:]]
     assert order == sorted(order)
     formulas = re.findall(r"<math.*?</math>", attention, re.DOTALL)
     assert len(formulas) > 30 and "<msqrt>" in "".join(formulas) and "\\" not in "".join(formulas)
-    figures = re.findall(r'<img alt="([^"]*)" src="\.\./_images/[^"]*\.png"', attention)
+    figures = re.findall(r'<img alt="([^"]*)"[^>]* src="data:image/png;base64,', attention)
     assert figures and all(len(alt) > 20 for alt in figures)
     assert "lora" in (site / "searchindex.js").read_text("utf8")
+
+
+def can_be_searched(site: Path, browser: str, profile: Path) -> None:
+    """As a file of the disk, in a browser that reaches no host."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    options += ["--virtual-time-budget=10000", f"--user-data-dir={profile}"]
+    page = f"{(site / 'search.html').as_uri()}?q=lora"
+    shown = subprocess.check_output([browser, *options, page], text=True)
+    assert '<a href="notebooks/03b_which_parameters_move.html"' in shown
+
+
+def test_the_site(tmp_path):
+    for package in ("myst_nb", "furo", "latex2mathml", "ziamath"):
+        pytest.importorskip(package, reason="make unit and make book install it")
+    site = tmp_path / "build" / "book"
+    assert book.build(site) == 0, "Sphinx warned"
+    needs_no_network(site)
+    has_pages_formulas_figures_and_an_index(site)
+    if browser := shutil.which("chromium") or shutil.which("google-chrome"):
+        can_be_searched(site, browser, tmp_path / "profile")
