@@ -382,7 +382,7 @@ def test_loading_gives_a_head_of_two(tmp_path):
     assert torch.equal(ftlib.load_model(tmp_path / "base", task=KIND).qa_outputs.weight, model.qa_outputs.weight)
     assert ftlib.load_model(tmp_path / "base", task=KIND, num_labels=2).config.num_labels == 2
     for options in ({"num_labels": 3}, {"label_names": ["a", "b"]}):
-        with pytest.raises(ValueError, match="has two outputs: leave out num_labels and label_names"):
+        with pytest.raises(ValueError, match="has 2 outputs: leave out num_labels and label_names"):
             ftlib.load_model(tmp_path / "base", task=KIND, **options)
     build(num_labels=2).save_pretrained(tmp_path / "own")
     own = ftlib.load_model(tmp_path / "own", task=KIND)
