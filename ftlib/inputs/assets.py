@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STAMP = ".ftlib.json"
+WAYS = {"model": "load it with load_model", "corpus": "load it with load_corpus", "table": "see ftlib.assets.path"}
 _READERS = {"gguf": "gguf", "onnx": "onnx", "spm": "sentencepiece"}  # who reads files with such an ending
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 

@@ -54,8 +54,8 @@ def load_corpus(name: str):
         features = Features((documents.features if name in documents.READERS else _features)(name, rows))
         columns = {split: {key: [row[key] for row in own] for key in features} for split, own in splits.items()}
         return DatasetDict({split: Dataset.from_dict(own, features=features) for split, own in columns.items()})
-    if name in assets.manifest():
-        raise ValueError(f"'{name}' is a model; load it with load_model('{name}')")
+    if entry := assets.manifest().get(name):
+        raise ValueError(f"'{name}' is a {entry['kind']}; {assets.WAYS[entry['kind']]}('{name}')")
     if os.path.exists(name):
         return reading.load_folder(name)
     if name.startswith((".", os.sep)) or name.lower().endswith(reading.SUFFIXES):
@@ -89,6 +89,7 @@ def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
         return {"train": [{"text": row["text"], "label": entry["labels"][int(row["label"])]} for row in chosen]}
     files = entry.get("splits") or {"train": next(iter(entry["files"]))}
     read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read["ctrip-zh"] = functools.partial(_read_ctrip, entry.get("labels"))
     read = (read | documents.READERS).get(name, functools.partial(_read_glue, name, entry.get("labels")))
     return {split: read(folder / file) for split, file in files.items()}
 
@@ -127,6 +128,13 @@ def _read_atis(path: Path) -> list[dict]:
 def _read_stsb(path: Path) -> list[dict]:  # no quoting in this format: a quotation mark is part of the sentence
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [{"text": row[5], "text_pair": row[6], "label": float(row[4])} for row in rows]
+
+
+def _read_ctrip(names: list[str], path: Path) -> list[dict]:
+    import pyarrow
+
+    with pyarrow.ipc.open_file(path.read_bytes()) as table:
+        return [{"text": row["review"], "label": names[row["label"]]} for row in table.read_all().to_pylist()]
 
 
 def _read_glue(name: str, names: list[str], path: Path) -> list[dict]:

@@ -140,7 +140,7 @@ def _locate(name, kwargs) -> str:
     if (kind := _listed().get(name, {}).get("kind")) == "model":
         return str(assets.path(name))
     if kind:
-        raise ValueError(f"'{name}' is a corpus; load it with load_corpus('{name}')")
+        raise ValueError(f"'{name}' is a {kind}; {assets.WAYS[kind]}('{name}')")
     local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1
     if local or ("/" not in name and assets.did_you_mean(name, _models())):
         raise ValueError(f"there is no folder '{name}'" if local else assets.unknown_name(name, _models()))

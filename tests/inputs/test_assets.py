@@ -598,7 +598,7 @@ def test_a_gguf_file_is_not_read_unasked(gguf_file, monkeypatch):
 # ------------------------------------------------------------------------------- the list
 
 TEXTS = {  # key -> form of its value; package and version reach pip's command line, so no options
-    "kind": "model|corpus", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",
+    "kind": "model|corpus|table", "about": ".+", "folder": ".+", "licence": ".+", "source": ".+", "citation": ".+",
     "package": "[A-Za-z0-9][A-Za-z0-9._-]*", "version": "[A-Za-z0-9][A-Za-z0-9._+!-]*",
     "wheel_sha256": "[0-9a-f]{64}",
 }  # fmt: skip
@@ -885,7 +885,7 @@ def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
     names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr 20newsgroups"
-    names += " wikitext-2 albert-tiny-zh"
+    names += " wikitext-2 albert-tiny-zh opencc ctrip-zh"
     assert {*names.split(), "opus-mt-en-fr"} == entries.keys()
     assert [name for name, entry in entries.items() if "optional" in entry] == ["opus-mt-en-fr"]
     rows = assets.describe()

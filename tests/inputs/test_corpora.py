@@ -28,6 +28,7 @@ NAMES = [
     "qqp",
     "mnli",
     "cola",
+    "ctrip-zh",
 ]
 PAIRS = ["stsb", "mrpc", "qnli", "qqp", "mnli"]
 DOCUMENTS = ["bc5cdr", "oanc-pos", "squad-v2"]  # more in test_corpora_documents.py
@@ -42,7 +43,8 @@ def summary(name):
     splits, dropped = corpora._prepare(name)
     rows = [row for own in splits.values() for row in own]
     texts = ("text", "text_pair", "question", "context", "abstract", "en", "es", "fr")
-    words = [sum(len(row.get(column, "").split()) for column in texts) for row in rows]
+    parts = list if name == "ctrip-zh" else str.split  # no spaces there: characters
+    words = [sum(len(parts(row.get(column, ""))) for column in texts) for row in rows]
     return {"dropped": dropped, "words": [*np.percentile(words, [5, 50, 95], method="nearest"), max(words)]}
 
 
@@ -110,6 +112,7 @@ def test_columns_and_features(name):
         ("qqp", ["not_duplicate", "duplicate"]),
         ("mnli", ["entailment", "neutral", "contradiction"]),
         ("cola", ["unacceptable", "acceptable"]),
+        ("ctrip-zh", ["neg", "pos"]),
     ],
 )
 def test_label_names_are_those_of_the_original(name, names):
@@ -245,6 +248,29 @@ def test_banking_records_of_several_lines_are_whole():
     assert not any("\t" in text or "\n" in text or text.startswith('"') for text in texts)
 
 
+def test_hotel_reviews_are_as_their_card_says():
+    import pyarrow
+
+    raw = (assets.path("ctrip-zh") / "携程酒店评论.ft").read_bytes()
+    whole = pyarrow.ipc.open_file(raw).read_all().to_pylist()
+    texts = [row for split in columns("ctrip-zh").values() for row in zip(split["text"], split["label"], strict=True)]
+    assert sorted(texts) == sorted((" ".join(row["review"].split()), row["label"]) for row in whole)
+    for words, count in (("补充点评", 470), ("宾馆反馈", 412), ("免费注册", 49)):
+        assert sum(words in text for text, _ in texts) == count
+    assert all(text == text.encode("gb2312").decode("gb2312") for text, _ in texts)  # no Traditional ones
+    rated = {word: np.mean([label for text, label in texts if word in text]) for word in ("不错", "太差")}
+    assert rated["不错"] > 0.8 and rated["太差"] < 0.4  # not bad, too bad: the labels are the right way round
+
+
+def test_the_table_of_characters_is_as_its_card_says():
+    text = (assets.path("opencc") / "STCharacters.txt").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in text.splitlines() if line and line[0] != "#"]
+    several = sum(" " in traditional for _, traditional in lines)
+    other = sum(simple != traditional.split(" ")[0] for simple, traditional in lines)
+    assert (len(lines), several, other) == (4012, 276, 3881)
+    assert dict(lines)["发"] == "發 髮" and dict(lines)["国"] == "國"
+
+
 def test_posts_begin_with_the_name_of_their_group():
     data = load("20newsgroups")
     names, firsts = data["train"].features["label"].names, []
@@ -352,6 +378,7 @@ def test_a_bar_inside_a_sentence_makes_the_row_unreadable(tmp_path):
         ("rotten_tomatoes", "did you mean rotten-tomatoes"),
         ("imbd", "did you mean imdb"),
         ("minilm", r"is a model; load it with load_model\('minilm'\)"),
+        ("opencc", r"is a table; see ftlib.assets.path\('opencc'\)"),
     ],
 )
 def test_names_that_lead_nowhere(name, message):

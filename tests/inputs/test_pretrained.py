@@ -154,6 +154,7 @@ def test_contradictions_are_refused(encoder_folder, arguments, message):
         ("mini-lm", "did you mean minilm"),
         ("MiniLM", "did you mean minilm"),
         ("imdb", r"is a corpus; load it with load_corpus\('imdb'\)"),
+        ("opencc", r"is a table; see ftlib.assets.path\('opencc'\)"),
         ("./no-such-folder", "there is no folder"),
         ("/no/such/folder", "there is no folder"),
     ],
