@@ -184,7 +184,7 @@ def megabytes(model: Any) -> dict[str, float]:
     found: dict[nn.Module, int] = {}
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if hasattr(module, "_weight_bias"):  # a layer of torch.ao, which keeps them elsewhere
+        if hasattr(module, "_weight_bias") and not [*module.children()]:  # inside a layer of torch.ao
             own += [t.int_repr() if t.is_quantized else t for t in module._weight_bias()]
         found[module] = sum(t.numel() * t.element_size() for t in own)
     words = found[base_of(model).get_input_embeddings()]
