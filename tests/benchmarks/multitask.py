@@ -35,7 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {  # of TrainConfig
     "fixed": {},
     **{how: {"task_weighting": how} for how in ("uncertainty", "gradnorm", "dwa", "random", "famo")},
     **{how: {"task_gradients": how} for how in ("pcgrad", "cagrad", "mgda")},
-    "upgrad (TorchJD)": {"task_gradients": "UPGrad"},
 }
 CORPORA = {"sentiment": "rotten-tomatoes", "similarity": "stsb", "intents": "banking77"}
 INTENTS = 10  # the first of banking77's 77
@@ -131,15 +130,10 @@ def train(way: Way, rate: float, seed: int, split: str) -> dict[str, Any]:
     heads: dict[str, ftlib.Head] = {}
     for task in way.rows:
         heads[task] = heads_and_rows("atis" if task in ATIS else task)[0][task]
-    options = dict(way.options)
-    if options.get("task_gradients") == "UPGrad":
-        from torchjd.aggregation import UPGrad
-
-        options["task_gradients"] = UPGrad()
     encoder = ftlib.load_model(MODEL) if MODEL else transformers.BertModel(transformers.BertConfig(**TINY))
     model = ftlib.unpad(ftlib.MultiTaskModel(encoder, heads, seed=seed))
     sizing = dict(max_steps=way.steps, precision="bf16")
-    config = ftlib.TrainConfig(**sizing, learning_rate=rate, seed=seed, progress=False, **options)
+    config = ftlib.TrainConfig(**sizing, learning_rate=rate, seed=seed, progress=False, **way.options)
     run = ftlib.fit(model, datasets(way, "train", seed), config=config)
     half = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
     metrics = ftlib.evaluate(model, datasets(way, split, 0), autocast=half)

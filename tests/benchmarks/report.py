@@ -118,8 +118,9 @@ TASKS = ("sentiment", "similarity", "intents")
 
 
 def scored(part: str, task: str) -> dict[str, list[float]]:
-    """{way: its scores of a task over seeds}."""
-    return runs_of(rows_of("multitask", part=part), "way", lambda row: row["scores"].get(task))
+    """{way: its scores of a task, or their mean ("mean"), over seeds}."""
+    own = lambda row: row["mean"] if task == "mean" else row["scores"].get(task)  # noqa: E731
+    return runs_of(rows_of("multitask", part=part), "way", own)
 
 
 def multitask() -> str:
@@ -143,17 +144,59 @@ def multitask() -> str:
 
 
 def methods() -> str:
-    """The transfer matrix of three unlike tasks; what more tasks cost."""
+    """Every method of balancing on three unlike tasks; the transfer matrix; what more tasks cost."""
+    [steps] = {row["steps"] for row in rows_of("multitask", part="balancing")}
     return (
-        "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300: accuracy of "
-        "sentiment (rotten-tomatoes) and of intents (the first ten of banking77), Pearson's r of similarity (stsb, "
-        "standardized labels), on up to 1,000 test rows, "
-        f"{RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
+        "**Balancing several tasks** (notebook 05b): accuracy of sentiment (rotten-tomatoes) and of intents (the first "
+        "ten of banking77), Pearson's r of similarity (stsb, standardized labels), on up to 1,000 test rows, "
+        f"{RULE.format(seeds=5, base='fixed weights')}. For every method the same 300 rows of each task, {steps} "
+        f"updates of 16, tasks drawn alike, at the learning rate of fixed weights.\n\n{balancing()}\n\n"
+        "**Transfer** (notebooks 05 and 05b): what a task of 300 rows gains from a partner of 300, on the same "
+        f"test rows, {RULE.format(seeds=5, base='half batches').replace('column', 'row')}. A "
         "pair makes twice the updates of one alone (200 in place of 100), so that each task makes as many passes over "
         "its rows as alone, with half of every batch of 16. The control is the task alone on half batches, as many of "
         "them: the same updates, passes and rows of the task, and no partner. Twice as long is alone on as many whole "
         f"batches, the total of the pair. Every way has a learning rate of its own.\n\n{transfers()}\n\n"
         f"*{source('multitask')}*\n\n{growth()}"
+    )
+
+
+def balancing() -> str:
+    """The methods on the three tasks."""
+    shown = {task: compared(scored("balancing", task), "fixed") for task in (*TASKS, "mean")}
+    names = sorted(shown["mean"], key=lambda how: how != "fixed")  # which comes first
+    lines = [{"method": f"`{how}`", **{task: own[how] for task, own in shown.items()}} for how in names]
+    return results_table(lines)._repr_markdown_()
+
+
+TEXT_TO_TEXT = {  # of seq2seq.py: what the rows are, the score, the way that the others are compared with
+    "titles": ("titles of 80 abstracts, 24 updates of 8", "ROUGE-L", "192"),
+    "french": ("French of 200 English sentences, 48 updates of 16", "chrF", "768"),
+    "opus": ("a translator, French of 400 sentences, 125 updates of 16", "chrF", "2,000"),
+}
+
+
+def text_to_text() -> str:
+    """Titles, French, and a translator that is tuned: what training brings, and what costs nothing."""
+    tables = []
+    for part, (words, measure, base) in TEXT_TO_TEXT.items():
+        rows = rows_of("seq2seq", part=part)
+        seeds = sum(row["way"] == base for row in rows)
+        own = runs_of([{"seed": 0} | row for row in rows], "way", lambda row: row["score"])
+        shown = compared({way: scores * (seeds // len(scores)) for way, scores in own.items()}, base)
+        rates = {row["way"]: f"{row['rate']:g}" for row in rows if "rate" in row}
+        lines = [
+            {words: f"trained on {way}" if way in rates else way, measure: text.replace(" ± 0.000", ""),
+             "rate": rates.get(way, "")}
+            for way, text in shown.items()
+        ]  # fmt: skip
+        tables.append(results_table(lines)._repr_markdown_())
+    joined = "\n\n".join(tables)
+    return (
+        "**Text to text** (notebook 08b): flan-t5-titles (77 million parameters) taught titles and French, and "
+        f"opus-mt-en-fr (75 million) tuned: {RULE.format(seeds=3, base='training on the most rows')}. Each way to "
+        "train has a learning rate of its own, searched with another seed on validation rows until the best lies "
+        f"inside.\n\n{joined}\n\n*{source('seq2seq')}*"
     )
 
 
@@ -789,8 +832,8 @@ def section(name: str, text: str) -> str:
 
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
-    parts = [strategies(), multitask(), methods(), speed(), profiles(), half_precision(), *language_models()]
-    results = "\n\n".join(parts)
+    learnt = [strategies(), multitask(), methods(), text_to_text()]
+    results = "\n\n".join([*learnt, speed(), profiles(), half_precision(), *language_models()])
     tables = [
         section("headlines", headlines()),
         section("results", results),
