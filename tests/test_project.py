@@ -202,7 +202,7 @@ def test_files_are_short():
 
 
 def test_the_whole_is_compact():
-    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 16_296  # 390 of them draw the diagrams
+    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 16_299  # 390 of them draw the diagrams
 
 
 def test_the_core_is_read_in_one_go():

@@ -41,6 +41,9 @@ class TextHeatmap:
     def _repr_html_(self) -> str:
         return self.html
 
+    def __repr__(self) -> str:
+        return ", ".join(f"{text} {share:+.2f}" for text, share in self.parts if share)
+
     def figure(self, width: int = 640) -> Any:
         """A white Matplotlib figure, `width` pixels wide, with the words and their shares as its alt text."""
         column, row, places, wide = 0, 0, [], 8.4  # wide: pixels of a sign
@@ -51,8 +54,8 @@ class TextHeatmap:
                 if column or not piece.isspace():
                     places.append((20 + wide * column, 25 + 30 * row, piece, share))
                     column += len(piece)
-        said = ", ".join(f"{text} {share:+.2f}" for text, share in self.parts if share)
-        sheet = Sheet(width, 50 + 30 * row, "{said}", {"said": f"A text, and its words' scores: {said}"})
+        said = f"A text, and its words' scores: {self}"
+        sheet = Sheet(width, 50 + 30 * row, "{said}", {"said": said})
         for x, y, piece, share in places:
             fill, edge, line = _look(share)
             if share:

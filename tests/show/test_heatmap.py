@@ -56,6 +56,7 @@ def test_figure_wraps_words_and_has_an_alt_text(tmp_path):
     narrow, wide = heat.figure(width=300), heat.figure(width=900)
     assert narrow.get_size_inches()[1] > wide.get_size_inches()[1]
     assert narrow.get_label() == "A text, and its words' scores: bad -0.50, good +1.00"
+    assert repr(heat) == "bad -0.50, good +1.00"
     shown = [text.get_text() for text in narrow.axes[0].texts]
     assert "".join(shown).replace(" ", "") == (TEXT + "word" * 40).replace(" ", "")
     narrow.canvas.draw()
