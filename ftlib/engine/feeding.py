@@ -108,9 +108,9 @@ class Feed:
     def start(self, first: int, total: int, places: Iterator[list[Place]] | None = None) -> None:
         """Walk to step `first` (0-based): the order is a function of the seed; places: each step's, if given."""
         config = self.run.config
-        draw = None if "" in self.parts else TaskSampler.of(self.rows, config).draw
-        own = stream_plan(self.parts[""], config) if self.streams else plan(self.rows, config, draw)
-        self.plan = own if places is None else places
+        if places is None and not self.streams:
+            places = plan(self.rows, config, None if "" in self.parts else TaskSampler.of(self.rows, config).draw)
+        self.plan = stream_plan(self.parts[""], config) if places is None else places
         self.number, self.total, self.ready, self.drawn, self.late = first, total, None, None, None
         if any(next(self.plan, None) is None for _ in range(first)):
             raise ValueError(f"train_dataset ends before step {first}, which a checkpoint has; pass it from its start")

@@ -28,7 +28,7 @@ from ..inputs.sentence_folders import write_settings
 from ..methods import adapters, through_peft
 from ..methods.optimizing import tuning_of
 from ..methods.tuning import tune
-from ..tasks.task import TASKS, given_names, kind_of, names_of
+from ..tasks.task import TASKS, given_names, kind_of, names_of, vectors_of
 from . import bases
 from .bases import PREFIX
 from .untrusted import refuse_large_numbers, refuse_other_files, refuse_sizes
@@ -64,7 +64,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, abo
             _save_adapter(trunk, new / part, folder / part, tuning, wrapper)
         else:
             _save_whole(trunk, new / part)
-        if _vectors(trunk):
+        if vectors_of(trunk):
             write_settings(new, unwrapped(trunk).config)
         if several:
             save_file(tensors_of(model.heads.state_dict()), new / "heads.safetensors")
@@ -116,12 +116,6 @@ def _opened(folder: Path, **options: Any) -> tuple[nn.Module, list[str]]:
         model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = sorted(str(name) for how in ("missing", "mismatched") for name in info[f"{how}_keys"])
     return pretrained.say_ties(model), wrong
-
-
-def _vectors(model: nn.Module) -> dict[str, Any]:
-    """What the config of a model of vectors says of these; {} for another."""
-    kind = kind_of(model)
-    return {name: getattr(model.config, name) for name in (TASKS[kind].vectors if kind else ())}
 
 
 def _save_whole(model: nn.Module, folder: Path) -> None:
@@ -197,7 +191,7 @@ def _save_adapter(model: nn.Module, folder: Path, target: Path, tuning: Any, wra
         "strategy": tuning and tuning.strategy, "options": tuning.options if tuning else {}, "task": kind_of(model),
         "num_labels": len(names_of(model)), "label_names": given_names(names_of(model)), "base": identity,
     }  # fmt: skip
-    note |= _vectors(model)
+    note |= vectors_of(model)
     (folder / "ftlib.json").write_text(json.dumps(note, indent=1, default=sorted))  # targets may be a set
     if fingerprint(read_tensors(path)) != fingerprint(state) or (wrapper and not through_peft.settings_in(folder)):
         raise OSError(f"{path}: what was read back is not what was written")

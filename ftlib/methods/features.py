@@ -32,7 +32,7 @@ from ..inputs.rows import checked_texts, text_iterator, token_limit
 from ..inputs.sentence_folders import Recipe, recipe_of
 from ..inputs.tokenizing import encode_texts
 from ..tasks.embedding import POOLINGS, pool
-from ..tasks.task import TASKS, kind_of
+from ..tasks.task import vectors_of
 from .speedups import shortcuts
 
 CHUNK = 16_384  # texts read, sorted and written at a time: what bounds the memory
@@ -124,8 +124,7 @@ def _opened(model: Any, tokenizer: Any, pooling: str | None) -> tuple[nn.Module,
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
     if name is not None or tokenizer is None:
         from ..inputs.pretrained import _locate, load_model, load_tokenizer, tokenizer_of
-    kind = kind_of(model) if isinstance(model, nn.Module) else None  # a model of vectors knows how they are made
-    own = {key: getattr(model.config, key) for key in (TASKS[kind].vectors if kind else ())}
+    own = vectors_of(model) if isinstance(model, nn.Module) else {}  # a model of vectors knows how they are made
     recipe = recipe_of(_locate(name, {})) if name is not None else Recipe(**own)
     if name is not None:
         model = load_model(name := recipe.place or name)

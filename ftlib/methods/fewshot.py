@@ -82,12 +82,12 @@ def prototypical(distance: str = "euclidean", scale: float = 1.0) -> Gradient:
     """
 
     def gradient(model: nn.Module, step: Any) -> Tensor:
-        parts = []
+        parts, asked = [], sum(len(queries["labels"]) for _, queries in step)
         for pair in step:
             vectors = [model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in pair]
             labels = [batch["labels"] for batch in pair]
             logits = prototype_logits(vectors[1], prototypes(vectors[0], labels[0]), distance, scale)
-            part = F.cross_entropy(logits, labels[1], reduction="sum") / sum(len(asked["labels"]) for _, asked in step)
+            part = F.cross_entropy(logits, labels[1], reduction="sum") / asked
             part.backward()
             parts.append(part.detach())
         return torch.stack(parts).sum()
@@ -123,11 +123,12 @@ def _inner(rate: float, steps: int, gradient: Gradient, asks: bool) -> Gradient:
     def outer(model: nn.Module, step: Any) -> Tensor:
         moving, losses = [p for p in model.parameters() if p.requires_grad], []
         start, sums = [p.detach().clone() for p in moving], [torch.zeros_like(p) for p in moving]
+        inner = torch.optim.SGD(moving, lr=rate)
         for support, queries in step:
             try:
                 for _ in range(steps):
                     loss = gradient(model, [support])
-                    torch.optim.SGD(moving, lr=rate).step()
+                    inner.step()
                     model.zero_grad(set_to_none=True)
                 loss = gradient(model, [queries]) if asks else loss
                 losses.append(loss.detach())

@@ -115,7 +115,7 @@ class Private:
         return self.settings.spent(self.noise_multiplier, self.rate, self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "epsilon": self.spent(), "sampler": self.sampler, "noise": self.now}
+        return {"steps": self.steps, "sampler": self.sampler, "noise": self.now}  # Run has the epsilon
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler = state["sampler"]

@@ -198,6 +198,12 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
     return {"": (kind, getattr(model.config, size, 0))}
 
 
+def vectors_of(model: nn.Module) -> dict[str, Any]:
+    """What the config of a model of vectors says of these, `pooling` and `normalize`; {} for another model."""
+    kind = kind_of(model)
+    return {name: getattr(model.config, name) for name in (TASKS[kind].vectors if kind else ())}
+
+
 def names_of(model: nn.Module, task: str = "") -> dict[int, str]:
     """{label number: name}, also where the numbers are text, as in config.json."""
     names = (model.heads[task] if task else model).config.id2label or {}

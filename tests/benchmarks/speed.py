@@ -133,10 +133,9 @@ def rate(tokens: int) -> dict[str, Any]:
 def run_training(part: str, args: argparse.Namespace, table: SpeedTable, work_name: str) -> None:
     work = WORKS[part](args.count)
     candidates = [methods.HALF] if args.toy else [methods.HALF, *methods.CANDIDATES]
-    few = args.toy or part == "titles"
+    small = work if args.toy or part == "titles" else WORKS[part](args.count // 2)
     if part == "titles":  # compiling for every length of source and target takes hours; workers only slow six steps
         candidates = [one for one in candidates if not {"torch_compile", "dataloader_num_workers"} & {*one}]
-    small = work if few else WORKS[part](args.count // 2)
     found = methods.search(small, candidates, rounds=1 if args.toy or args.rounds < 5 else 2)
     search = "Trainer search" + (", titles" if part == "titles" else "")
     table.replace({"part": search}, [{"work": work_name, "sentences": len(small.rows), **found}])
