@@ -2,25 +2,25 @@
 
     python tests/benchmarks/few_labels.py    # writes results/few_labels.json; resumes; two trainings at a time
 
-Every method starts from the same pretrained MiniLM, and of a draw all have the same labelled texts, each set a part of
+Every method starts from the same pretrained MiniLM, and of a draw all have the same labeled texts, each set a part of
 the larger ones.  Accuracies are on up to 1,000 rows of the corpora's own test splits.  Methods:
 - zero-shot: no label; the class whose name, in words, has the nearest vector by cosine.
-- prototypes: the class whose labelled texts have the nearest mean vector.
+- prototypes: the class whose labeled texts have the nearest mean vector.
 - probe: logistic regression (C = 1) on the vectors as they are.
 - fine-tuning: encoder and a new head, UPDATES of 16 texts.
 - contrastive: SetFit's recipe: pairs of the same and of different classes, ITERATIONS of both a text, one pass over
   them by the cosine loss, at most PAIR_UPDATES of 16 pairs; then the probe on the new vectors.
-- prompting: SmolLM2 reads the labelled texts as "Review: …, Sentiment: positive", then one more; the likelier of two
+- prompting: SmolLM2 reads the labeled texts as "Review: …, Sentiment: positive", then one more; the likelier of two
   words.  "calibrated": their log-odds for the text "N/A" are taken off first (Zhao et al. 2021, arXiv:2102.09690).
 Fine-tuning and contrastive have a learning rate for each corpus, searched with a draw of its own (SEARCH_SEED), of
 SEARCHED labels a class, by accuracy on the validation split: more labels than few, which the others do not need.
 Intents are the first ten of banking77.  Training computes in bf16, with float32 weights; seconds are those of training,
-and in the row of part "vectors" of all the corpus's vectors, of which prototypes and the probe need the labelled ones.
+and in the row of part "vectors" of all the corpus's vectors, of which prototypes and the probe need the labeled ones.
 
 Part "active": which of POOL texts to label next, LABELS of them in turn; a probe on the vectors learns from them.
 Part "new intents": clinc150's 150 intents in three, to learn from, to search settings, and new ones, drawn by the seed.
 Accuracy over EPISODES of WAYS new intents, 1 or 5 texts each to learn from.  On the vectors of MiniLM as it is: nearest
-prototype; a probe; a square matrix in front, from the identity, learnt by prototypes' loss on episodes or, the control
+prototype; a probe; a square matrix in front, from the identity, learned by prototypes' loss on episodes or, the control
 of it, by telling all the known intents apart, then nearest prototype; matrix and head by first-order MAML and Reptile.
 "prototypical, encoder" trains MiniLM by the same loss.  Settings are searched with SEARCH_SEED on the middle intents.
 """
@@ -179,7 +179,7 @@ def accuracy(corpus: str, split: str, predicted: np.ndarray) -> float:
 
 
 def prompted(corpus: str, rows: list[int], texts: list[str]) -> np.ndarray:
-    """The second word's log-odds against the first after every text, (texts,), the labelled rows in front."""
+    """The second word's log-odds against the first after every text, (texts,), the labeled rows in front."""
     model, tokenizer = speaker()
     splits, _ = corpus_of(corpus)
     known, labels = splits["train"]
@@ -290,7 +290,7 @@ def stepped(model: torch.nn.Module, batches: Any, rate: float, count: int, gradi
         pass
 
 
-def learnt(method: str, seed: int, rate: float, inner: float) -> torch.nn.Module | None:
+def learned(method: str, seed: int, rate: float, inner: float) -> torch.nn.Module | None:
     """What a method knows of the known intents; None: no more than the vectors."""
     vectors, labels, texts = intents(seed)["known"]
     torch.manual_seed(seed)
@@ -341,7 +341,7 @@ def answered(method: str, model: Any, support: torch.Tensor, own: torch.Tensor, 
 def new_intents(method: str, seed: int, part: str, rate: float, inner: float) -> dict[str, float]:
     """{"1", "5": accuracy of so many texts an intent}, over episodes of a part's intents."""
     begin = time.perf_counter()
-    model, (known, labels, texts) = learnt(method, seed, rate, inner), intents(seed)[part]
+    model, (known, labels, texts) = learned(method, seed, rate, inner), intents(seed)[part]
     seconds = time.perf_counter() - begin
     if method == "prototypical, encoder":
         known = torch.from_numpy(vectors(model, texts))

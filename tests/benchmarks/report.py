@@ -539,7 +539,7 @@ def picture() -> None:
             *zip(*points.values(), strict=True),
             label,
             ax,
-            xlabel="labelled sentences (rotten-tomatoes)",
+            xlabel="labeled sentences (rotten-tomatoes)",
             ylabel="test accuracy",
         )
     ax.set_title("Fine-tune, or extract features? Mean ± std over 5 seeds")
@@ -832,8 +832,8 @@ def section(name: str, text: str) -> str:
 
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
-    learnt = [strategies(), multitask(), methods(), text_to_text()]
-    results = "\n\n".join([*learnt, speed(), profiles(), half_precision(), *language_models()])
+    learned = [strategies(), multitask(), methods(), text_to_text()]
+    results = "\n\n".join([*learned, speed(), profiles(), half_precision(), *language_models()])
     tables = [
         section("headlines", headlines()),
         section("results", results),

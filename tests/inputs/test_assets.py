@@ -645,7 +645,7 @@ def test_the_committed_manifest_is_well_formed():
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
         ({"wheel_sha256": "abc"}, "wheel_sha256"),
         ({"wheel_sha256": "A" * 64}, "wheel_sha256"),
         ({"wheel_size": "12"}, "wheel_size"),
