@@ -138,8 +138,8 @@ class Weighting:
     - "fixed": as `Head.weight` says.
     - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² of each task learned by the
       likelihood: the weighted loss plus s / 2 falls.
-    - "gradnorm": learned, so that the gradients of the weighted losses on the last shared layer are equally long, longer
-      for a task whose loss has fallen less than the others', by the power `alpha`.
+    - "gradnorm": learned, so that the gradients of the weighted losses on the last shared layer are equally long,
+      longer for a task whose loss has fallen less than the others', by the power `alpha`.
     - "dwa": the softmax of (mean loss of the last epoch / of the one before) / `temperature`; 1 in the first two.
     - "random": the softmax of normal draws, new every step.
     - "famo": learned, so that all losses fall by equal factors.  One forward pass more a step, after the step.

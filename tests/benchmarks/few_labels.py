@@ -226,7 +226,7 @@ def active(table: Table, corpus: str, how: str, seed: int) -> None:
         order = rng.permutation(len(known))
 
     def run() -> dict[str, Any]:
-        chosen, reached = [int(row) for row in order[: LABELS[0]]], []
+        chosen, reached, model = [int(row) for row in order[: LABELS[0]]], [], None
         for count in LABELS:
             if more := count - len(chosen):
                 left = np.setdiff1d(order, chosen, assume_unique=True)
@@ -423,7 +423,7 @@ def chosen(table: Table, method: str) -> tuple[float, float]:
     if method in ("prototypes", "probe"):
         return 0.0, 0.0
     key = {"part": "settings", "method": method, "seed": SEARCH_SEED}
-    value = lambda row: row["5"]  # noqa: E731
+    value = lambda row: (row["5"], row["rate"])  # noqa: E731
     best = {}
     for inner in INNERS if method in ("maml", "reptile") else (0.0,):
         own = key | {"inner": inner}
