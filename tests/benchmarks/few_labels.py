@@ -56,9 +56,9 @@ RATES = {"fine-tuning": (1e-4, 2e-4, 4e-4), "contrastive": (1e-5, 2e-5, 4e-5)}
 UPDATES, PAIR_UPDATES, ITERATIONS, BATCH = 120, 150, 20, 16
 POOL, LABELS, DRAWS = 2000, (10, 20, 30, 40, 60, 80, 120, 160), tuple(range(20))
 NEW = ("prototypes", "probe", "ordinary", "prototypical", "maml", "reptile", "prototypical, encoder")
-OUTER, INNERS, ENCODERS = (3e-4, 1e-3, 3e-3), (0.1, 1.0, 10.0), (1e-5, 2e-5, 4e-5)  # learning rates
-WAYS, QUERIES, EPISODES, KNOWN, MIDDLE = 5, 10, 300, 90, 20  # the last two: intents; the other 40 are new
-INNER, ADAPT, META, ENCODER = 5, 10, 300, 60  # inner steps; of a new episode; updates of 4 episodes; of the encoder's 2
+OUTER, INNERS, ENCODERS = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3), (1e-5, 2e-5, 4e-5)  # learning rates
+WAYS, QUERIES, EPISODES, KNOWN, MIDDLE = 20, 5, 100, 90, 20  # the last two: intents; the other 40 are new
+INNER, ADAPT, META, ENCODER = 5, 10, 300, 40  # inner steps; of a new episode; updates of 4 episodes; of the encoder, of 1
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TEST: int | None = 1000  # rows of the other splits; None: all
 TOY = {
@@ -307,8 +307,9 @@ def learned(method: str, seed: int, rate: float, inner: float) -> torch.nn.Modul
     if method == "prototypical, encoder":
         encoder, tokens = model_for("sentence-embedding", seed), tokenizer()(texts)["input_ids"]
         batch = lambda rows, own: collate([{"input_ids": tokens[row]} for row in rows]) | {"labels": own}  # noqa: E731
-        batches = ([[batch(*one) for one in next(stream)] for _ in range(2)] for _ in range(ENCODER))
-        stepped(encoder, batches, rate, ENCODER, fewshot.prototypical("cosine", 10.0))
+        batches = ([[batch(*one) for one in next(stream)]] for _ in range(ENCODER))
+        with torch.autocast("cpu", torch.bfloat16):
+            stepped(encoder, batches, rate, ENCODER, fewshot.prototypical("cosine", 10.0))
         return encoder
     batches = (
         [[{"vectors": vectors[rows], "labels": own} for rows, own in next(stream)] for _ in range(4)]
@@ -446,8 +447,8 @@ def jobs() -> list[Job]:
     found = [Job(corpus, (without_training, corpus)) for corpus in CORPORA]
     found += [Job(f"{c} {m}", (searched, c, m)) for c, m in itertools.product(CORPORA, TRAINED)]
     found += [Job(f"new intents {method}", (on_new_intents, method)) for method in NEW]
-    found += [Job(f"prompting {seed}", (prompting, seed)) for seed in SEEDS]
     found += [Job(f"active {corpus}", (bought, corpus)) for corpus in CORPORA]
+    found += [Job(f"prompting {seed}", (prompting, seed)) for seed in SEEDS]
     for shots, seed, corpus, method in itertools.product(SHOTS, SEEDS, CORPORA, TRAINED):
         call = (tested, corpus, method, shots, seed)
         found.append(Job(f"{corpus} {method} {shots} {seed}", call, f"{corpus} {method}"))
