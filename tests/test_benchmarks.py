@@ -786,9 +786,9 @@ def test_tables_of_generalizing(made_up_report):
     def scores(accuracy, loss=0.9):
         return {"accuracy": accuracy, "loss": loss, "cooled_loss": 0.5, "error": loss / 9, "cooled_error": 0.03}
 
-    rows = made_up("test", {"nothing": scores(0.6), "deletion": scores(0.65)}, count=50, strength=None)
-    rows += made_up("test", {"nothing": scores(0.7), "deletion": scores(0.7)}, count=500, strength=None)
-    rows += made_up("test", {"L1": scores(0.7, loss=0.6)}, count=500, strength=0.5)
+    rows = made_up("test", {"nothing": scores(0.6), "deletion": scores(0.65)}, count=50, strength=None, batch=16)
+    rows += made_up("test", {"nothing": scores(0.7), "deletion": scores(0.7)}, count=500, strength=None, batch=16)
+    rows += made_up("test", {"L1": scores(0.7, loss=0.6)}, count=500, strength=0.5, batch=16)
     text = made_up_report([*rows, {"part": "masked words", "loss": 6.25}]).generalizing()
     more, held = text.split("**What holds a model back**")
     assert cells(more, "deletion") == ["0.650 ± 0.018 ↑", "+0.050 ± 0.002 ↑", "0.500 ± 0.018", "0.700 ± 0.018",
@@ -796,7 +796,7 @@ def test_tables_of_generalizing(made_up_report):
     assert cells(more, "nothing")[:2] == ["0.600 ± 0.016", ""] and "L1" not in more and "deletion" not in held
     assert cells(held, "L1")[:4] == ["0.5", "0.0001", "0.700 ± 0.016", "+0.000 ± 0.000"]
     assert cells(held, "L1")[4] == "0.600 ± 0.016 ↓" and cells(held, "L1")[5] == "0.500 ± 0.016"
-    assert "500 labels" in held and "10 on 50, 10 on 500" in more and "of loss 6.25" in more
+    assert "500 labels" in held and "10 of 16 on 50, 10 of 16 on 500;" in more and "of loss 6.25" in more
 
 
 def test_tables_of_pretraining(made_up_report):

@@ -286,14 +286,15 @@ def generalizing() -> str:
         {"remedy": way, "strength": f"{found[way]['strength'] or ''}", "rate": f"{found[way]['rate']:g}"} | line
         for way, line in (beside(own, "nothing", columns, "accuracy", "cooled loss") if own else {}).items()
     ]
-    updates = ", ".join(f"{steps} on {count:,}" for count, steps in sorted({(r["count"], r["steps"]) for r in rows}))
+    updates = sorted({(row["count"], row["steps"], row["batch"]) for row in rows})
+    updates = ", ".join(f"{steps} of {batch} on {count:,}" for count, steps, batch in updates)
     words = rows_of("generalizing", part="masked words")
     said = f" Synonyms come from a masked model of loss {words[0]['loss']:.2f}." if words else ""
     columns = dict.fromkeys(name for line in table.values() for name in line)  # a way may be on its way
     lines = [{name: line.get(name, "") for name in columns} for line in table.values()]
     texts = [
         "**More text from the text** (notebook 09): MiniLM on film reviews, all of it learning, "
-        f"{of_one_rule(5, 'nothing')}. All ways of a size learn from the same texts and make as many updates of 16: "
+        f"{of_one_rule(5, 'nothing')}. All ways of a size learn from the same texts and make as many updates: "
         f"{updates}; each has a learning rate of its own, searched with another draw (swap and synonyms take "
         f"deletion's). The cooled loss is that after the temperature that is best on validation texts.{said}"
         f"\n\n{as_markdown(lines)}"
