@@ -5,7 +5,7 @@
 A seed draws ROWS reviews of Ctrip, as the notebook does; all ways learn from the same.  ALBERT-tiny reads them in
 Traditional characters, the first 62 tokens, or 254 (a review has 84 characters, by the median).  Counting is TF-IDF of
 characters and pairs under logistic regression, on as many characters, or all.  Rate and epochs, or C, are those of the
-best validation accuracy with a draw of its own.  Accuracy is of all test reviews.  15 to 25 minutes of two cores.
+best validation accuracy with a draw of its own.  Accuracy is of all test reviews.  20 to 30 minutes of two cores.
 """
 
 import functools

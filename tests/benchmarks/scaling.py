@@ -8,7 +8,7 @@ on test rows, for every number of UPDATES of BATCH rows, each a run of its own t
 other (SEARCHED), on validation rows, until the best is inside of what was tried; those of the rest lie on the power of
 the width through both.  A run each; of the smallest one a seed more for each of SEEDS, to say what chance does.
 
-The grid takes 10 to 15 minutes of two cores (5,000 tokens a second for a million parameters).
+The grid takes 10 to 15 minutes of two cores (0.03 s an update of the smallest, 0.25 s one of the largest).
 """
 
 import functools
