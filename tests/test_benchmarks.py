@@ -226,8 +226,14 @@ def test_few_labels_program_at_toy_size(tmp_path):
     found = {(row["corpus"], row["method"], row["shots"]) for row in rows if row["part"] == "accuracy"}
     methods = {("zero-shot", 0), ("prototypes", 2), ("probe", 2), ("fine-tuning", 2), ("contrastive", 2)}
     assert found >= {(corpus, *one) for corpus in ("rotten-tomatoes", "banking77") for one in methods}
-    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] != "vectors")
+    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] in ("accuracy", "rates"))
     assert all(row["seconds"] > 0 for row in rows if row.get("method") in ("fine-tuning", "contrastive"))
+    fresh = {row["method"]: (row["1"], row["5"]) for row in rows if row["part"] == "new intents"}
+    assert len(fresh) == 7 and all(0 <= value <= 1 for pair in fresh.values() for value in pair)
+    bought = [row for row in rows if row["part"] == "active"]
+    assert len(bought) == 7 and all(len(row["accuracy"]) == len(row["labels"]) == 2 for row in bought)
+    first = [row["accuracy"][0] for row in bought if row["corpus"] == "banking77"]
+    assert len({*first}) == 1  # all ways begin with the same labels
     before = len(rows)
     assert len(toy(tmp_path, "few_labels.py")) == before  # it resumes: nothing is measured twice
 
@@ -778,6 +784,26 @@ def made_up_report(program, monkeypatch):
         return report
 
     return given
+
+
+def test_tables_of_few_labels(made_up_report):
+    """The names alone are one number; fine-tuning loses on 2 and gains on 64; entropy buys worse labels than chance."""
+    off, rows = (-0.02, -0.01, 0.0, 0.01, 0.021), []
+    known = {("zero-shot", 0): 0.7, ("probe", 2): 0.6, ("fine-tuning", 2): 0.5, ("probe", 64): 0.7}
+    for place, ((way, shots), mean) in enumerate([*known.items(), (("fine-tuning", 64), 0.8)]):
+        rows += [{"part": "accuracy", "corpus": corpus, "method": way, "shots": shots, "seed": seed,
+                  "accuracy": mean + gap * (1 + 0.1 * place)}
+                 for corpus in ("rotten-tomatoes", "banking77") for seed, gap in enumerate(off[: shots or 1])]  # fmt: skip
+    rows += [{"part": "new intents", "method": way, "seed": seed, "1": mean + gap, "5": 0.9 + gap}
+             for way, mean in (("prototypes", 0.8), ("maml", 0.7)) for seed, gap in enumerate((0, 0.01, 0.02))]
+    rows += [{"part": "active", "corpus": corpus, "how": how, "seed": seed, "labels": [10, 20], "accuracy": [0.1, mean]}
+             for corpus in ("rotten-tomatoes", "banking77") for how, mean in (("random", 0.6), ("entropy", 0.5))
+             for seed in range(3)]  # fmt: skip
+    text = made_up_report(rows).few_labels()
+    films, others = text.split("| bank intents ")[0], text.split("Twenty of clinc150's")[1]
+    assert cells(films, "zero-shot")[0] == "0.680" and cells(films, "zero-shot")[1:] == [""] * 6
+    assert cells(films, "fine-tuning")[1].startswith("0.48") and cells(films, "fine-tuning")[6] == "0.800 ± 0.022 ↑"
+    assert cells(others, "maml") == ["0.710 ± 0.010 ↓", "0.910 ± 0.010"] and "↓" in others.split("| entropy ")[1][:40]
 
 
 def test_tables_of_generalizing(made_up_report):

@@ -59,7 +59,7 @@ POOL, LABELS, DRAWS = 2000, (10, 20, 30, 40, 60, 80, 120, 160), tuple(range(20))
 NEW = ("prototypes", "probe", "ordinary", "prototypical", "maml", "reptile", "prototypical, encoder")
 OUTER, INNERS, ENCODERS = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3, 0.6), (1e-5, 2e-5, 4e-5)  # learning rates
 WAYS, QUERIES, EPISODES, KNOWN, MIDDLE = 20, 5, 100, 90, 20  # the last two: intents; the other 40 are new
-INNER, ADAPT, META, ENCODER = 5, 10, 300, 40  # inner steps; of a new episode; updates of 4 episodes; of the encoder, of 1
+INNER, ADAPT, META, ENCODER = 5, 10, 300, 40  # inner steps, of a new episode; updates of 4 episodes, of 1
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TEST: int | None = 1000  # rows of the other splits; None: all
 TOY = {

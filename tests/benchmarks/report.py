@@ -402,8 +402,43 @@ def another_language() -> str:
     )
 
 
+def few_labels() -> str:
+    """Accuracy against labels a class; intents never seen; which texts to label next."""
+    rows, text = rows_of("few_labels", part="accuracy"), []
+    for corpus, name in CORPORA.items():
+        own = [row for row in rows if row["corpus"] == corpus]
+        lines: dict[str, dict[str, str]] = {}
+        for shots in sorted({row["shots"] for row in own}):
+            runs = runs_of([row for row in own if row["shots"] == shots], "method", lambda row: row["accuracy"])
+            shown = compared(runs, "probe") if shots else {way: f"{own[0]:.3f}" for way, own in runs.items()}
+            for way, cell in shown.items():
+                lines.setdefault(way, {})[str(shots)] = cell
+        table = [{name: way, **{size: line.get(size, "") for size in map(str, (0, 2, 4, 8, 16, 32, 64))}}
+                 for way, line in lines.items()]  # fmt: skip
+        text.append(as_markdown(table))
+    fresh = [row | {"way": row["method"]} for row in rows_of("few_labels", part="new intents")]
+    table = beside(fresh, "prototypes", {"1 text an intent": "1", "5 texts": "5"})
+    text.append(as_markdown([{"20 intents never seen": way, **line} for way, line in table.items()]))
+    bought = rows_of("few_labels", part="active")
+    for corpus, name in CORPORA.items():
+        own = [row for row in bought if row["corpus"] == corpus]
+        columns = {str(count): count for count in own[0]["labels"][1:]}
+        spread = [row | {"way": row["how"], **dict(zip(row["labels"], row["accuracy"], strict=True))} for row in own]
+        table = beside(spread, "random", columns)
+        text.append(as_markdown([{f"{name}, labels bought": way, **line} for way, line in table.items()]))
+    return (
+        "**A few labels** (notebook 11): MiniLM, test accuracy against labels a class (SmolLM2 where it is prompted, "
+        f"on 200 texts), {of_one_rule(5, 'the probe')}. The learning rates of fine-tuning and of contrastive tuning "
+        "are searched with 64 labels a class of another draw and kept with fewer. Intents are the "
+        f"first ten of banking77.\n\n{text[0]}\n\n{text[1]}\n\nTwenty of clinc150's intents at a time, of 40 that "
+        "nothing was trained on; what is trained learned from 90 others. Arrows: against the pretrained encoder's "
+        f"prototypes.\n\n{text[2]}\n\nWhich texts to label next: a probe on MiniLM's vectors, 20 draws of the first "
+        f"ten labels, arrows against random ones.\n\n{text[3]}\n\n{text[4]}\n\n*{source('few_labels')}*"
+    )
+
+
 # programs whose rows need not be there yet
-LATER = {"generalizing": generalizing, "pretraining": pretraining, "scaling": scaling,
+LATER = {"few_labels": few_labels, "generalizing": generalizing, "pretraining": pretraining, "scaling": scaling,
          "another_language": another_language}  # fmt: skip
 
 
