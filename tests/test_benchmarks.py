@@ -793,7 +793,8 @@ def test_tables_of_few_labels(made_up_report):
     for place, ((way, shots), mean) in enumerate([*known.items(), (("fine-tuning", 64), 0.8)]):
         rows += [{"part": "accuracy", "corpus": corpus, "method": way, "shots": shots, "seed": seed,
                   "accuracy": mean + gap * (1 + 0.1 * place)}
-                 for corpus in ("rotten-tomatoes", "banking77") for seed, gap in enumerate(off[: shots or 1])]  # fmt: skip
+                 for corpus in ("rotten-tomatoes", "banking77")
+                 for seed, gap in enumerate(off if shots else off[:1])]  # fmt: skip
     rows += [{"part": "new intents", "method": way, "seed": seed, "1": mean + gap, "5": 0.9 + gap}
              for way, mean in (("prototypes", 0.8), ("maml", 0.7)) for seed, gap in enumerate((0, 0.01, 0.02))]
     rows += [{"part": "active", "corpus": corpus, "how": how, "seed": seed, "labels": [10, 20], "accuracy": [0.1, mean]}
@@ -802,7 +803,8 @@ def test_tables_of_few_labels(made_up_report):
     text = made_up_report(rows).few_labels()
     films, others = text.split("| bank intents ")[0], text.split("Twenty of clinc150's")[1]
     assert cells(films, "zero-shot")[0] == "0.680" and cells(films, "zero-shot")[1:] == [""] * 6
-    assert cells(films, "fine-tuning")[1].startswith("0.48") and cells(films, "fine-tuning")[6] == "0.800 ± 0.022 ↑"
+    tuned = cells(films, "fine-tuning")
+    assert tuned[1].startswith("0.500") and tuned[6].startswith("0.800") and tuned[1][-1] + tuned[6][-1] == "↓↑"
     assert cells(others, "maml") == ["0.710 ± 0.010 ↓", "0.910 ± 0.010"] and "↓" in others.split("| entropy ")[1][:40]
 
 
