@@ -200,8 +200,8 @@ def prompted(corpus: str, rows: list[int], texts: list[str]) -> np.ndarray:
             mask = torch.cat((torch.ones(len(asked), start.shape[1]).long(), batch["attention_mask"]), dim=1)
             hidden = model.model(batch["input_ids"], attention_mask=mask, past_key_values=own).last_hidden_state
             ends = hidden[torch.arange(len(asked)), batch["attention_mask"].sum(1) - 1]
-            found.append(ends.float() @ way)
-    return torch.cat(found).numpy()
+            found.append(ends.float())
+    return (torch.cat(found) @ way).detach().numpy()  # in float32: two log-odds of bf16 are often equal
 
 
 @functools.cache
