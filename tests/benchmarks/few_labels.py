@@ -18,6 +18,7 @@ nothing to search with, and searched with 8 it was drawn by chance.
 Intents are the first ten of banking77.  Training computes in bf16, with float32 weights; seconds are those of training,
 and in the row of part "vectors" of all the corpus's vectors, of which prototypes and the probe need the labeled ones.
 
+Part "twin": contrastive tuning with 8 labels a class by sentence-transformers' trainer, which SetFit's calls.
 Part "active": which of POOL texts to label next, LABELS of them in turn; a probe on the vectors learns from them.
 Part "new intents": clinc150's 150 intents in three, to learn from, to search settings, and new ones, drawn by the seed.
 Accuracy over EPISODES of WAYS new intents, 1 or 5 texts each to learn from.  On the vectors of MiniLM as it is: nearest
@@ -29,6 +30,7 @@ of it, by telling all the known intents apart, then nearest prototype; matrix an
 import copy
 import functools
 import itertools
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +175,35 @@ def contrasted(corpus: str, rows: list[int], split: str, rate: float, seed: int)
     model = model_for("sentence-embedding")
     seconds = trained(model, table, rate, seed, min(PAIR_UPDATES, -(-len(pairs) // BATCH)))
     return probed(vectors(model, own), labels[rows], vectors(model, splits[split][0])), seconds
+
+
+def twin(corpus: str, rows: list[int], rate: float, seed: int) -> dict[str, float]:
+    """`contrasted` by sentence-transformers' own trainer and loss, on the same pairs in an order of its own."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    splits, _ = corpus_of(corpus)
+    texts, labels = splits["train"]
+    transformer = Transformer(str(ftlib.assets.path("minilm")), max_seq_length=64)
+    parts = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
+    body = SentenceTransformer(modules=parts, device="cpu")
+    pairs, scores = contrastive_pairs(labels[rows], iterations=ITERATIONS, seed=seed)
+    own = [texts[row] for row in rows]
+    columns = {name: [own[place] for place in side] for name, side in zip(("first", "second"), pairs.T, strict=True)}
+    steps = min(PAIR_UPDATES, -(-len(pairs) // BATCH))
+    how = dict(per_device_train_batch_size=BATCH, max_steps=steps, warmup_steps=max(1, round(0.1 * steps)), bf16=True)
+    with tempfile.TemporaryDirectory() as folder:
+        SentenceTransformerTrainer(
+            model=body, train_dataset=Dataset.from_dict(columns | {"label": scores.tolist()}),
+            loss=CosineSimilarityLoss(body),
+            args=Arguments(folder, learning_rate=rate, seed=seed, use_cpu=True, save_strategy="no", report_to="none",
+                           disable_tqdm=True, **how),
+        ).train()  # fmt: skip
+    encode = functools.partial(body.encode, show_progress_bar=False)
+    return {"accuracy": accuracy(corpus, "test", probed(encode(own), labels[rows], encode(splits["test"][0])))}
 
 
 def accuracy(corpus: str, split: str, predicted: np.ndarray) -> float:
@@ -414,6 +445,14 @@ def prompting(table: Table, seed: int) -> None:
         table.row({"part": "accuracy", "corpus": corpus, "method": "prompting", "shots": shots, "seed": seed}, measure)
 
 
+def twins(table: Table) -> None:
+    corpus, shots = CORPORA[0], 8
+    rate = searched(table, corpus, "contrastive")
+    for seed in SEEDS:
+        key = {"part": "twin", "corpus": corpus, "shots": shots, "seed": seed, "rate": rate}
+        table.row(key, functools.partial(twin, corpus, drawn(corpus, shots, seed), rate, seed))
+
+
 def bought(table: Table, corpus: str) -> None:
     ways = ("random", "entropy", "k-center") + ("margin",) * (corpus != CORPORA[0])  # of two classes it is entropy's
     for how, seed in itertools.product(ways, DRAWS):
@@ -450,6 +489,7 @@ def jobs() -> list[Job]:
     found += [Job(f"new intents {method}", (on_new_intents, method)) for method in NEW]
     found += [Job(f"active {corpus}", (bought, corpus)) for corpus in CORPORA]
     found += [Job(f"prompting {seed}", (prompting, seed)) for seed in SEEDS]
+    found += [Job("twins", (twins,), f"{CORPORA[0]} contrastive")] if MODEL else []
     for shots, seed, corpus, method in itertools.product(SHOTS, SEEDS, CORPORA, TRAINED):
         call = (tested, corpus, method, shots, seed)
         found.append(Job(f"{corpus} {method} {shots} {seed}", call, f"{corpus} {method}"))

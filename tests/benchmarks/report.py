@@ -404,7 +404,7 @@ def another_language() -> str:
 
 def few_labels() -> str:
     """Accuracy against labels a class; intents never seen; which texts to label next."""
-    rows, text = rows_of("few_labels", part="accuracy"), []
+    rows, text = sorted(rows_of("few_labels", part="accuracy"), key=lambda row: row["seed"]), []
     for corpus, name in CORPORA.items():
         own = [row for row in rows if row["corpus"] == corpus]
         lines: dict[str, dict[str, str]] = {}
@@ -416,6 +416,12 @@ def few_labels() -> str:
         table = [{name: way, **{size: line.get(size, "") for size in map(str, (0, 2, 4, 8, 16, 32, 64))}}
                  for way, line in lines.items()]  # fmt: skip
         text.append(as_markdown(table))
+    ours = [row["accuracy"] for row in rows if row["method"] == "contrastive" and row["corpus"] == "rotten-tomatoes"
+            and row["shots"] == 8]  # fmt: skip
+    theirs, twin = [row["accuracy"] for row in rows_of("few_labels", part="twin")], ""
+    if theirs:
+        twin = (" By sentence-transformers' trainer, which SetFit's calls, contrastive tuning with 8 labels gives "
+                f"{format_cell(mean_std(theirs))} on film reviews, ours less it {differs(paired(ours, theirs))}.")  # fmt: skip
     fresh = [row | {"way": row["method"]} for row in rows_of("few_labels", part="new intents")]
     table = beside(fresh, "prototypes", {"1 text an intent": "1", "5 texts": "5"})
     text.append(as_markdown([{"20 intents never seen": way, **line} for way, line in table.items()]))
@@ -430,8 +436,8 @@ def few_labels() -> str:
         "**A few labels** (notebook 11): MiniLM, test accuracy against labels a class (SmolLM2 where it is prompted, "
         f"on 200 texts), {of_one_rule(5, 'the probe')}. The learning rates of fine-tuning and of contrastive tuning "
         "are searched with 64 labels a class of another draw and kept with fewer. Intents are the "
-        f"first ten of banking77.\n\n{text[0]}\n\n{text[1]}\n\nTwenty of clinc150's intents at a time, of 40 that "
-        "nothing was trained on; what is trained learned from 90 others. Arrows: against the pretrained encoder's "
+        f"first ten of banking77.{twin}\n\n{text[0]}\n\n{text[1]}\n\nTwenty of clinc150's intents at a time, of 40 "
+        "that nothing was trained on; what is trained learned from 90 others. Arrows: against the pretrained encoder's "
         f"prototypes.\n\n{text[2]}\n\nWhich texts to label next: a probe on MiniLM's vectors, 20 draws of the first "
         f"ten labels, arrows against random ones.\n\n{text[3]}\n\n{text[4]}\n\n*{source('few_labels')}*"
     )
