@@ -559,6 +559,35 @@ def test_smaller_program_at_toy_size(tmp_path, program):
     assert again == rows
 
 
+def test_privacy_program_at_toy_size(tmp_path):
+    pytest.importorskip("opacus", reason="it counts the budget; pip install opacus")
+    rows = toy(tmp_path, "privacy.py")
+    accuracy = {(row["strategy"], row["budget"]): row for row in rows if row["part"] == "accuracy"}
+    assert {*accuracy} == {(strategy, budget) for strategy in ("vectors", "lora") for budget in (8.0, "inf")}
+    assert all(0 <= row["test"] <= 1 and 0 <= row["attack_auc"] <= 1 for row in accuracy.values())
+    assert all((row["epsilon"] is None) == (budget == "inf") for (_, budget), row in accuracy.items())
+    assert all(7 < row["epsilon"] <= 8 for (_, budget), row in accuracy.items() if budget != "inf")
+    assert accuracy["vectors", "inf"]["trainable"] == 2 * 384 + 2
+    attacks = [row for row in rows if row["part"] == "attack"]
+    assert [row["budget"] for row in attacks] == [8.0, "inf"] and all(len(row["each"]["lira"]) == 4 for row in attacks)
+    speed = {row["method"]: row for row in rows if row["part"] == "speed"}
+    assert speed["ftlib"]["against_ftlib"]["median"] == 1 and all(row["peak_mb"] > 100 for row in speed.values())
+    assert toy(tmp_path, "privacy.py") == rows  # it resumes
+
+
+def test_attacks_of_the_privacy_program(program):
+    """One sentence is as easy inside as outside, one gives itself away; a threshold can't tell the two from a third."""
+    privacy = program("privacy")
+    inside = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 1]], bool)
+    odds = np.where(inside, [4.0, 0.0, 2.0], [4.0, -2.0, 2.0]) + np.array([[0.1], [-0.1], [0.1], [-0.1], [0.1], [-0.1]])
+    scores = privacy.lira(odds, inside, 0)
+    assert scores[1] > 10 and abs(scores[0]) < 1 and abs(scores[2]) < 1
+    assert privacy.lira(odds, inside, 3)[1] < -10
+    found = privacy.found_by(np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1, 0, 0]))
+    assert found == {"auc": 0.75, "found_at_1": 0.5}
+    assert len(privacy.half(3, 10)) == 5 and privacy.half(3, 10) == privacy.half(3, 10) != privacy.half(4, 10)
+
+
 def test_what_the_tagging_program_looks_up(program):
     """The longest run of words that training marked, by its most frequent type; F1 by hand."""
     tagging = program("tagging")
