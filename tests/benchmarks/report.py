@@ -420,8 +420,10 @@ def few_labels() -> str:
             and row["shots"] == 8]  # fmt: skip
     theirs, twin = [row["accuracy"] for row in rows_of("few_labels", part="twin")], ""
     if theirs:
-        twin = (" By sentence-transformers' trainer, which SetFit's calls, contrastive tuning with 8 labels gives "
-                f"{format_cell(mean_std(theirs))} on film reviews, ours less it {differs(paired(ours, theirs))}.")  # fmt: skip
+        twin = (
+            " By sentence-transformers' trainer, which SetFit's calls, contrastive tuning with 8 labels gives "
+            f"{format_cell(mean_std(theirs))} on film reviews, ours less it {differs(paired(ours, theirs))}."
+        )
     fresh = [row | {"way": row["method"]} for row in rows_of("few_labels", part="new intents")]
     table = beside(fresh, "prototypes", {"1 text an intent": "1", "5 texts": "5"})
     text.append(as_markdown([{"20 intents never seen": way, **line} for way, line in table.items()]))
