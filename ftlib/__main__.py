@@ -110,7 +110,7 @@ def _ready(path: str, run: dict[str, Any], config: Any, say: Any) -> tuple[Any, 
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     record = ftlib.task.TASKS[run["task"]]
-    classes = record.labelled and not record.rows
+    classes = record.labeled and not record.rows
     asked = [key for key in ("text", "text_pair") if key in run or (key == "text" and classes)]
     asked += ["label"] if "label" in run and "label" in record.reads else []
     columns = {key: column_of(run, key, data) for key in asked} | ({"label": "label"} if classes else {})
@@ -160,8 +160,8 @@ def prepared(run: dict[str, Any], data: Any, seed: int, say: Any = print) -> Any
         say(f"not used: {', '.join(unused)}")
     parts = {split: data[name] for split, name in found.items() if name in data}
     record = ftlib.task.TASKS[run["task"]]
-    if record.labelled and not record.rows:
-        parts = ftlib.runfile.labelled(parts, column_of(run, "label", data), run["task"], say)
+    if record.labeled and not record.rows:
+        parts = ftlib.runfile.labeled(parts, column_of(run, "label", data), run["task"], say)
     if share:
         rows = parts["train"].shuffle(seed=seed, keep_in_memory=True)  # train_test_split would write beside the data
         count = min(max(round(wanted * len(rows)), 1), len(rows) - 1)

@@ -226,8 +226,14 @@ def test_few_labels_program_at_toy_size(tmp_path):
     found = {(row["corpus"], row["method"], row["shots"]) for row in rows if row["part"] == "accuracy"}
     methods = {("zero-shot", 0), ("prototypes", 2), ("probe", 2), ("fine-tuning", 2), ("contrastive", 2)}
     assert found >= {(corpus, *one) for corpus in ("rotten-tomatoes", "banking77") for one in methods}
-    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] != "vectors")
+    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["part"] in ("accuracy", "rates"))
     assert all(row["seconds"] > 0 for row in rows if row.get("method") in ("fine-tuning", "contrastive"))
+    fresh = {row["method"]: (row["1"], row["5"]) for row in rows if row["part"] == "new intents"}
+    assert len(fresh) == 7 and all(0 <= value <= 1 for pair in fresh.values() for value in pair)
+    bought = [row for row in rows if row["part"] == "active"]
+    assert len(bought) == 7 and all(len(row["accuracy"]) == len(row["labels"]) == 2 for row in bought)
+    first = [row["accuracy"][0] for row in bought if row["corpus"] == "banking77"]
+    assert len({*first}) == 1  # all ways begin with the same labels
     before = len(rows)
     assert len(toy(tmp_path, "few_labels.py")) == before  # it resumes: nothing is measured twice
 
@@ -643,6 +649,220 @@ def test_what_costs_nothing_beside_trained_titles(program, monkeypatch):
     monkeypatch.setenv("FTLIB_DATA", "/nowhere")
     assert seq2seq.lacking("titles") is None and "data fetch opus-mt-en-fr" in seq2seq.lacking("opus")
     assert "Êtes-vous là ?".translate(seq2seq.PARTS["french"].letters) == "Etes-vous là ?"
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/minilm/tokenizer.json").is_file(), reason="MiniLM's tokenizer: make data fetches it"
+)
+def test_generalizing_program_at_toy_size(tmp_path, program):
+    rows, generalizing = toy(tmp_path, "generalizing.py"), program("generalizing")
+    of = {part: [row for row in rows if row["part"] == part] for part in ("masked words", "search", "test")}
+    remedies = {(way, 8) for way in (*generalizing.REMEDIES, "together")}
+    changed = {(way, count) for way in generalizing.AUGMENTED for count in (4, 8)}
+    assert {(row["way"], row["count"]) for row in of["test"]} == changed | remedies and len(of["test"]) == 17
+    assert {(row["way"], row["count"]) for row in of["search"]} == {
+        one for one in changed | remedies if one[0] not in generalizing.RATE_OF
+    }
+    for way, (_, strengths) in generalizing.REMEDIES.items():
+        tried = {row["strength"]: row["cooled_loss"] for row in of["search"] if row["way"] == way}
+        [row] = [row for row in of["test"] if row["way"] == way]
+        assert {*tried} == {*strengths[:2]} and row["strength"] == min(tried, key=tried.get)
+    for row in of["search"] + of["test"]:
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["cooled_error"] <= 1 and 0 < row["cooled_loss"] < 1
+    [masked] = of["masked words"]
+    assert 5 < masked["loss"] < 15 and (tmp_path / "masked/config.json").is_file()
+    assert toy(tmp_path, "generalizing.py") == rows  # it resumes: nothing is measured twice
+
+
+def test_what_generalizing_trains_on_and_with(program):
+    generalizing = program("generalizing")
+    plain, swapped = (generalizing.training_rows(ROOT, way, 50, 3)["input_ids"][:] for way in ("nothing", "swap"))
+    assert len(plain) == 50 and len(swapped) == 50 * 9 and swapped[:50] == plain
+    assert all(sorted(copy) == sorted(plain[i // 8]) for i, copy in enumerate(swapped[50:]))  # words change places
+    assert generalizing.training_rows(ROOT, "nothing", 500, 3)["input_ids"][:50] == plain
+    off = {"dropout": 0.0, "weight_decay": 0.0}
+    assert generalizing.settings("mixup", None) == generalizing.settings("nothing", None) == off
+    assert generalizing.settings("weight decay", 10.0) == off | {"weight_decay": 10.0}
+    assert generalizing.settings("R-Drop", 4.0) == off | {"dropout": 0.1, "r_drop": 4.0}
+    assert generalizing.settings("together", 0.1).keys() == off.keys() | {"l1", "label_smoothing", "r_drop", "mixout"}
+    logits, labels = np.array([[0.0, np.log(9)], [np.log(9), 0.0]]), np.array([1, 1])  # sure 0.9, right of two one
+    assert generalizing.losses(logits, labels) == pytest.approx((-(np.log(0.9) + np.log(0.1)) / 2, 0.4))
+    assert generalizing.losses(logits, labels, 2.0) == pytest.approx((-(np.log(0.75) + np.log(0.25)) / 2, 0.25))
+    assert generalizing.best_temperature(logits, labels) == 1e6  # no better than chance
+    assert generalizing.losses(logits, labels, 1e6) == pytest.approx((np.log(2), 0.0), abs=1e-5)
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/flan-t5-titles/tokenizer.json").is_file(), reason="T5's tokenizer: make data fetches it"
+)
+def test_pretraining_program_at_toy_size(tmp_path):
+    rows = toy(tmp_path, "pretraining.py")
+    three = ["PubMed", "WikiText-2", "MiniLM"]
+    expected = {"heads": ["counts", "random"], "going on": three[:2], "films": three, "names": three, "spans": ["T5"]}
+    of = {part: [row for row in rows if row["part"] == part] for part in (*expected, "start")}
+    assert {part: [row["way"] for row in own] for part, own in of.items() if part != "start"} == expected
+    searched = {part: [row["way"] for row in rows if row["part"] == f"{part}, rates"] for part in expected}
+    assert searched == expected | {"going on": ["PubMed"]}  # the control takes its rate
+    for row in of["going on"]:
+        assert row["loss"] == row[row["way"]] and all(8 < row[text] < 13 for text in ("PubMed", "WikiText-2"))
+    assert of["going on"][0]["PubMed"] != of["going on"][1]["PubMed"] != of["start"][0]["PubMed"]
+    assert all(0 <= row["score"] <= 1 for part in ("films", "names") for row in of[part])
+    assert all(row["loss"] != row["before"] for part in ("heads", "spans") for row in of[part])
+    assert toy(tmp_path, "pretraining.py") == rows  # it resumes
+
+
+def test_an_encoder_goes_over_to_a_task_as_a_whole(program, monkeypatch):
+    pretraining, seen = program("pretraining"), {}
+    for name, value in pretraining.TOY.items():
+        monkeypatch.setattr(pretraining, name, value)
+
+    def fitted(model, *args, **options):
+        seen.update({key: value.clone() for key, value in model.bert.state_dict().items()})
+        return 0.0
+
+    monkeypatch.setattr(pretraining, "fitted", fitted)
+    weights = pretraining.model_for("masked-lm", seed=7).bert.state_dict()
+    pretraining.downstream("films", weights, 0, "validation", 1e-3)
+    assert all(torch.equal(seen[key], value) for key, value in weights.items()) and len(seen) == len(weights) + 2
+    with pytest.raises(AssertionError, match="not all of the encoder"):
+        left = {key: value for key, value in weights.items() if "layer.1" not in key}
+        pretraining.downstream("films", left, 0, "validation", 1e-3)
+
+
+def test_scaling_program_at_toy_size(tmp_path, program, monkeypatch):
+    rows, scaling = toy(tmp_path, "scaling.py"), program("scaling")
+    found = {(row["width"], row["updates"], row["seed"]): row for row in rows if row["part"] == "loss"}
+    assert found.keys() == {(width, updates, 0) for width in (32, 64) for updates in (1, 2)} | {(32, 2, 1)}
+    size = 512 * 32 + 4 * 32 * 32 + 3 * 32 * 96 + 3 * 32  # words; attention; three products; norms
+    assert (found[32, 2, 0]["parameters"], found[32, 2, 0]["tokens"]) == (size, 2 * 2 * 64)
+    assert found[32, 2, 0]["operations"] == 6 * size * 256 and found[32, 2, 0]["loss"] != found[32, 2, 1]["loss"]
+    assert all(5 < row["loss"] < 8 for row in found.values())  # an even guess: 6.24
+    assert toy(tmp_path, "scaling.py") == rows
+    monkeypatch.setattr(scaling, "searched", lambda table, width, layers: {32: 8e-3, 128: 2e-3}[width])
+    assert [scaling.rate_for(None, width) for width in (32, 64, 128)] == [8e-3, 4e-3, 2e-3]
+
+
+@pytest.mark.skipif(
+    not (ROOT / "data/cache/albert-tiny-zh/config.json").is_file(), reason="ALBERT's tokenizer: make data fetches it"
+)
+def test_another_language_program_at_toy_size(tmp_path, program):
+    rows, chinese = toy(tmp_path, "another_language.py"), program("another_language")
+    searched, tests = ([row for row in rows if row["part"] == part] for part in ("search", "test"))
+    assert [row["way"] for row in tests] == [*chinese.WAYS] and all(0 <= row["accuracy"] <= 1 for row in rows)
+    for row in tests:
+        own = [one for one in searched if one["way"] == row["way"]]
+        best = max(own, key=lambda one: one["accuracy"])
+        assert len(own) == (2 if "ALBERT" in row["way"] else 5)
+        assert all(best[name] == row[name] for name in ("epochs", "rate", "C") if name in best)
+    assert toy(tmp_path, "another_language.py") == rows
+    traditional, simplified = (chinese.reviews(script)["test"][0] for script in ("Traditional", "as they come"))
+    assert traditional != simplified and [*map(len, traditional)] == [*map(len, simplified)]
+    order = np.random.default_rng(3).permutation(5565)  # as the notebook draws them
+    assert chinese.drawn(3) == order[:640].tolist()
+
+
+def made_up(part, means, **beside):
+    """Rows of five seeds; values are off by the same from a mean, so that what differs is told at once."""
+    off = (-0.02, -0.01, 0.0, 0.01, 0.021)
+    return [{"part": part, "way": way, "seed": seed, "rate": 1e-4, "steps": 10, **beside,
+             **{key: mean + gap * (1 + 0.1 * place) for key, mean in own.items()}}
+            for place, (way, own) in enumerate(means.items()) for seed, gap in enumerate(off)]  # fmt: skip
+
+
+def cells(table, first):
+    """The cells of the line that begins so."""
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+@pytest.fixture
+def made_up_report(program, monkeypatch):
+    def given(rows):
+        report = program("report")
+        monkeypatch.setattr(report, "rows_of", lambda name, **wanted: report.chosen(rows, **wanted))
+        monkeypatch.setattr(report, "source", lambda name: "stamp")
+        return report
+
+    return given
+
+
+def test_tables_of_few_labels(made_up_report):
+    """The names alone are one number; fine-tuning loses on 2 and gains on 64; entropy buys worse labels than chance."""
+    off, rows = (-0.02, -0.01, 0.0, 0.01, 0.021), []
+    known = {("zero-shot", 0): 0.7, ("probe", 2): 0.6, ("fine-tuning", 2): 0.5, ("probe", 64): 0.7}
+    for place, ((way, shots), mean) in enumerate([*known.items(), (("fine-tuning", 64), 0.8)]):
+        rows += [{"part": "accuracy", "corpus": corpus, "method": way, "shots": shots, "seed": seed,
+                  "accuracy": mean + gap * (1 + 0.1 * place)}
+                 for corpus in ("rotten-tomatoes", "banking77")
+                 for seed, gap in enumerate(off if shots else off[:1])]  # fmt: skip
+    rows += [{"part": "new intents", "method": way, "seed": seed, "1": mean + gap, "5": 0.9 + gap}
+             for way, mean in (("prototypes", 0.8), ("maml", 0.7)) for seed, gap in enumerate((0, 0.01, 0.02))]
+    rows += [{"part": "active", "corpus": corpus, "how": how, "seed": seed, "labels": [10, 20], "accuracy": [0.1, mean]}
+             for corpus in ("rotten-tomatoes", "banking77") for how, mean in (("random", 0.6), ("entropy", 0.5))
+             for seed in range(3)]  # fmt: skip
+    text = made_up_report(rows).few_labels()
+    films, others = text.split("| bank intents ")[0], text.split("Twenty of clinc150's")[1]
+    assert cells(films, "zero-shot")[0] == "0.680" and cells(films, "zero-shot")[1:] == [""] * 6
+    tuned = cells(films, "fine-tuning")
+    assert tuned[1].startswith("0.500") and tuned[6].startswith("0.800") and tuned[1][-1] + tuned[6][-1] == "↓↑"
+    assert cells(others, "maml") == ["0.710 ± 0.010 ↓", "0.910 ± 0.010"] and "↓" in others.split("| entropy ")[1][:40]
+
+
+def test_tables_of_generalizing(made_up_report):
+    """Deletion gains at 50 labels and nothing at 500; L1 lowers the loss, and what a temperature leaves not."""
+
+    def scores(accuracy, loss=0.9):
+        return {"accuracy": accuracy, "loss": loss, "cooled_loss": 0.5, "error": loss / 9, "cooled_error": 0.03}
+
+    rows = made_up("test", {"nothing": scores(0.6), "deletion": scores(0.65)}, count=50, strength=None, batch=16)
+    rows += made_up("test", {"nothing": scores(0.7), "deletion": scores(0.7)}, count=500, strength=None, batch=16)
+    rows += made_up("test", {"L1": scores(0.7, loss=0.6)}, count=500, strength=0.5, batch=16)
+    text = made_up_report([*rows, {"part": "masked words", "loss": 6.25}]).generalizing()
+    more, held = text.split("**What holds a model back**")
+    assert cells(more, "deletion") == ["0.650 ± 0.018 ↑", "+0.050 ± 0.002 ↑", "0.500 ± 0.018", "0.700 ± 0.018",
+                                       "+0.000 ± 0.002", "0.500 ± 0.018"]  # fmt: skip
+    assert cells(more, "nothing")[:2] == ["0.600 ± 0.016", ""] and "L1" not in more and "deletion" not in held
+    assert cells(held, "L1")[:4] == ["0.5", "0.0001", "0.700 ± 0.016", "+0.000 ± 0.000"]
+    assert cells(held, "L1")[4] == "0.600 ± 0.016 ↓" and cells(held, "L1")[5] == "0.500 ± 0.016"
+    assert "500 labels" in held and "10 of 16 on 50, 10 of 16 on 500;" in more and "of loss 6.25" in more
+
+
+def test_tables_of_pretraining(made_up_report):
+    """PubMed's loss falls below the control's; names gain against the control, and lose against MiniLM as it comes."""
+    rows = made_up("heads", {"random": {"before": 10.6, "loss": 7.5, "accuracy": 0.1},
+                             "counts": {"before": 7.8, "loss": 6.6, "accuracy": 0.1}})  # fmt: skip
+    gone = {"WikiText-2": {"PubMed": 6.5, "WikiText-2": 6.0}, "PubMed": {"PubMed": 5.5, "WikiText-2": 6.0}}
+    rows += made_up("going on", gone)
+    rows += made_up("films", {way: {"score": 0.7} for way in ("WikiText-2", "PubMed", "MiniLM")})
+    rows += made_up("names", {"WikiText-2": {"score": 0.4}, "PubMed": {"score": 0.5}, "MiniLM": {"score": 0.6}})
+    rows += made_up("spans", {"T5": {"before": 17.0, "loss": 5.0}})
+    text = made_up_report([*rows, {"part": "start", "PubMed": 7.25, "WikiText-2": 6.75}]).pretraining()
+    heads, on, tasks = text.split("**Going on")[0], *text.split("**Going on")[1].split("What tasks have")
+    assert cells(heads, "counts") == ["7.800 ± 0.018 ↓", "6.600 ± 0.018 ↓", "-0.900 ± 0.002 ↓", "0.100 ± 0.018"]
+    assert cells(on, "the common start") == ["7.250", "", "6.750", ""]
+    assert cells(on, "PubMed") == ["5.500 ± 0.018 ↓", "-1.000 ± 0.002 ↓", "6.000 ± 0.018", "+0.000 ± 0.002"]
+    films, names = cells(tasks, "PubMed")[:3], cells(tasks, "PubMed")[3:]
+    assert films[1:] == ["+0.000 ± 0.002", "-0.000 ± 0.002"]
+    assert names[1:] == ["+0.100 ± 0.002 ↑", "-0.100 ± 0.002 ↓"]
+    assert cells(tasks, "MiniLM")[2] == "" and cells(tasks, "WikiText-2")[1] == ""
+    assert "falls from 16.98 to 5.00 ± 0.02 (-12.000 ± 0.000 ↓, 5 seeds)" in tasks
+
+
+def test_tables_of_scaling_and_of_another_language(made_up_report):
+    runs = ((32, 1024, 5.0, 0), (32, 2048, 4.0, 0), (32, 2048, 4.0, 1), (64, 1024, 4.5, 0))
+    rows = [{"part": "loss", "width": width, "layers": 2, "seed": seed, "rate": 0.004, "parameters": 1000 * width,
+             "tokens": tokens, "loss": loss + seed / 10} for width, tokens, loss, seed in runs]  # fmt: skip
+    text = made_up_report(rows).scaling()
+    assert cells(text, "32 × 2") == ["32,000", "0.004", "5.000", "4.000", "3.9e+08"]
+    assert cells(text, "64 × 2")[2:4] == ["4.500", "–"]
+    assert "2 seeds of the smallest at the most tokens have 4.050" in text
+    means = {"counting, whole": 0.86, "counting, first 62": 0.82, "ALBERT, first 62": 0.82, "ALBERT, first 254": 0.8}
+    rows = made_up("test", {way: {"accuracy": mean} for way, mean in means.items()}, epochs=4)
+    text = made_up_report(rows).another_language()
+    first = cells(text, "ALBERT, first 62")
+    assert first[0] == "epochs 4, rate 0.0001" and first[2:] == ["-0.040 ± 0.004 ↓", "+0.000 ± 0.002"]
+    assert cells(text, "ALBERT, first 254")[3] == ""  # counting on as much is on its way
+    assert cells(text, "counting, whole")[1:] == ["0.860 ± 0.016", "", ""]
 
 
 def test_every_remedy_trains(program):

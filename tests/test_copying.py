@@ -31,7 +31,7 @@ SNIPPETS = {
     "row = encode(tokenizer, {'prompt': 'a', 'completion': ' b'}, 'row 0')\n"
     "assert row == {'input_ids': [1, 2, 0], 'labels': [-100, 2, 0]} and last_answer(row) == ([1], [2, 0])",
     "tasks/masked.py": "row = {'input_ids': [0, 1], 'labels': [-100, 1], 'masking': [2, 3, 1.0]}\n"
-    "assert mask(row, [0])['labels'] == [-100, 1] and labelled(torch.tensor([-100, 1])) == 1",
+    "assert mask(row, [0])['labels'] == [-100, 1] and labeled(torch.tensor([-100, 1])) == 1",
     "tasks/metrics.py": "assert accuracy([0, 1], [0, 0]) == 0.5",
     "tasks/overlap.py": "assert callable(bleu) and callable(rouge)",
     "tasks/seq2seq.py": "tokenizer.eos_token = '[UNK]'\n"

@@ -22,11 +22,11 @@ Gradient = Callable[[nn.Module, Step], torch.Tensor]
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the labelled items; logits (..., classes), labels int64 (...)."""
+    """Cross-entropy summed over the labeled items; logits (..., classes), labels int64 (...)."""
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORE)
 
 
-def labelled(labels: torch.Tensor) -> int:
+def labeled(labels: torch.Tensor) -> int:
     return int((labels != IGNORE).sum())
 
 
@@ -39,10 +39,10 @@ def logits_of(output: Any, batch: Batch) -> torch.Tensor:
 
 
 def summed(
-    loss: Callable = cross_entropy, count: Callable = labelled, autocast: Callable = nullcontext,
+    loss: Callable = cross_entropy, count: Callable = labeled, autocast: Callable = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Gradient:  # fmt: skip
-    """The plain gradient: losses summed, divided by the whole step's labelled items: 1 batch of 32 is as 4 of 8.
+    """The plain gradient: losses summed, divided by the whole step's labeled items: 1 batch of 32 is as 4 of 8.
 
     loss: (logits, labels) -> scalar, summed over items.  count: labels -> how many there are.
     """

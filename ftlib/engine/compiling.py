@@ -42,7 +42,7 @@ def training_modes(model: nn.Module, config: Any) -> Iterator[None]:
             if config.distill and config.shortcuts:
                 stack.enter_context(shortcuts(config.distill.teacher))
             stack.enter_context(dropout_rate(model, config.dropout))
-            if (kind := kind_of(model)) and not TASKS[kind].labelled:  # a language model sums its own loss
+            if (kind := kind_of(model)) and not TASKS[kind].labeled:  # a language model sums its own loss
                 stack.enter_context(token_losses.in_chunks(model, config.label_smoothing))
             yield
     finally:

@@ -39,7 +39,7 @@ def entities(
         options: progress and shared, as in `predict`.
 
     Words are the tokenizer's, and end where those of `tagging.spans_to_tags` do.  score: the mean over the words of the
-    probability of their tag.  Labels that are no BIO ("NOUN") join equal neighbours.
+    probability of their tag.  Labels that are no BIO ("NOUN") join equal neighbors.
     Raises ValueError or TypeError naming the row for an empty text and what is none; ValueError for no tagger.
 
     As Transformers' pipeline, except: words of byte-level BPE and SentencePiece, which there end at white space alone,

@@ -37,8 +37,8 @@ def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
 class Step(list):
     """The micro-batches of one optimizer step (this process's), with the rows of all processes that they are cut from.
 
-    weights: of each micro-batch, 0.0 for one that only takes part.  items: {task: labelled items of the whole step}.
-    shares: {task: its share of the rows}, 0 without labelled items.
+    weights: of each micro-batch, 0.0 for one that only takes part.  items: {task: labeled items of the whole step}.
+    shares: {task: its share of the rows}, 0 without labeled items.
     """
 
     def __init__(self, feed: "Feed", number: int, places: list[Place]):
@@ -72,7 +72,7 @@ class Step(list):
             remedy = f"try gradient_checkpointing=True, precision='bf16', {less}"
             raise MemoryError(f"out of memory with one row of {tokens} tokens at a time; {remedy}")
         if distributed.world_size() > 1:
-            # one that computes in other portions than its neighbours would wait for them for ever
+            # one that computes in other portions than its neighbors would wait for them for ever
             who = f"process {distributed.rank()} is out of memory with {count} rows at a time; one can't cut them alone"
             raise MemoryError(f"{who}: begin with micro_batch_size={count // 2}, or gradient_checkpointing=True")
         rows = not run.max_tokens or tokens // 2 < self.feed.longest

@@ -24,7 +24,7 @@ from ..show.measuring import measure
 from ..tasks.task import TASKS, task_loss, tasks_of
 from . import checkpoints, compiling, distributed, recovery, task_gradients
 from .feeding import Feed
-from .prediction import labelled, metric_names, scores
+from .prediction import labeled, metric_names, scores
 from .settings import Run, TrainConfig
 
 
@@ -41,7 +41,7 @@ def fit(
             `config.max_steps`, a stream: any iterable of rows without a length, begun again where it ends if it can.
         eval_dataset: the same, evaluated after every epoch (or every `eval_every` steps); a stream is read whole.
         tokenizer: for the padding id; default: the model's config knows it.
-        loss: (logits, labels) -> scalar, *summed* over labelled items, here and in evaluation; default: `task_loss`.
+        loss: (logits, labels) -> scalar, *summed* over labeled items, here and in evaluation; default: `task_loss`.
         on_record: called with every record of `Run.history` as it comes, e.g. `show.logging.tensorboard(folder)`.
 
     Modes (train or eval) and the global random state end as they were.  An interrupt (Ctrl-C) ends the run early with
@@ -325,9 +325,9 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
          f"label_smoothing={smoothing} has no meaning for {', '.join(kinds)}"),
         *((config.r_drop, f"r_drop={config.r_drop} compares predicted distributions of classes; not for {kind}")
           for kind in kinds if TASKS[kind].divergence is None),
-        (config.distill and not all(record.labelled for record in records),
+        (config.distill and not all(record.labeled for record in records),
          "distill takes logits, which a language model never has all at once; ftlib.steps takes distill.gradient()"),
-        (loss is not None and not all(record.labelled for record in records),
+        (loss is not None and not all(record.labeled for record in records),
          "loss= takes logits, which a language model never has all at once; give ftlib.steps a gradient function"),
         (distributed.world_size() > 1 and any(record.vectors for record in records),
          "the loss compares vectors of all rows, and a process has its own alone: train in one process"),
@@ -340,8 +340,8 @@ def _check(model: nn.Module, tasks: dict, config: TrainConfig, loss: Any, held_o
         (not config.patience and config.metric != "loss", f"metric={config.metric!r} has no effect without patience"),
         (config.r_drop and not any(getattr(*place) for place in dropout_places(model)),
          f"r_drop={config.r_drop} only costs time: all dropout rates of the model are 0"),
-        (not (isinstance(parts[0], Stream) or labelled(model, parts)),
-         "train_dataset: every label is -100 (ignored), nothing is learnt"),
+        (not (isinstance(parts[0], Stream) or labeled(model, parts)),
+         "train_dataset: every label is -100 (ignored), nothing is learned"),
     ):  # fmt: skip
         if idle:
             warnings.warn(what, stacklevel=4)

@@ -108,9 +108,9 @@ def _check(model: nn.Module, new: int, temperature: float, top_p: float, top_k: 
     """The model's record; refuses one that can't go on, and options that make no sense."""
     kind, of = kind_of(model), anatomy.kind_of(model)
     both_ways = "gpt_neox" not in of and getattr(getattr(model, "config", None), "is_decoder", True) is False  # BERT
-    if kind is None or TASKS[kind].labelled or (both_ways and not TASKS[kind].encoder_decoder):
+    if kind is None or TASKS[kind].labeled or (both_ways and not TASKS[kind].encoder_decoder):
         what = f"{type(anatomy.unwrapped(model)).__name__} can't go on from a text"
-        raise TypeError(f"{what}; load a decoder with task={next(k for k, t in TASKS.items() if not t.labelled)!r}")
+        raise TypeError(f"{what}; load a decoder with task={next(k for k, t in TASKS.items() if not t.labeled)!r}")
     number("temperature", temperature, 0), number("top_p", top_p, 0, 1), whole("num_beams", num_beams)
     narrows = top_p < 1 or (top_k is not None and whole("top_k", top_k))
     refuse(

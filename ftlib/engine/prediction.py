@@ -46,7 +46,7 @@ def batches_of(
     world = distributed.world_size() if shared and places else 1
     plan = distributed.evened([batches[i::world] for i in range(world)]) if world > 1 else [(b, 1.0) for b in batches]
     several, record = hasattr(model, "tasks") and not task, _record(model)
-    tokens = not record.labelled
+    tokens = not record.labeled
     stack = {name: TASKS[kind].stack for name, (kind, _) in tasks_of(model).items()} if several or tokens else {}
     numbered, named = dict(enumerate(parts)), {"task": task} if task else {}
     summing = token_losses.in_chunks(model, counted=bool(record.measures)) if tokens and not read else nullcontext()
@@ -93,7 +93,7 @@ def evaluate(
     """The loss and the metrics that fit the task, over a tokenized dataset with labels.
 
     For a MultiTaskModel `dataset` is {task: dataset} (or rows with a dict of labels) and the names are "task/metric".
-    `loss` is the mean over labelled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
+    `loss` is the mean over labeled items, without label smoothing.  See `metrics.compute_metrics` for the rest;
     several numbers a row (regression) have only `mse`.  With shared=True processes that are all given the same share
     the work, and each gets the metrics over all rows.  autocast: a context manager for the forward passes.
     Of a language model: `perplexity`, exp(loss); with a tokenizer `bits_per_byte` of the trained text (UTF-8), which
@@ -124,7 +124,7 @@ def scores(
     tasks = tasks_of(model)
     found: dict[str, dict[int, tuple]] = {task: {} for task in tasks}  # {row: (decision, label)}
     sums: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}  # (loss, items) of every batch
-    tokens = not (record := _record(model)).labelled
+    tokens = not (record := _record(model)).labeled
     more = record.measures(parts[0][0]) if tokens and record.measures and parts else ()
     sums |= {name: [] for name in more}
     for indices, rows, logits in batches_of(model, parts, shared=shared, **options):
@@ -186,7 +186,7 @@ def _scored(record: Any, pairs: dict[int, tuple], names: dict[int, str]) -> dict
     return record.score(predictions, labels, given_names(names))
 
 
-def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
+def labeled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
     """The tasks for which a row has a label."""
     found = {}
     for task, (kind, count) in tasks_of(model).items():
@@ -200,8 +200,8 @@ def labelled(model: nn.Module, parts: list[Rows]) -> dict[str, tuple[str, int]]:
 def metric_names(model: nn.Module, parts: list[Rows]) -> list[str]:
     """What `scores` will name, by scoring every class against itself; ValueError where there is nothing to score."""
     more = record.measures(parts[0][0]) if (record := _record(model)).measures else ()
-    found = [] if record.labelled and not more else ["loss", *(() if record.labelled else ("perplexity",)), *more]
-    for task, (kind, count) in labelled(model, parts).items() if not found else ():
+    found = [] if record.labeled and not more else ["loss", *(() if record.labeled else ("perplexity",)), *more]
+    for task, (kind, count) in labeled(model, parts).items() if not found else ():
         decided = TASKS[kind].decide(torch.eye(count) * 2 - 1).numpy()  # every class once
         decided = [decided] if TASKS[kind].a_token else decided
         names = ["loss", *TASKS[kind].score(decided, decided, given_names(names_of(model, task)))]
@@ -254,7 +254,7 @@ def predict(
 
         given = _listed(data, TASKS[kind])
         return fill(model, given, tokenizer or tokenizer_of(model), top_k, max_length, batch_size, progress)
-    if not TASKS[kind].labelled:
+    if not TASKS[kind].labeled:
         raise ValueError("predict is for classes and numbers; a language model goes on: ftlib.generate(model, prompts)")
     record, names = TASKS[kind], names_of(model, task)
     data, read = _listed(data, record), None

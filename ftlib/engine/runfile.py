@@ -121,7 +121,7 @@ def keys() -> str:
     return "\n".join(lines)
 
 
-def labelled(parts: dict[str, Any], column: str | list[str], task: str, say: Callable = print) -> dict[str, Any]:
+def labeled(parts: dict[str, Any], column: str | list[str], task: str, say: Callable = print) -> dict[str, Any]:
     """The splits of a corpus with a column "label", which `tokenize` numbers and names for the task.
 
     column: classes as a ClassLabel, words or whole numbers, or lists of them; lists or columns of 0 and 1; for

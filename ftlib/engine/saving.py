@@ -210,7 +210,7 @@ def _base_of(folder: Path, base: Any, note: dict) -> nn.Module:
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ValueError(f"{folder}/adapter_config.json names no base model; pass base=... (a name, folder or model)")
     note = note or through_peft.head_guess(folder, config)
-    classes = note.get("task") in TASKS and TASKS[note["task"]].labelled
+    classes = note.get("task") in TASKS and TASKS[note["task"]].labeled
     labels = ("num_labels", "label_names", *TASKS[note["task"]].vectors) if classes else ()
     given = {key: note[key] for key in labels if note.get(key) is not None}
     safe = {"use_safetensors": True} if name == own else {}

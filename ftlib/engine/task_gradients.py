@@ -1,6 +1,6 @@
 """Several tasks in one step of `fit`: what each counts, whose gradients are taken apart, and what is recorded.
 
-The step's loss is Σ over tasks: Head.weight × the task's weight × its share of the rows × its mean loss over labelled
+The step's loss is Σ over tasks: Head.weight × the task's weight × its share of the rows × its mean loss over labeled
 items.  With a `task_weighting` or `task_gradients` every task of the step has the same share, as in the papers, however
 many of its rows were drawn.  It costs one forward and one backward pass, and
 - `task_gradients`: a row of the Jacobian (4 bytes a shared parameter) for each task, and a backward pass for each task
@@ -103,7 +103,7 @@ def summed_loss(loss: Any, smoothing: float, device: torch.device, quiet: bool =
     if (said := getattr(own, "reduction", "sum")) != "sum":
         own.reduction = "sum"
         if not quiet:
-            text = f"{type(loss).__name__} has reduction={said!r}; fit divides by the labelled items itself"
+            text = f"{type(loss).__name__} has reduction={said!r}; fit divides by the labeled items itself"
             warnings.warn(f"{text}, so it takes reduction='sum'", stacklevel=4)
     if smoothing and loss is not None:
         if getattr(own, "label_smoothing", None) not in (0, smoothing):
@@ -130,7 +130,7 @@ class Losses:
         inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
         parts = {}
         with self.autocast():
-            if "" in items and not TASKS[self.tasks[""][0]].labelled:  # summed by token_losses.in_chunks
+            if "" in items and not TASKS[self.tasks[""][0]].labeled:  # summed by token_losses.in_chunks
                 return {"": forward(**inputs, labels=labels).loss * weight / max(items[""], 1)}
             output = logits = forward(**inputs, **self.asked)
             again = forward(**inputs) if self.r_drop else None
@@ -154,7 +154,7 @@ class Losses:
         return parts
 
     def rows(self, forward: Callable, batch: dict) -> torch.Tensor:
-        """Every row's own mean loss over its labelled items, float (rows,), in which no other row has a part."""
+        """Every row's own mean loss over its labeled items, float (rows,), in which no other row has a part."""
         inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
         record = TASKS[self.tasks[""][0]]
         with self.autocast():
@@ -206,7 +206,7 @@ class Joint:
         self.combine = GRADIENTS[how] if isinstance(how, str) else how
 
     def begin(self, step: Step, losses: Losses) -> None:
-        """Start a step; its shares are 0 for a task without labelled items."""
+        """Start a step; its shares are 0 for a task without labeled items."""
         self.step, self.losses, self.begun = step, losses, random_state(step.feed.device)
         # those that move in this step: the encoder's are shared, the others the heads' own
         shared = [p for p in self.model.encoder.parameters() if p.requires_grad]
@@ -308,7 +308,7 @@ class Joint:
         return torch.stack([losses.get(task, none).detach().float() for task in self.place])
 
     def _known(self, means: torch.Tensor) -> torch.Tensor:
-        """Mean losses from this process's share of them, nan for a task without labelled items."""
+        """Mean losses from this process's share of them, nan for a task without labeled items."""
         there = torch.tensor([task in self.there for task in self.place])
         return torch.where(there, distributed.all_sum(means).cpu().double(), torch.nan)
 

@@ -60,7 +60,7 @@ def confident_errors(probabilities: Any, labels: Any) -> list[dict[str, Any]]:
     """Rows whose label is likely wrong: {row, label, suggested, probability (of the given label)}, least likely first.
 
     probabilities: (n, classes), of models that did not see the row: by cross-validation.  labels: given ids (n,), -100
-    left out.  A row is in a class where its probability is at least the mean one of rows that are labelled so; of
+    left out.  A row is in a class where its probability is at least the mean one of rows that are labeled so; of
     several such classes the likeliest counts, and if it is not the given one, the row is here.
     Look at these rows; for a class that is hard they may be right.
     Source: Northcutt et al. 2021, Confident Learning (arXiv:1911.00068), equation 1.

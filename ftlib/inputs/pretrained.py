@@ -70,7 +70,7 @@ def load_model(name, task: str | None = None, num_labels: int | None = None, *, 
     import transformers
 
     place = _locate(name, kwargs)
-    if kind is not None and kind.labelled:
+    if kind is not None and kind.labeled:
         if num_labels is None:  # a checkpoint with this kind of head knows
             places = kwargs.keys() & {"revision", "subfolder", "cache_dir", "local_files_only", "token"}
             where = {key: kwargs[key] for key in places} | {"trust_remote_code": False}
@@ -110,8 +110,8 @@ def _check_labels(kind, num_labels, label_names):
     """Number and names of the labels, made consistent; (None, None) when the checkpoint has to tell."""
     names = None if label_names is None else [str(label) for label in label_names]
     count = num_labels if names is None else len(names)
-    if kind and (not kind.labelled or kind.outputs):
-        what = f"this task has {kind.outputs} outputs" if kind.labelled else "the labels of a language model are tokens"
+    if kind and (not kind.labeled or kind.outputs):
+        what = f"this task has {kind.outputs} outputs" if kind.labeled else "the labels of a language model are tokens"
         own = count is not None and (names or count != kind.outputs)
         refuse((own, f"{what}: leave out num_labels and label_names"))
         return kind.outputs, None
@@ -221,7 +221,7 @@ def _check_weights(name, model, info: dict, kind, may_differ: bool) -> None:
     if holes:
         lost = f"{len(holes)} weights of the encoder itself ({', '.join(holes[:3])}, …), which would start random"
         raise ValueError(f"the checkpoint '{name}' lacks {lost}; is it one of {type(model).__name__}?")
-    if kind is None or kind.labelled:
+    if kind is None or kind.labeled:
         return
     tokens = model.get_input_embeddings().num_embeddings
     causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}

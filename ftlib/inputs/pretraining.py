@@ -61,7 +61,7 @@ class PackedText:
             while len(rest.get("input_ids", ())) - start >= self.length:
                 row = {name: own[start : start + self.length] for name, own in rest.items()}
                 start += self.length
-                if self.record.items(np.asarray(row["labels"])):  # else nothing would be learnt
+                if self.record.items(np.asarray(row["labels"])):  # else nothing would be learned
                     self.state = read, rest, start
                     yield {**row, **self.alike}
             rest, start = {name: own[start:] for name, own in rest.items()}, 0

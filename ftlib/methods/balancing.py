@@ -136,16 +136,16 @@ class Weighting:
     """How the tasks' losses are weighted.  Except for "uncertainty" a weight of 1 is the average one.
 
     - "fixed": as `Head.weight` says.
-    - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² of each task learnt by the
+    - "uncertainty": exp(-s) for classes and tags, exp(-s) / 2 for numbers, with s = log σ² of each task learned by the
       likelihood: the weighted loss plus s / 2 falls.
-    - "gradnorm": learnt, so that the gradients of the weighted losses on the last shared layer are equally long, longer
-      for a task whose loss has fallen less than the others', by the power `alpha`.
+    - "gradnorm": learned, so that the gradients of the weighted losses on the last shared layer are equally long,
+      longer for a task whose loss has fallen less than the others', by the power `alpha`.
     - "dwa": the softmax of (mean loss of the last epoch / of the one before) / `temperature`; 1 in the first two.
     - "random": the softmax of normal draws, new every step.
-    - "famo": learnt, so that all losses fall by equal factors.  One forward pass more a step, after the step.
+    - "famo": learned, so that all losses fall by equal factors.  One forward pass more a step, after the step.
 
-    rate: of Adam on what is learnt, apart from the model's learning rate (0.025 as in GradNorm's and FAMO's papers).
-    decay: FAMO's, of what is learnt towards equal weights.
+    rate: of Adam on what is learned, apart from the model's learning rate (0.025 as in GradNorm's and FAMO's papers).
+    decay: FAMO's, of what is learned towards equal weights.
     """
 
     how: str = "fixed"
@@ -174,7 +174,7 @@ class TaskWeights:
         self.half = torch.tensor(factors, dtype=torch.float64)
         zero, unknown = torch.zeros_like(self.half), torch.full_like(self.half, math.nan)
         self.state: dict[str, Tensor] = {}  # replaced, never changed in place
-        if weighting.how in ("uncertainty", "gradnorm", "famo"):  # learnt
+        if weighting.how in ("uncertainty", "gradnorm", "famo"):  # learned
             self.state = {"value": zero, "mean": zero, "square": zero, "steps": zero[:1]}
         if weighting.how == "gradnorm":
             self.state["first"] = unknown
@@ -234,7 +234,7 @@ class TaskWeights:
             self.state = {"sum": zero, "count": zero, "before": self.state["last"], "last": last}
 
     def _adam(self, slope: Tensor) -> None:
-        """A step of Adam (Kingma & Ba 2015) on what is learnt."""
+        """A step of Adam (Kingma & Ba 2015) on what is learned."""
         state = self.state
         state["steps"] = state["steps"] + 1
         state["mean"] = 0.9 * state["mean"] + 0.1 * slope

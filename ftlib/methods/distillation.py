@@ -92,7 +92,7 @@ class Distillation:
     L: the task's own loss.  S: T² KL(teacher ‖ student), both softened by the temperature T, in nats (of numbers the
     squared difference).  H: the mean squared difference of hidden states, over real tokens and width; A: of attention
     probabilities, over heads and pairs of real tokens; both means over the student's layers.  All are summed over the
-    labelled items and divided by those of the step, an item having its row's H and A.
+    labeled items and divided by those of the step, an item having its row's H and A.
 
     Args:
         teacher: reads what the student reads, in eval mode; unpadded or not, whatever the student is.  For `logits` it
@@ -158,7 +158,7 @@ class Distillation:
         teacher.to(next(student.parameters()).device)
 
     def __call__(self, loss: Tensor, output: Any, inputs: Batch, labels: Tensor) -> Tensor:
-        """The student's own loss joined with the teacher's parts, summed over the labelled items."""
+        """The student's own loss joined with the teacher's parts, summed over the labeled items."""
         with anatomy.evaluating(self.teacher):
             theirs = self.teacher(**inputs, **self.asked)
         loss, mask = self.weights["labels"] * loss, inputs.get("attention_mask")

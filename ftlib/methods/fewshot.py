@@ -100,7 +100,7 @@ def first_order_maml(rate: float, steps: int = 1, gradient: Gradient | None = No
 
     A step is a list of episodes, (support, queries), two batches each; gradients and losses are means over episodes.
     rate: of the inner SGD.  gradient: of a batch alone, as `ftlib.steps` takes one; default: cross-entropy.
-    What moves is what has requires_grad, so an adapter may be what is learnt.
+    What moves is what has requires_grad, so an adapter may be what is learned.
     Source: Finn et al. 2017 (arXiv:1703.03400), sections 2.2 and 5.2: the second derivatives are left out.
     """
     return _inner(rate, steps, gradient or summed(), asks=True)

@@ -118,7 +118,7 @@ def class_weights(labels, num_classes: int) -> Tensor:
     """
     labels = torch.as_tensor(labels).flatten()  # (n,)
     labels = _whole_labels(labels.long() if labels.numel() == 0 else labels, num_classes, IGNORE)
-    labels = labels[labels != IGNORE]  # (labelled,)
+    labels = labels[labels != IGNORE]  # (labeled,)
     counts = labels.bincount(minlength=num_classes)  # (num_classes,)
     if len(missing := (counts == 0).nonzero()):
         raise ValueError(f"class {int(missing[0])} of {num_classes} never occurs in {labels.numel()} labels; add one")
@@ -134,7 +134,7 @@ def _prepare(logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index
     logits = _checked_logits(logits)
     _check_same_shape("labels", labels, "logits without its last dimension", logits[..., 0])
     labels = _whole_labels(labels, logits.shape[-1], ignore_index)
-    counts = labels != ignore_index  # (…), True where labelled
+    counts = labels != ignore_index  # (…), True where labeled
     labels = labels.masked_fill(~counts, 0)  # (…), any valid class
     shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # (…, classes), at most 0
     log_probs = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()  # (…, classes)

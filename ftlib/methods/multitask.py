@@ -39,7 +39,7 @@ class Head:
     weight: float = 1.0  # of this task's loss in the sum
 
     def __post_init__(self) -> None:
-        one_of("task", self.task, [kind for kind in KINDS if TASKS[kind].labelled and not TASKS[kind].vectors])
+        one_of("task", self.task, [kind for kind in KINDS if TASKS[kind].labeled and not TASKS[kind].vectors])
         fixed = TASKS[self.task].outputs
         refuse((fixed not in (None, whole("num_labels", self.num_labels)), f"{self.task} has num_labels={fixed}"))
         number("weight", self.weight, 0)

@@ -34,7 +34,7 @@ _BESIDE = ("reference", "old", "advantages", "rewards")  # in a batch, but no in
 
 
 def preference_rows(data: Iterable[Mapping], tokenizer: Any, max_length: int | None = None) -> list[Pair]:
-    """Pairs of rows, answers labelled, of `prompt`, `chosen`, `rejected`, texts or messages; errors name the row."""
+    """Pairs of rows, answers labeled, of `prompt`, `chosen`, `rejected`, texts or messages; errors name the row."""
     pairs: list[Pair] = []
     for i, row in enumerate(data):
         lacking = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]

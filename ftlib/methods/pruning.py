@@ -78,7 +78,7 @@ def blocks(model: nn.Module, of: str) -> list[Block]:
 def importance(model: nn.Module, rows: Any, of: str = "heads", *, batch_size: int = 32) -> list[Tensor]:
     """How much the loss hangs on each head, or neuron: float32 (units,) for every layer, by a first-order estimate.
 
-    Mean over rows of |∂L/∂ξ|, ξ a mask of ones on what a unit gives, L the row's loss, summed over its labelled items:
+    Mean over rows of |∂L/∂ξ|, ξ a mask of ones on what a unit gives, L the row's loss, summed over its labeled items:
     what is lost as the unit goes (Michel et al. 2019, equation 2; they divide a layer's by their length, as in
     `scores / scores.norm()`, before layers are compared).
     rows: a tokenized dataset with labels.  Raises ValueError as `blocks`, and for models of several heads or two sides.

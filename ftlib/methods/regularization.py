@@ -41,7 +41,7 @@ def shrink_(parameter: nn.Parameter, amount: float) -> None:
 
 
 def r_drop(first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
-    """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labelled items.
+    """R-Drop's penalty: how far two forward passes with other dropout disagree, summed over the labeled items.
 
     (KL(p‖q) + KL(q‖p)) / 2 of the two predicted distributions, in nats.  first, second: logits, (items, classes), or
     (batch, tokens, classes) for tags; labels: int64 (items,) or (batch, tokens), -100 ignored; 0/1 (items, classes) for

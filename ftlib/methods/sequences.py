@@ -1,4 +1,4 @@
-"""Tags that depend on their neighbours: which may follow which (BIO), the best path (Viterbi), a linear-chain CRF.
+"""Tags that depend on their neighbors: which may follow which (BIO), the best path (Viterbi), a linear-chain CRF.
 
 A path of tags y over the words of a row has the score  start[y1] + sum logits[t, yt] + sum transition[y(t-1), yt] +
 end[yn]; its probability in a CRF is softmax over all paths.  `transitions` is (start, transition, end) everywhere:

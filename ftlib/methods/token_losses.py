@@ -163,7 +163,7 @@ def _forward(before: Callable, reduce: Callable, lm: nn.Module, *args: Any, labe
     skipped = _shift(lm)
     targets = F.pad(labels[:, skipped:], (skipped, 0), value=IGNORE).flatten()
     count = int((getattr(labels, "host", labels)[:, skipped:] != IGNORE).sum())
-    places = (targets != IGNORE).nonzero_static(size=count)[:, 0]  # (labelled,)
+    places = (targets != IGNORE).nonzero_static(size=count)[:, 0]  # (labeled,)
     *_, last = found.values()
     if (shape := last.last_hidden_state.shape[:2]) != labels.shape:
         why = f"labels {tuple(labels.shape)} for {tuple(shape)} places; with a tuned prompt before the text use LoRA"
@@ -270,7 +270,7 @@ def _answering(model: nn.Module, reduce: Callable) -> AbstractContextManager:
 
 
 def in_chunks(model: nn.Module, label_smoothing: float = 0.0, counted: bool = False) -> AbstractContextManager:
-    """Inside, model(**inputs, labels=labels) has a `loss` summed over labelled tokens, in chunks, and no logits.
+    """Inside, model(**inputs, labels=labels) has a `loss` summed over labeled tokens, in chunks, and no logits.
 
     labels: int64 (batch, tokens), -100 for none; a token's label is for the prediction before it, as in Transformers;
     of an encoder with a decoder every label is predicted, from the labels before it and what the encoder has read; of
@@ -309,5 +309,5 @@ def label_log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: flo
 
 
 def sequence_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The log-probability of each row's labelled tokens together: float32 (batch,)."""
+    """The log-probability of each row's labeled tokens together: float32 (batch,)."""
     return label_log_probs(model, batch).sum(1)

@@ -211,7 +211,7 @@ def lora_and_adapters(hidden: int = 384, rank: int = 8, size: int = 24):
     {hidden}, added to its input. With Houlsby's, LayerNorm is trained too.
     """
     sheet, y = Sheet(800, 460, lora_and_adapters.__doc__, locals()), 92
-    sheet.panel(15, 15, 785, 170, "a BERT layer, grey frozen, coloured trained: LoRA or adapters")
+    sheet.panel(15, 15, 785, 170, "a BERT layer, grey frozen, colored trained: LoRA or adapters")
     attention = sheet.box(247, y, 84, 82, "attention,\noutput")
     for name, at, color in (("query + LoRA", 62, RED), ("key", y, GREY), ("value + LoRA", 122, RED)):
         linear = sheet.box(127, at, 104, 22, name, color)

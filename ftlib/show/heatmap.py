@@ -1,4 +1,4 @@
-"""Text with its words coloured by a score, as HTML and as a figure.  To copy: this file and show/{sheet,plots}.py."""
+"""Text with its words colored by a score, as HTML and as a figure.  To copy: this file and show/{sheet,plots}.py."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ class TextHeatmap:
     """A text whose words are blue where their score is above 0, orange over a broken line below 0; deep: far from 0.
 
     words: [{"start", "end", "score"}, …] in characters of the text, as `words_of` gives them.  largest: the score with
-    the deepest colour, the same for texts that are compared; default: the largest here.  A notebook shows the object;
+    the deepest color, the same for texts that are compared; default: the largest here.  A notebook shows the object;
     `html`: for a page, the text escaped; `figure()`: for `show_figure`, or `figure().savefig("text.png")`.
 
     >>> TextHeatmap("a < b", [{"start": 0, "end": 1, "score": 1.0}]).parts
@@ -23,7 +23,7 @@ class TextHeatmap:
 
     def __init__(self, text: str, words: Sequence[Mapping], *, largest: float | None = None):
         top = largest or max((abs(word["score"]) for word in words), default=0.0) or 1.0
-        self.parts, at = [], 0  # (text, share of the deepest colour, from -1 to 1)
+        self.parts, at = [], 0  # (text, share of the deepest color, from -1 to 1)
         for start, end, score in sorted((word["start"], word["end"], word["score"]) for word in words):
             self.parts += [(text[at:start], 0.0), (text[start:end], max(-1.0, min(1.0, score / top)))]
             at = end
@@ -66,6 +66,6 @@ class TextHeatmap:
 
 
 def _look(share: float) -> tuple[tuple, tuple, str]:
-    """(colour behind the word, colour and form of the line below); black on the first has a contrast of 7 or more."""
+    """(color behind the word, color and form of the line below); black on the first has a contrast of 7 or more."""
     color, line = FOR if share > 0 else AGAINST
     return tuple(1 - 0.6 * abs(share) * (1 - part) for part in color), color, line

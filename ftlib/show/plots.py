@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-# Okabe & Ito, "Color Universal Design" (2008): colour-blind readers can tell them apart; without yellow, too pale
+# Okabe & Ito, "Color Universal Design" (2008): color-blind readers can tell them apart; without yellow, too pale
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX*"
 MAX_CELLS = 12  # classes up to which a confusion matrix shows numbers and names
@@ -48,7 +48,7 @@ def _style(i: int) -> dict:
 
 
 def _cells(ax, values: np.ndarray, size: tuple[float, float], bar: str | None, texts=None, dark=np.inf, **look):
-    """Axes with values (rows, columns) as coloured cells, grey where they are not finite; bar: label of a colour bar.
+    """Axes with values (rows, columns) as colored cells, grey where they are not finite; bar: label of a color bar.
 
     texts: (value, row, column) -> what a cell says, in white where its value is beyond `dark`.
     """
@@ -72,7 +72,7 @@ def _numbers(values) -> np.ndarray:
 
 
 def learning_curves(runs, ax=None, keys: Sequence[str] = ("loss",), *, smooth: int = 1):
-    """Values of a run's history against the optimizer step; a colour for each run, a line style for each key.
+    """Values of a run's history against the optimizer step; a color for each run, a line style for each key.
 
     runs: a Run (anything with `.history`), a list of history records (dicts with "step" and values), or {name: either}.
     `smooth` > 1 averages so many training values around each; the raw values stay as a pale line. One that is nan or
@@ -194,10 +194,10 @@ def heat_map(values, rows: Sequence[str], columns: Sequence[str], ax=None, *, sp
 
 
 def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None, *, seed: int = 0, top: int = 7):
-    """Vectors in two dimensions, a colour and a marker for each label.
+    """Vectors in two dimensions, a color and a marker for each label.
 
     features: (n, dimensions) floats, n of at least 3; labels: class ids (n,). `method` is "pca" (the directions of most
-    variance) or "tsne" (keeps neighbours together; its axes and distances between groups mean nothing). Beyond `top`
+    variance) or "tsne" (keeps neighbors together; its axes and distances between groups mean nothing). Beyond `top`
     the rarer labels are grey. Raises ValueError for another method, shapes, values not finite, ids outside `names`.
     """
     features, labels = _numbers(features), _numbers(labels)
@@ -209,17 +209,17 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
         unknown = f"unknown method {method!r}: expected 'pca' or 'tsne'"
         raise ValueError(f"features row {bad[0]} is not finite" if len(bad) else unknown)
     _counts(labels, labels, names)
-    centred = features - features.mean(axis=0)  # (n, dimensions)
+    centered = features - features.mean(axis=0)  # (n, dimensions)
     if method == "pca":
-        left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+        left, singular, _ = np.linalg.svd(centered, full_matrices=False)
         points = left[:, :2] * singular[:2]  # (n, 2)
         share = singular**2 / max((singular**2).sum(), 1e-30)
         axes = [f"component {i + 1} ({share[i]:.0%} of the variance)" for i in (0, 1)]
     else:
         from sklearn.manifold import TSNE
 
-        perplexity = min(30.0, (len(features) - 1) / 3)  # about the number of neighbours kept
-        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(centred)
+        perplexity = min(30.0, (len(features) - 1) / 3)  # about the number of neighbors kept
+        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(centered)
         axes = ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
     ax = axes_of(ax, 7.0, 4.2)
     dots = dict(s=float(np.clip(16_000 / len(points), 5, 16)), linewidths=0)
@@ -233,7 +233,7 @@ def embedding_map(features, labels, names: Sequence[str], method="pca", ax=None,
 
 
 def compare_tasks(table: Mapping[str, Mapping[str, tuple]], ax=None, *, ylabel: str = "accuracy"):
-    """Grouped bars: a group for each task, a colour for each method; thin lines are one std over seeds.
+    """Grouped bars: a group for each task, a color for each method; thin lines are one std over seeds.
 
     table: {method: {task: (mean, std)}}; a std of nan or None (one seed) draws no line, a task that a method lacks
     leaves a gap. Bars begin at 0. Raises ValueError for an empty table or a cell that is not (mean, std).

@@ -24,7 +24,7 @@ def show_figure(figure, alt: str = "") -> None:
     alt: what the figure shows, in a sentence or two; a diagram has its own.  Raises ValueError for a figure without.
     """
     # As an <img>: JupyterLab 4.6 and VS Code have no place for an alt text beside image/png, and nbconvert 7.17's "lab"
-    # template leaves it out.  In 256 colours it is no larger than a PNG of half the pixels in all of them.
+    # template leaves it out.  In 256 colors it is no larger than a PNG of half the pixels in all of them.
     import matplotlib.pyplot as plt
     from IPython.display import display
     from PIL import Image
@@ -58,7 +58,7 @@ class Box(NamedTuple):
 
 
 def pale(color: str, share: float = 0.38, into: float = 1.0) -> tuple:
-    """The colour, mixed into white; `into` 0: into black."""
+    """The color, mixed into white; `into` 0: into black."""
     from matplotlib.colors import to_rgb
 
     return tuple(into + share * (part - into) for part in to_rgb(color))
@@ -110,7 +110,7 @@ class Sheet:
         return self.box(x, y, 20, 20, text, INK, 10, share=0, style="circle,pad=0")
 
     def grid(self, x, y, fills, cell=(14, 16), texts=None, *, name="", shape="", color=INK, mark=None) -> Box:
-        """Cells in the colours `fills` (rows, columns): a matrix, a mask, tokens; `mark`: a row to outline."""
+        """Cells in the colors `fills` (rows, columns): a matrix, a mask, tokens; `mark`: a row to outline."""
         (w, h), rows, columns = cell, len(fills), len(fills[0])
         left, top = x - columns * w / 2, y - rows * h / 2
         for i, j in product(range(rows), range(columns)):

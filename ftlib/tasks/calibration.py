@@ -75,7 +75,7 @@ def temperature(logits, labels) -> float:
 
 
 def labelled_rows(values, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Checked: values of the labelled rows, float64 (n, classes); labels, int64 (n,); which rows these are."""
+    """Checked: values of the labeled rows, float64 (n, classes); labels, int64 (n,); which rows these are."""
     sides = (side.detach().double().cpu() if hasattr(side, "detach") else side for side in (values, labels))
     values, labels = (np.asarray(side, np.float64) for side in sides)
     if values.ndim != 2 or labels.shape != values.shape[:1]:

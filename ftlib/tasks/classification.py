@@ -1,6 +1,6 @@
 """Classes, several labels, numbers: one answer a text.  What a label may be, its loss, and what is made of logits.
 
-Losses are summed over the labelled items (-100 is not labelled) by PyTorch's fused functions, in float32 where logits
+Losses are summed over the labeled items (-100 is not labeled) by PyTorch's fused functions, in float32 where logits
 come in half precision; the formulas to read are in methods/losses.py.  Labels were checked when the rows were.
 
 To copy: this file and core/batches.py.
@@ -37,8 +37,8 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-def labelled(labels: Any) -> Any:
-    """How many items are labelled, of an array or a tensor of any shape."""
+def labeled(labels: Any) -> Any:
+    """How many items are labeled, of an array or a tensor of any shape."""
     return (labels != IGNORE).sum()
 
 
@@ -116,7 +116,7 @@ def _float(logits: Tensor) -> Tensor:
 
 
 def divergence_of_classes(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-    """(KL(p‖q) + KL(q‖p)) / 2 of two predicted distributions, (..., classes), summed over labelled items, in nats."""
+    """(KL(p‖q) + KL(q‖p)) / 2 of two predicted distributions, (..., classes), summed over labeled items, in nats."""
     p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
     each = ((p.exp() - q.exp()) * (p - q)).sum(-1)  # KL(p‖q) + KL(q‖p)
     return each[labels != IGNORE].sum() / 2

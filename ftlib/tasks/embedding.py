@@ -1,4 +1,4 @@
-"""Texts as vectors: pairs that belong together, triplets, pairs with a score; what is learnt is the cosine.
+"""Texts as vectors: pairs that belong together, triplets, pairs with a score; what is learned is the cosine.
 
 A row holds several texts: `input_ids` are their tokens one after the other, `text_lengths` says how many each has.  The
 model, any encoder or decoder, gives a vector each, pooled as config.pooling says and, if config.normalize does, of

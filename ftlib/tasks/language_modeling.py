@@ -25,7 +25,7 @@ FORMS = (("messages",), ("prompt", "completion"), ("text",))  # columns of a dat
 
 
 def items(labels: Any) -> Any:
-    """How many tokens are predicted: labelled, and not the first of their row; labels (..., tokens)."""
+    """How many tokens are predicted: labeled, and not the first of their row; labels (..., tokens)."""
     return (labels[..., 1:] != IGNORE).sum()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.batches import IGNORE, Row, number, short
-from .classification import labelled, text_of
+from .classification import labeled, text_of
 from .tagging import check_tags
 
 PAIRS = ("next_sentence_label", "sentence_order_label")  # 0: they belong together, 1: they don't
@@ -117,7 +117,7 @@ def draw(rows: Sequence[Row], keys: Sequence[Sequence[int]]) -> list[Row]:
     """
     made = [mask(row, key) for row, key in zip(rows, keys, strict=True)]
     if any(name in row for row in made for name in PAIRS):
-        count = sum(int(labelled(np.asarray(row["labels"]))) for row in made)
+        count = sum(int(labeled(np.asarray(row["labels"]))) for row in made)
         made = [row | {"pair_weight": float(count / len(made))} for row in made]
     return made
 

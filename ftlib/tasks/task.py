@@ -37,8 +37,8 @@ class Task:
     auto: Any  # builds the model: the name of one of Transformers' Auto classes, or a class of that form
     architecture: str | tuple[str, ...]  # how the names of its model classes end
     check: Callable  # (label, number of labels, tokens, where) -> the label; ValueError, TypeError
-    items: Callable  # labels, an array or a tensor -> how many items are labelled: what a step divides by
-    loss: Callable  # (logits, labels) -> scalar, summed over the labelled items
+    items: Callable  # labels, an array or a tensor -> how many items are labeled: what a step divides by
+    loss: Callable  # (logits, labels) -> scalar, summed over the labeled items
     decide: Callable  # logits -> decisions
     score: Callable  # (predictions, labels, names of the labels or None) -> {metric: value}
     problem_type: str | None = None  # as in the model's config
@@ -57,7 +57,7 @@ class Task:
     divergence: Callable | None = classification.divergence_of_classes  # of two predictions, for R-Drop
     smooths: bool = False  # whether `loss` takes label_smoothing
     likelihood: float = 1.0  # of "uncertainty" weighting: 1/2 for a Gaussian, 1 for classes
-    labelled: bool = True  # False: labels are tokens, whose loss the model's forward sums: methods/token_losses.py
+    labeled: bool = True  # False: labels are tokens, whose loss the model's forward sums: methods/token_losses.py
     forms: tuple[tuple[str, ...], ...] = ()  # where a row is made of other columns than text and label: which
     rows: Callable | None = None  # (tokenizer, columns, wheres, max_length, truncation) -> token ids and labels
     reads: dict[str, str] = field(default_factory=dict)  # which column of a form text= and label= of `tokenize` name
@@ -72,14 +72,14 @@ class Task:
 
 
 _classes = partial(
-    Task, check=classification.check_class, items=classification.labelled, loss=classification.cross_entropy,
+    Task, check=classification.check_class, items=classification.labeled, loss=classification.cross_entropy,
     decide=partial(torch.argmax, dim=-1), score=partial(compute_metrics, "sequence-classification"), smooths=True,
     probabilities=partial(torch.softmax, dim=-1), named=lambda decided, names: [names[int(value)] for value in decided],
 )  # fmt: skip
 _text = partial(_classes, auto="AutoModelForSequenceClassification", architecture="ForSequenceClassification")
 _tokens = partial(
-    Task, items=classification.labelled, loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1),
-    stack=partial(padded, fill=IGNORE), divergence=None, smooths=True, labelled=False,
+    Task, items=classification.labeled, loss=classification.cross_entropy, decide=partial(torch.argmax, dim=-1),
+    stack=partial(padded, fill=IGNORE), divergence=None, smooths=True, labeled=False,
 )  # fmt: skip
 
 TASKS: dict[str, Task] = {
@@ -188,7 +188,7 @@ def tasks_of(model: nn.Module) -> dict[str, tuple[str, int]]:
     if hasattr(model, "tasks"):  # MultiTaskModel
         return model.tasks
     kind = kind_of(model)
-    if kind and not TASKS[kind].labelled:
+    if kind and not TASKS[kind].labeled:
         own = getattr(model.config, "decoder_vocab_size", None)  # Marian's target may have words of its own
         return {"": (kind, own or model.get_input_embeddings().num_embeddings)}
     if kind is None:
@@ -230,7 +230,7 @@ def formed(values: Any, output: str, record: Task, names: dict[int, str]) -> Any
 
 
 def task_loss(task: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of a kind of task as a function (logits, labels) -> scalar, **summed** over labelled items.
+    """The loss of a kind of task as a function (logits, labels) -> scalar, **summed** over labeled items.
 
     The caller divides by `count_labelled` of the whole optimizer step; a mean per micro-batch would weigh a label in a
     short batch more than one in a long batch.

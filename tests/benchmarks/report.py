@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlib import against, mean_std, paired, results_table
+from ftlib import Difference, against, mean_std, paired, results_table
 from ftlib.show.tables import format_cell
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +233,213 @@ def growth() -> str:
         f"{results_table(table)._repr_markdown_()}\n\n*{source('task_growth')[:-1]}; {rows[0]['rounds']} rounds, "
         f"{rows[0]['threads']} thread{'; ' + rows[0]['remark'] if 'remark' in rows[0] else ''}.*"
     )
+
+
+def differs(gap: Difference) -> str:
+    return f"{gap:.3f}{SIGNS[gap.verdict]}"
+
+
+def beside(rows: list[dict], base: str, columns: dict[str, str], *gains: str) -> dict[str, dict[str, str]]:
+    """{way: cells}: of columns, {heading: key}, mean ± deviation, with an arrow where it differs from the base.
+
+    Behind those in `gains` stands the difference with its 95 % interval.
+    """
+    lines: dict[str, dict[str, str]] = {}
+    for heading, key in columns.items():
+        runs = runs_of(rows, "way", lambda row, key=key: row.get(key))
+        shown = compared(runs, base)
+        gaps = against({way: runs[way] for way in shown}, base)
+        for way, text in shown.items():
+            line = lines.setdefault(way, {})
+            line[heading] = text
+            if heading in gains:
+                line[f"{heading}, gain"] = differs(gaps[way]) if way in gaps else ""
+    return lines
+
+
+def of_one_rule(seeds: int, base: str) -> str:
+    return RULE.format(seeds=seeds, base=base).replace("better or worse", "higher or lower")
+
+
+def as_markdown(lines: list[dict], **options) -> str:
+    return results_table(lines, **options)._repr_markdown_()
+
+
+MORE_TEXT = ("nothing", "deletion", "swap", "synonyms", "mixup")
+
+
+def generalizing() -> str:
+    """More text from the text at every size; at one of them what holds a model back, with loss and calibration."""
+    rows, table = rows_of("generalizing", part="test"), {}
+    for count in sorted({row["count"] for row in rows}):
+        own = [row for row in rows if row["count"] == count and row["way"] in MORE_TEXT]
+        columns = {f"{count:,} labels, accuracy": "accuracy", f"{count:,}, cooled loss": "cooled_loss"}
+        for way, line in beside(own, "nothing", columns, next(iter(columns))).items():
+            table[way] = table.get(way, {"change": way}) | line
+    held = {row["count"] for row in rows if row["way"] not in MORE_TEXT}
+    [held] = held or {0}
+    own = [row for row in rows if row["count"] == held and row["way"] not in MORE_TEXT[1:]]
+    columns = {"accuracy": "accuracy", "loss": "loss", "cooled loss": "cooled_loss", "error": "error",
+               "cooled error": "cooled_error"}  # fmt: skip
+    found = {row["way"]: row for row in own}
+    remedies = [
+        {"remedy": way, "strength": f"{found[way]['strength'] or ''}", "rate": f"{found[way]['rate']:g}"} | line
+        for way, line in (beside(own, "nothing", columns, "accuracy", "cooled loss") if own else {}).items()
+    ]
+    updates = sorted({(row["count"], row["steps"], row["batch"]) for row in rows})
+    updates = ", ".join(f"{steps} of {batch} on {count:,}" for count, steps, batch in updates)
+    words = rows_of("generalizing", part="masked words")
+    said = f" Synonyms come from a masked model of loss {words[0]['loss']:.2f}." if words else ""
+    columns = dict.fromkeys(name for line in table.values() for name in line)  # a way may be on its way
+    lines = [{name: line.get(name, "") for name in columns} for line in table.values()]
+    texts = [
+        "**More text from the text** (notebook 09): MiniLM on film reviews, all of it learning, "
+        f"{of_one_rule(5, 'nothing')}. All ways of a size learn from the same texts and make as many updates: "
+        f"{updates}; each has a learning rate of its own, searched with another draw (swap and synonyms take "
+        f"deletion's). The cooled loss is that after the temperature that is best on validation texts.{said}"
+        f"\n\n{as_markdown(lines)}"
+    ]
+    if remedies:
+        texts.append(
+            f"**What holds a model back** (notebook 09), {held:,} labels, by the same rule. Error: the expected "
+            "calibration error, 15 bins; cooled: after the temperature. Strength and rate of each are searched; "
+            f"together: each at its weakest.\n\n{as_markdown(remedies)}"
+        )
+    return "\n\n".join([*texts, f"*{source('generalizing')}*"])
+
+
+def pretraining() -> str:
+    """Heads, going on with pretraining against the control and what tasks have of it, spans."""
+    texts, name = [], "pretraining"
+    if rows := rows_of(name, part="heads"):
+        columns = {"loss before": "before", "loss after": "loss", "right after": "accuracy"}
+        lines = [{"head": way} | line for way, line in beside(rows, "random", columns, "loss after").items()]
+        texts.append(
+            f"**A head on masked words** (notebook 06): MiniLM, {rows[0]['steps']} steps on WikiText-2, the masked "
+            f"loss of test rows, {of_one_rule(5, 'the random head')}.\n\n{as_markdown(lines)}"
+        )
+    if rows := rows_of(name, part="going on"):
+        columns = {"loss on PubMed": "PubMed", "loss on WikiText-2": "WikiText-2"}
+        lines = [{"read": way} | line for way, line in beside(rows, "WikiText-2", columns, *columns).items()]
+        lines = [{"read": "the common start"} | {heading: f"{row[key]:.3f}" for heading, key in columns.items()}
+                 for row in rows_of(name, part="start")] + lines  # fmt: skip
+        lines = [{key: line.get(key, "") for key in lines[-1]} for line in lines]
+        texts.append(
+            f"**Going on with pretraining** (notebook 06): {rows[0]['steps']} steps on abstracts of PubMed, or, as the "
+            f"control, on WikiText-2, from one start; masked losses, {of_one_rule(5, 'the control')}."
+            f"\n\n{as_markdown(lines)}"
+        )
+    table: dict[str, dict[str, str]] = {}
+    for part, words in (("films", "films, accuracy"), ("names", "names, F1")):
+        rows = rows_of(name, part=part)
+        if not rows:
+            continue
+        for way, line in beside(rows, "WikiText-2", {words: "score"}, words).items():
+            table[way] = table.get(way, {"encoder": way}) | line
+        for way, line in beside(rows, "MiniLM", {words: "score"}, words).items():
+            table.get(way, {})[f"{part}, less MiniLM"] = line[f"{words}, gain"]
+    if table:
+        columns = dict.fromkeys(key for line in table.values() for key in line)
+        lines = [{key: line.get(key, "") for key in columns} for line in table.values()]
+        texts.append(
+            "What tasks have of it, fine-tuned: gains and arrows beside the means are against the control, those of "
+            f"the last columns against MiniLM as it comes.\n\n{as_markdown(lines)}"
+        )
+    if rows := rows_of(name, part="spans"):
+        before, after = ([row[key] for row in rows] for key in ("before", "loss"))
+        gap = paired(after, before)
+        texts.append(
+            f"**Spans** (notebook 06): {rows[0]['steps']} steps of flan-t5-titles on paragraphs with spans left out: "
+            f"the loss of test paragraphs falls from {before[0]:.2f} to {format_cell(mean_std(after), 2)} "
+            f"({differs(gap)}, {len(rows)} seeds)."
+        )
+    return "\n\n".join([*texts, f"*{source(name)}*"])
+
+
+def scaling() -> str:
+    """The loss of every decoder after every number of tokens; what five seeds of the smallest differ by."""
+    rows = rows_of("scaling", part="loss")
+    first = min(row["seed"] for row in rows)
+    sizes = sorted({(row["parameters"], row["width"], row["layers"], row["rate"]) for row in rows})
+    budgets = sorted({row["tokens"] for row in rows})
+    lines = []
+    for parameters, width, layers, rate in sizes:
+        own = {row["tokens"]: row for row in chosen(rows, width=width, layers=layers, seed=first)}
+        line = {"width × layers": f"{width} × {layers}", "parameters": parameters, "rate": f"{rate:g}"}
+        line |= {f"{tokens // 1000:,}k tokens": own[tokens]["loss"] if tokens in own else None for tokens in budgets}
+        lines.append(line | {"operations, most tokens": f"{6 * parameters * budgets[-1]:.1e}"})
+    again = [row["loss"] for row in rows if (row["parameters"], row["tokens"]) == (sizes[0][0], budgets[-1])]
+    return (
+        "**Scaling** (notebook 06): the loss of the next of 512 pieces, in nats, on test rows of WikiText-2, of "
+        "decoders from nothing; each cell is a run of its own, to the end of its schedule. Operations are "
+        "6 · N · D. The rate is searched for two widths; those of the others lie on the power of the width through "
+        "both. One run each; "
+        f"{len(again)} seeds of the smallest at the most tokens have {format_cell(mean_std(again))}."
+        f"\n\n{as_markdown(lines)}\n\n*{source('scaling')}*"
+    )
+
+
+def another_language() -> str:
+    """Counting and ALBERT on the same draws: against counting whole reviews, and on as much text as ALBERT reads."""
+    rows = rows_of("another_language", part="test")
+    table = beside(rows, "counting, whole", {"accuracy": "accuracy"}, "accuracy")
+    runs = runs_of(rows, "way", lambda row: row["accuracy"])
+    pairs = {way: way.replace("ALBERT", "counting") for way in table if way.startswith("ALBERT")}
+    pairs = {way: other for way, other in pairs.items() if other in table}
+    gaps = {way: [a - b for a, b in zip(runs[way], runs[other], strict=True)] for way, other in pairs.items()}
+    gaps = against({"none": [0.0] * len(runs["counting, whole"]), **gaps}, "none")
+    names = ("epochs", "rate", "C")
+    settings = {row["way"]: [f"{name} {row[name]:g}" for name in names if name in row] for row in rows}
+    lines = [
+        {"way": way, "settings": ", ".join(settings[way]), **line,
+         "against counting as much": differs(gaps[way]) if way in gaps else ""}
+        for way, line in table.items()
+    ]  # fmt: skip
+    return (
+        "**Counting against a small ALBERT** (notebook 06b): 640 hotel reviews in Chinese, accuracy on all test "
+        f"reviews, {of_one_rule(5, 'counting whole reviews')}. Settings are searched on the validation reviews, with "
+        f"another draw.\n\n{as_markdown(lines)}\n\n*{source('another_language')}*"
+    )
+
+
+def few_labels() -> str:
+    """Accuracy against labels a class; intents never seen; which texts to label next."""
+    rows, text = rows_of("few_labels", part="accuracy"), []
+    for corpus, name in CORPORA.items():
+        own = [row for row in rows if row["corpus"] == corpus]
+        lines: dict[str, dict[str, str]] = {}
+        for shots in sorted({row["shots"] for row in own}):
+            runs = runs_of([row for row in own if row["shots"] == shots], "method", lambda row: row["accuracy"])
+            shown = compared(runs, "probe") if shots else {way: f"{own[0]:.3f}" for way, own in runs.items()}
+            for way, cell in shown.items():
+                lines.setdefault(way, {})[str(shots)] = cell
+        table = [{name: way, **{size: line.get(size, "") for size in map(str, (0, 2, 4, 8, 16, 32, 64))}}
+                 for way, line in lines.items()]  # fmt: skip
+        text.append(as_markdown(table))
+    fresh = [row | {"way": row["method"]} for row in rows_of("few_labels", part="new intents")]
+    table = beside(fresh, "prototypes", {"1 text an intent": "1", "5 texts": "5"})
+    text.append(as_markdown([{"20 intents never seen": way, **line} for way, line in table.items()]))
+    bought = rows_of("few_labels", part="active")
+    for corpus, name in CORPORA.items():
+        own = [row for row in bought if row["corpus"] == corpus]
+        columns = {str(count): count for count in own[0]["labels"][1:]}
+        spread = [row | {"way": row["how"], **dict(zip(row["labels"], row["accuracy"], strict=True))} for row in own]
+        table = beside(spread, "random", columns)
+        text.append(as_markdown([{f"{name}, labels bought": way, **line} for way, line in table.items()]))
+    return (
+        "**A few labels** (notebook 11): MiniLM, test accuracy against labels a class (SmolLM2 where it is prompted, "
+        f"on 200 texts), {of_one_rule(5, 'the probe')}. The learning rates of fine-tuning and of contrastive tuning "
+        "are searched with 64 labels a class of another draw and kept with fewer. Intents are the "
+        f"first ten of banking77.\n\n{text[0]}\n\n{text[1]}\n\nTwenty of clinc150's intents at a time, of 40 that "
+        "nothing was trained on; what is trained learned from 90 others. Arrows: against the pretrained encoder's "
+        f"prototypes.\n\n{text[2]}\n\nWhich texts to label next: a probe on MiniLM's vectors, 20 draws of the first "
+        f"ten labels, arrows against random ones.\n\n{text[3]}\n\n{text[4]}\n\n*{source('few_labels')}*"
+    )
+
+
+# programs whose rows need not be there yet
+LATER = {"few_labels": few_labels, "generalizing": generalizing, "pretraining": pretraining, "scaling": scaling,
+         "another_language": another_language}  # fmt: skip
 
 
 TRAINER, BEST = "Trainer, as it comes", "Trainer, best settings found"
@@ -539,7 +746,7 @@ def picture() -> None:
             *zip(*points.values(), strict=True),
             label,
             ax,
-            xlabel="labelled sentences (rotten-tomatoes)",
+            xlabel="labeled sentences (rotten-tomatoes)",
             ylabel="test accuracy",
         )
     ax.set_title("Fine-tune, or extract features? Mean ± std over 5 seeds")
@@ -798,6 +1005,8 @@ def headlines() -> str:
     table = [
         ("fine-tuning MiniLM, against the `Trainer` as it comes", ratio("fine-tune", TRAINER), "speed"),
         ("the same, against the `Trainer` with the best settings found", ratio("fine-tune", BEST), "speed"),
+        ("titles by a small T5, against the `Seq2SeqTrainer` as it comes", ratio("titles", TRAINER), "speed"),
+        ("the same, against it with the best settings found", ratio("titles", BEST), "speed"),
         ("features of MiniLM, against sentence-transformers' `encode` in bf16", ratio("features", ENCODE), "speed"),
         ("features of MiniLM, against ONNX Runtime", ratio("features", "ONNX Runtime"), "speed"),
         (f"LoRA and full fine-tuning, {count:,} film reviews, test accuracy", f"{accuracy}{equal}", "strategies"),
@@ -806,7 +1015,7 @@ def headlines() -> str:
         ("runs killed, stopped or damaged, that ended as if undisturbed", f"{survived:,} of {tried:,}", "faults"),
         (f"memory for the features of {long['rows']:,} short texts", f"{long['peak_gb']:.2f} GB", "long_features"),
     ]  # fmt: skip
-    table[4:4] = decoder_headlines()
+    table[6:6] = decoder_headlines()
     for path in sorted(RESULTS.glob("gpu-day-6-*.json")):
         [lora] = [row for row in rows_of(path.stem, moves="lora", method="ftlib.fit, unpad")]
         gain = min(value for base, value in lora["against"].items() if base != "TRL, as it comes")
@@ -832,8 +1041,9 @@ def section(name: str, text: str) -> str:
 
 def sections() -> dict[str, list[str]]:
     """{file: what stands between its markers}."""
-    learnt = [strategies(), multitask(), methods(), text_to_text()]
-    results = "\n\n".join([*learnt, speed(), profiles(), half_precision(), *language_models()])
+    learned = [strategies(), multitask(), methods(), text_to_text()]
+    learned += [table() for name, table in LATER.items() if (RESULTS / f"{name}.json").is_file()]
+    results = "\n\n".join([*learned, speed(), profiles(), half_precision(), *language_models()])
     tables = [
         section("headlines", headlines()),
         section("results", results),

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from ftlib.core import loop
 from ftlib.core.batches import collate, split_by_size
-from ftlib.core.loop import SCHEDULES, cross_entropy, labelled, schedule_factor, steps, summed
+from ftlib.core.loop import SCHEDULES, cross_entropy, labeled, schedule_factor, steps, summed
 from ftlib.core.sampling import plan
 from ftlib.engine.fit import fit
 from ftlib.methods.optimizing import optimizer as optimizer_for
@@ -63,7 +63,7 @@ def constant(step, total):
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_loop_is_the_stock_trainer(tiny_model, tmp_path, task, parts):
-    """Also with steps of ragged micro-batches, of which each counts by its labelled items: the Trainer is told how, as
+    """Also with steps of ragged micro-batches, of which each counts by its labeled items: the Trainer is told how, as
     the losses of Transformers' classifiers leave its count of them out."""
     rows = make_rows(24, task)
     stock, ours = (tiny_model(task, LABELS[task]) for _ in range(2))
@@ -85,7 +85,7 @@ def test_the_loop_is_the_stock_trainer(tiny_model, tmp_path, task, parts):
     ragged = [micro[i : i + parts] for i in range(0, len(micro), parts)]
     records = list(steps(ours, ragged, adamw(ours), total=12, schedule=warmed(2), max_grad_norm=0.5))
     assert len(theirs) == len(records) == 12
-    assert parts == 1 or any(len({labelled(b["labels"]) for b in step}) > 1 for step in ragged) == (task[0] == "t")
+    assert parts == 1 or any(len({labeled(b["labels"]) for b in step}) > 1 for step in ragged) == (task[0] == "t")
     for key, name, close in (
         ("loss", "loss", 1e-6),
         ("learning_rate", "learning_rate", 1e-9),

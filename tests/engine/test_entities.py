@@ -272,7 +272,7 @@ LONG = " ".join(["the film is good and we book a flight from boston denver to de
 
 @pytest.mark.parametrize("stride", [4, 8, 15])
 def test_where_windows_agree_the_pipeline_joins_them_alike(tiny_model, tiny_tokenizer, monkeypatch, stride):
-    """Words of one piece, logits that do not depend on neighbours, entities shorter than the stride."""
+    """Words of one piece, logits that do not depend on neighbors, entities shorter than the stride."""
     model, tokenizer = built("bert", tiny_model, tiny_tokenizer)
     by_words(model, monkeypatch, {"boston": 1, "denver": 2, "film": 3})
     found = entities(model, [LONG, "boston"], tokenizer=tokenizer, stride=stride, max_length=40)

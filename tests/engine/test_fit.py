@@ -15,7 +15,7 @@ from ftlib.core.device import choose_precision
 from ftlib.core.loop import schedule_factor
 from ftlib.engine import fit as training
 from ftlib.engine.fit import fit
-from ftlib.engine.prediction import evaluate, labelled, metric_names
+from ftlib.engine.prediction import evaluate, labeled, metric_names
 from ftlib.engine.settings import Run, TrainConfig
 from ftlib.inputs.rows import Rows, rows_for
 from ftlib.methods.losses import focal_loss
@@ -685,7 +685,7 @@ def test_a_batch_without_a_label_moves_nothing(tiny_model):
     rows = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 4
     model = tiny_model("token-classification", 3)
     before = weights(model)
-    with pytest.warns(UserWarning, match="train_dataset: every label is -100 .*, nothing is learnt"):
+    with pytest.warns(UserWarning, match="train_dataset: every label is -100 .*, nothing is learned"):
         run = fit(model, rows, config=quick(epochs=1, weight_decay=0.0))
     assert steps(run) == [0.0] and same(weights(model), before)
 
@@ -951,7 +951,7 @@ def mixed_rows():
 def test_a_mixed_step_is_the_weighted_sum_of_the_tasks_losses(tiny_model, cut):
     rows = mixed_rows()
     model = MultiTaskModel(tiny_model("encoder"), TASKS).train()
-    total = 0.0  # Σ over tasks: weight × share of the rows × mean loss over the task's labelled items
+    total = 0.0  # Σ over tasks: weight × share of the rows × mean loss over the task's labeled items
     for task, share, head_weight in (("a", 3 / 6, 1.0), ("b", 2 / 6, 0.5), ("c", 1 / 6, 2.0)):
         own = [{**row, "labels": row["labels"][task]} for row in rows if task in row["labels"]]
         batch = collate(own)
@@ -1049,8 +1049,8 @@ def test_a_task_is_looked_for_in_its_own_rows_first(tiny_model, monkeypatch):
     parts = rows_for({"a": make_rows(9), "b": make_rows(9)}, model, name="rows")
     read, real = [], Rows.__iter__
     monkeypatch.setattr(Rows, "__iter__", lambda self: [read.append(self.door.under), real(self)][1])
-    assert list(labelled(model, parts)) == ["a", "b"] == read
-    assert list(labelled(model, parts[:1])) == ["a"]
+    assert list(labeled(model, parts)) == ["a", "b"] == read
+    assert list(labeled(model, parts[:1])) == ["a"]
 
 
 def test_the_best_perplexity_is_the_lowest():

@@ -629,7 +629,7 @@ def test_nan_is_no_answer(options):
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason="needs SmolLM2's weights: make data fetches them")
 def test_smollm2_answers_as_transformers_does():
     model, tokenizer = ftlib.load_model("smollm2", task="causal-lm"), ftlib.load_tokenizer("smollm2")
-    talks = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "Name a colour.")]
+    talks = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "Name a color.")]
     found = generate(model, talks, max_new_tokens=12)
     for talk, answer in zip(talks, found, strict=True):
         ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -51,7 +51,7 @@ def test_full_training_is_that_of_the_float32_model(tiny_model, dtype):
 
 @pytest.mark.parametrize("strategy", [one for one in STRATEGIES if one not in ("full", "bitfit")])
 def test_what_a_strategy_trains_moves(tiny_model, strategy):
-    """By steps that bfloat16 would lose: 1e-3 beside a gain of 1, whose neighbours are 1/128 away."""
+    """By steps that bfloat16 would lose: 1e-3 beside a gain of 1, whose neighbors are 1/128 away."""
     model = tiny_model(hidden_size=32, vocab_size=400).to(torch.bfloat16)
     tune(model, strategy)
     before, training = weights(model), {name for name, p in model.named_parameters() if p.requires_grad}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 
-from ftlib.engine.runfile import labelled
+from ftlib.engine.runfile import labeled
 from ftlib.inputs.tokenizing import tokenize
 
 CLASSES, SEVERAL, TAGS = "sequence-classification", "multi-label-classification", "token-classification"
@@ -21,7 +21,7 @@ def read(tiny_tokenizer):
 
     def read(task, splits, column="mood"):
         said = []
-        done = labelled(splits, column, task, said.append)
+        done = labeled(splits, column, task, said.append)
         if task == TAGS:  # a word a tag
             done = {
                 split: part.remove_columns("text").add_column("text", [["good"] * len(row) for row in part["label"]])
@@ -142,13 +142,13 @@ def test_numbers(read):
 )
 def test_labels_of_another_kind_are_refused_with_the_remedy(task, values, message):
     with pytest.raises(ValueError, match=message):
-        labelled(parts(train=values), "mood", task, print)
+        labeled(parts(train=values), "mood", task, print)
 
 
 def test_columns_of_several_labels_hold_0_and_1():
     table = {"train": Dataset.from_dict({"rude": ["yes", "no"], "kind": ["no", "no"]})}
     with pytest.raises(ValueError, match=r"its \['rude', 'kind'\] holds 'no'; .*0 or 1 in several columns"):
-        labelled(table, ["rude", "kind"], SEVERAL)
+        labeled(table, ["rude", "kind"], SEVERAL)
 
 
 def test_columns_called_label_make_way_and_nothing_is_written(tmp_path):
@@ -156,6 +156,6 @@ def test_columns_called_label_make_way_and_nothing_is_written(tmp_path):
     data.save_to_disk(tmp_path / "own")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     part = Dataset.load_from_disk(tmp_path / "own")
-    done = labelled({"train": part, "test": part}, "mood", CLASSES, lambda words: None)
+    done = labeled({"train": part, "test": part}, "mood", CLASSES, lambda words: None)
     assert done["train"].column_names == ["text", "label"] and done["test"]["label"][:] == ["x", "y"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == before

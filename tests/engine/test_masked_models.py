@@ -289,3 +289,54 @@ def test_a_dataset_streams_into_fit_as_it_is_tokenized(tiny_tokenizer):
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": text} for text in TEXTS]))
     stream = ftlib.tokenize(stream, tiny_tokenizer, task="masked-lm", whole_words=True, mask_probability=0.5)
     assert len(steps(fit(build(), stream, config=quick(max_steps=5)))) == 5
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+TWO = f"""
+import sys
+sys.path[:0] = {[str(ROOT / "tests" / room) for room in ("", "engine", "inputs")] + [str(ROOT)]!r}
+import torch
+torch.set_num_threads(1)
+import ftlib
+from ftlib.engine import distributed
+from test_fit import quick, steps, weights
+from test_masked_models import CASES, SGD, build, unmasked
+distributed.start()
+out = {{}}
+for how in ("ddp", "fsdp"):
+    for name, options in CASES.items():
+        model = build()
+        rows = unmasked() if name == "rows" else iter(unmasked())
+        run = ftlib.fit(model, rows, eval_dataset=unmasked(5), config=quick(**options, **SGD, distributed=how))
+        out[f"{{how}} {{name}}"] = (steps(run), run.metrics["loss"], weights(model))
+if distributed.rank() == 0:
+    torch.save(out, sys.argv[1])
+distributed.stop()
+"""
+# three steps an epoch, the last of one row, which leaves none for the second process
+CASES = {"rows": dict(epochs=2, batch_size=5, micro_batch_size=2), "stream": dict(max_steps=2, batch_size=5)}
+SGD = dict(optimizer="sgd", learning_rate=0.1)  # Adam enlarges what rounding leaves
+
+
+def unmasked(count=11):
+    """Rows of tokens that are all masked with a share of 0.4, of different lengths."""
+    lengths = [4 + i % 5 for i in range(count)]
+    ids = [[2, *((7 * i + k) % 50 + 5 for k in range(n)), 3] for i, n in enumerate(lengths)]
+    return [{"input_ids": own, "labels": [-100, *own[1:-1], -100], "masking": [4, 64, 0.4]} for own in ids]
+
+
+def test_two_processes_mask_the_rows_as_one_does(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "two.py"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert len(found) == 2 * len(CASES)
+    for key, (losses, loss, moved) in found.items():
+        model, name = build(), key.split()[1]
+        rows = unmasked() if name == "rows" else iter(unmasked())
+        run = fit(model, rows, eval_dataset=unmasked(5), config=quick(**CASES[name], **SGD))
+        assert losses == pytest.approx(steps(run), abs=1e-5) and loss == pytest.approx(run.metrics["loss"], abs=1e-5)
+        assert all(torch.allclose(moved[n], w, atol=2e-5) for n, w in weights(model).items()), key

@@ -282,9 +282,9 @@ def test_texts_are_not_trained_on_and_it_is_said_what_to_call(tiny_model, tmp_pa
         for door in (fit, evaluate):
             with pytest.raises((ValueError, TypeError), match=r"ftlib\.tokenize"):
                 door(tiny_model(), data)
-    unlabelled = Dataset.from_dict({"input_ids": [[5]], "label": [1]})
+    unlabeled = Dataset.from_dict({"input_ids": [[5]], "label": [1]})
     with pytest.raises(ValueError, match=r"no 'labels'.*rename the column 'label' to 'labels'"):
-        evaluate(tiny_model(), unlabelled)
+        evaluate(tiny_model(), unlabeled)
 
 
 def test_empty_tag_texts_and_missing_tokenizers(tiny_model, tiny_tokenizer):

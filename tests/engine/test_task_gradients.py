@@ -53,7 +53,7 @@ def build(tiny_model):
 
 
 def mean_losses(model, rows):
-    """{task: mean loss over its labelled items}, by a forward pass a task."""
+    """{task: mean loss over its labeled items}, by a forward pass a task."""
     found = {}
     for task in model.tasks:
         own = [{**row, "labels": row["labels"][task]} for row in rows if task in row["labels"]]

@@ -645,7 +645,7 @@ def test_the_committed_manifest_is_well_formed():
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
         ({"wheel_sha256": "abc"}, "wheel_sha256"),
         ({"wheel_sha256": "A" * 64}, "wheel_sha256"),
         ({"wheel_size": "12"}, "wheel_size"),
@@ -885,7 +885,7 @@ def test_the_committed_manifest_is_complete():
     entries = assets.manifest()
     names = "minilm smollm2 rotten-tomatoes imdb sms-spam banking77 atis stsb mrpc qnli qqp mnli cola"
     names += " bc5cdr oanc-pos squad-v2 flan-t5-titles pubmed-titles tatoeba-en-es tatoeba-en-fr 20newsgroups"
-    names += " wikitext-2 albert-tiny-zh opencc ctrip-zh"
+    names += " wikitext-2 albert-tiny-zh opencc ctrip-zh clinc150"
     assert {*names.split(), "opus-mt-en-fr"} == entries.keys()
     assert [name for name, entry in entries.items() if "optional" in entry] == ["opus-mt-en-fr"]
     rows = assets.describe()

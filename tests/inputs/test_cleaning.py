@@ -57,11 +57,11 @@ def test_label_errors_by_hand():
     probabilities = [
         [0.9, 0.1, 0.0],  # 0, sure
         [0.7, 0.2, 0.1],  # 0
-        [0.2, 0.7, 0.1],  # labelled 0, is 1
+        [0.2, 0.7, 0.1],  # labeled 0, is 1
         [0.1, 0.8, 0.1],  # 1
         [0.5, 0.5, 0.0],  # 1: 0.5 is less than class 0's mean, and class 1's: in none
         [0.3, 0.1, 0.6],  # 2
-        [0.65, 0.05, 0.3],  # labelled 2, is 0
+        [0.65, 0.05, 0.3],  # labeled 2, is 0
         [0.9, 0.1, 0.0],  # no label
     ]
     labels = [0, 0, 0, 1, 1, 2, 2, -100]
@@ -73,7 +73,7 @@ def test_label_errors_by_hand():
 
 
 def test_of_several_classes_that_a_row_is_in_the_likeliest_counts():
-    # thresholds 0.45 and 0.35: row 3 is in both; a class that no row is labelled as suggests nothing
+    # thresholds 0.45 and 0.35: row 3 is in both; a class that no row is labeled as suggests nothing
     probabilities = [[0.5, 0.2, 0.3], [0.3, 0.3, 0.4], [0.4, 0.5, 0.1], [0.45, 0.4, 0.15], [0.0, 0.1, 0.9]]
     found = confident_errors(probabilities, [0, 1, 1, 0, 1])
     # class 0: (0.5 + 0.45) / 2 = 0.475; class 1: (0.3 + 0.5 + 0.1) / 3 = 0.3

@@ -20,6 +20,7 @@ NAMES = [
     "imdb",
     "sms-spam",
     "banking77",
+    "clinc150",
     "20newsgroups",
     "atis",
     "stsb",

@@ -221,7 +221,7 @@ def test_a_language_model_in_a_plain_loop():
     gradient, own = Distillation(teacher, temperature=3.0).gradient(), student(batch["input_ids"]).logits
     theirs = teacher(batch["input_ids"]).logits
     wanted = 0.5 * F.cross_entropy(own[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-    for row, place in ((0, 0), (0, 1), (0, 2), (1, 2)):  # where labelled tokens are predicted
+    for row, place in ((0, 0), (0, 1), (0, 2), (1, 2)):  # where labeled tokens are predicted
         p, q = (theirs[row, place] / 3).softmax(-1), (own[row, place] / 3).softmax(-1)
         wanted = wanted + 0.5 * 9 * (p * (p.log() - q.log())).sum()
     assert_close(gradient(student, [batch]), (wanted / 4).detach(), atol=1e-5, rtol=1e-5)

@@ -89,7 +89,7 @@ def test_prototypes_by_hand():
 
 
 class Vectors(nn.Module):
-    """The vector of a row is a learnt scale times it: what a model of vectors gives, by hand."""
+    """The vector of a row is a learned scale times it: what a model of vectors gives, by hand."""
 
     def __init__(self):
         super().__init__()

@@ -363,8 +363,8 @@ def test_rollouts_hold_what_was_drawn_and_its_reward(tokenizer):
     assert batch["rewards"].sum() == sum(len(answer.split()) for _, answer in asked)
     torch.manual_seed(5)
     answers = drawn(model, ["a b c"] * 4 + ["d e"] * 4, tokenizer)
-    labelled = [labels[labels != -100].tolist() for labels in batch["labels"]]
-    assert sorted(labelled) == sorted(answers) and {len(answer) for answer in answers} != {5}
+    labeled = [labels[labels != -100].tolist() for labels in batch["labels"]]
+    assert sorted(labeled) == sorted(answers) and {len(answer) for answer in answers} != {5}
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         assert tokenizer.decode(ids[(labels == -100) & mask.bool()]) in ("a b c", "d e")
 

@@ -220,7 +220,7 @@ def test_several_processes_are_refused(monkeypatch):
 # ------------------------------------------------------------------------------------------------ with the rest
 
 # Three tags go round: 0 1 2 0 1 2 ...; the first word says where the round begins, all others are one and the same
-# word, of which a tagger that sees no neighbours and no positions can't know the tag.
+# word, of which a tagger that sees no neighbors and no positions can't know the tag.
 WORDS = [10, 11, 12]
 
 
@@ -234,7 +234,7 @@ def round_rows(lengths):
 
 
 def blind_tagger(tiny_model):
-    """A random BERT whose layers are cut off from neighbours and positions: its logits depend on the word alone."""
+    """A random BERT whose layers are cut off from neighbors and positions: its logits depend on the word alone."""
     model = tiny_model("token-classification", 3)
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight.zero_()

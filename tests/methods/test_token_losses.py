@@ -72,7 +72,7 @@ def tiny(name="llama", **options):
 
 
 def batch(rows=3, tokens=11, seed=1):
-    """Padded on the right; prompts of other lengths are not labelled, nor is padding."""
+    """Padded on the right; prompts of other lengths are not labeled, nor is padding."""
     ids = torch.randint(3, WORDS, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[1, tokens - 3 :] = 0

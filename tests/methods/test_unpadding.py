@@ -31,7 +31,7 @@ OPTIONS = {  # model type -> what its tiny config needs beyond the sizes all sha
     "gte": {},
     "jina_embeddings_v3": {},
     "mobilebert": {"embedding_size": 8, "true_hidden_size": 8, "intra_bottleneck_size": 8},
-    "modernbert": {"local_attention": 2, "global_attn_every_n_layers": 2},  # layer 0 global, layer 1 to its neighbours
+    "modernbert": {"local_attention": 2, "global_attn_every_n_layers": 2},  # layer 0 global, layer 1 to its neighbors
     "nomic_bert": {},
     "roberta": {"pad_token_id": 1},
     "roberta-prelayernorm": {"pad_token_id": 1},
@@ -740,9 +740,9 @@ def test_the_stock_trainer_evaluates_goes_on_and_saves_a_plain_model(tiny_model,
         trainer.train()
         trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"))
         predicted = trainer.predict(rows)
-        labelled = torch.tensor(predicted.label_ids) != -100
+        labeled = torch.tensor(predicted.label_ids) != -100
         losses = torch.tensor([record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record])
-        found.append((losses, torch.tensor(predicted.predictions)[labelled]))
+        found.append((losses, torch.tensor(predicted.predictions)[labeled]))
         trainer.save_model(str(tmp_path / name))
         assert is_unpadded(trainer.model) == (name == "ours")
     assert len(found[0][0]) == 2

@@ -244,7 +244,7 @@ def unraised(notebook: nbformat.NotebookNode) -> str:
 
 
 def describe(error: Exception, cell: nbformat.NotebookNode, number: int) -> str:
-    """The failing cell's number, source and error, without colours."""
+    """The failing cell's number, source and error, without colors."""
     traces = [output.traceback for output in cell.get("outputs", ()) if output.output_type == "error"]
     if isinstance(error, CellExecutionError) and traces:
         what = "\n".join(cells.ANSI.sub("", "\n".join(traces[-1])).splitlines()[-25:])

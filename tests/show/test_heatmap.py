@@ -1,4 +1,4 @@
-"""Coloured text: nothing of it is lost, nothing is run, and the sign is seen without colour."""
+"""Colored text: nothing of it is lost, nothing is run, and the sign is seen without color."""
 
 import re
 
@@ -15,7 +15,7 @@ WORDS = [
 
 
 def contrast(first, second):
-    """WCAG 2.2, of two colours (r, g, b) from 0 to 1."""
+    """WCAG 2.2, of two colors (r, g, b) from 0 to 1."""
 
     def luminance(color):
         parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]

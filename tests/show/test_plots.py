@@ -147,7 +147,7 @@ def test_large_confusion_matrix_shows_ids_without_numbers():
     ids, names = np.arange(20), [f"class {i}" for i in range(20)]
     figure, ax = plt.subplots(layout="constrained")
     assert confusion_matrix(ids, ids, names, ax=ax) is ax
-    assert len(figure.axes) == 2  # the matrix and its colour bar
+    assert len(figure.axes) == 2  # the matrix and its color bar
     assert len(ax.texts) == 0 and "class" not in ax.get_xticklabels()[1].get_text()
     assert confusion_matrix(ids, ids, names).get_title() == "20 examples, 100.0% right"
 
@@ -308,7 +308,7 @@ def test_heat_map_writes_numbers_and_spreads_around_zero():
     assert [text.get_text() for text in ax.texts] == ["+0.020\n± 0.010", "-0.050"]
     assert [text.get_position() for text in ax.texts] == [(1, 0), (0, 1)]
     low, high = ax.images[0].get_clim()
-    assert low == -high == -0.05  # zero is in the middle of the colours
+    assert low == -high == -0.05  # zero is in the middle of the colors
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
 
 
